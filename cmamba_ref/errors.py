@@ -1,0 +1,25 @@
+"""The exceptions of this package: all are a `CMambaError`, so one `except` catches them."""
+
+
+class CMambaError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class InvalidArgumentError(CMambaError, ValueError):
+    """An argument has a wrong value, shape or type: "`arg` must be <rule>, got <value>; <fix>"."""
+
+
+class BackendUnavailableError(CMambaError, RuntimeError):
+    """A scan backend that was asked for by name cannot run here; the message says why and the fix."""
+
+
+class BitstreamError(CMambaError, ValueError):
+    """A file or string is damaged, truncated, of another model or of a newer format version."""
+
+
+class ImageError(CMambaError, ValueError):
+    """A picture cannot be read, or is of a kind that this codec does not store."""
+
+
+class WeightsError(CMambaError, RuntimeError):
+    """Weights are missing, damaged, or do not fit the configuration beside them."""
