@@ -1,0 +1,432 @@
+"""Interleaved rANS: symbols to bytes and back, vectorised over lanes in NumPy.
+
+An asymmetric numeral system (Duda 2013, arXiv:1311.2540) keeps everything it has coded in one
+integer, the state x. Coding an entry of frequency f that begins at cumulative frequency s, out of
+M = 2**16, grows the state by the entry's information content, log2(M / f) bits:
+
+    encode:  x' = (x // f) * M + s + x % f        decode:  slot = x' % M, which lies in [s, s + f)
+                                                           x    = f * (x' // M) + slot - s
+
+A stack, then: the encoder runs backwards so that the decoder runs forwards. Whenever the state
+grows too large, the encoder first moves its low 16 bits out as a *word*; the decoder takes the
+word back when its state has become too small.
+
+One state is inherently serial. As in Giesen 2014 (arXiv:1402.3392), L states (*lanes*) take turns
+instead: symbol j of a block belongs to lane j % L, so that a *row* of L symbols is one step of
+array arithmetic. All lanes share one sequence of words, in the order in which the decoder needs
+them. `docs/rans.md` specifies the stream byte by byte.
+"""
+
+import threading
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+
+from cmamba_ref.entropy.tables import PRECISION, TOTAL, CdfTables
+from cmamba_ref.errors import BitstreamError, InvalidArgumentError
+
+WORD_BITS = 16
+LOW_BITS = 20
+"""Between two symbols, every state lies in [2**LOW_BITS, 2**(LOW_BITS + WORD_BITS)).
+
+Both ends of a lane cost bytes. It starts at 2**LOW_BITS, which says nothing and is paid in full;
+its last state is stored in LOW_BITS + 16 bits, of which 8 are idle on average: LOW_BITS + 8 bits
+together, 3.5 bytes a lane. A lower bound would be cheaper per lane but rounds more in x // f.
+"""
+
+LOW = 1 << LOW_BITS
+STATE_BITS = LOW_BITS + WORD_BITS
+
+MAX_LANES = 256
+BYTES_PER_LANE = 850
+"""Estimated stream bytes for which one more lane is opened: 3.5 / 850 = 0.41 % overhead."""
+
+_INT32 = np.iinfo(np.int32)
+_MAX_VARINT_BYTES = 5
+
+# Operands as arrays: NumPy converts a Python integer anew on every call, half the call's price.
+_PRECISION = np.array(PRECISION)
+_WORD_BITS = np.array(WORD_BITS)
+_SLOT_MASK = np.array(TOTAL - 1)
+_LOW = np.array(LOW)
+
+
+def encode(
+    tables: CdfTables,
+    blocks: Sequence[tuple[np.ndarray, np.ndarray]],
+    lanes: int | None = None,
+) -> bytes:
+    """Code blocks of symbols into one self-contained string.
+
+    Args:
+        tables: valid tables (see `CdfTables.validate`).
+        blocks: pairs of symbols and table indexes, integer arrays of equal shape; a decoder asks
+            for the blocks in this order and needs nothing else than their table indexes. Any int32
+            symbol is lossless; those outside their table cost an escape and 1 to 5 bytes.
+        lanes: 1 to 256, default one per 850 estimated bytes. More lanes decode faster and cost
+            3.5 bytes each.
+
+    Raises:
+        InvalidArgumentError: `lanes`, a shape, a type, a table index or a symbol is out of range.
+    """
+    flat_blocks = [_check_block(tables, symbols, indexes) for symbols, indexes in blocks]
+    entry_blocks, escape_blocks = [], []
+    for symbols, indexes in flat_blocks:
+        entries, escapes = _to_entries(tables, symbols, indexes)
+        entry_blocks.append(entries)
+        escape_blocks.append(_pack_varints(escapes))
+    frequencies = tables.frequencies()
+    if lanes is None:
+        bits = sum(_information(frequencies, entries) for entries in entry_blocks)
+        payload = bits / 8 + sum(map(len, escape_blocks))
+        lanes = min(max(1, round(payload / BYTES_PER_LANE)), MAX_LANES)
+    if not 1 <= lanes <= MAX_LANES:
+        raise InvalidArgumentError(f"`lanes` must be 1 to {MAX_LANES}, got {lanes}")
+
+    # Words are produced from the last to the first, at most one per symbol.
+    words = np.empty(sum(map(len, entry_blocks)), dtype="<u2")
+    top = len(words)
+    states = np.full(lanes, LOW, dtype=np.int64)
+    for entries in reversed(entry_blocks):
+        start = tables.cdf[entries].astype(np.int64)
+        frequency = frequencies[entries]
+        full = len(entries) - len(entries) % lanes
+        # The decoder finishes a block with its short row, so the encoder begins with it.
+        top = _encode_rows(states, start[None, full:], frequency[None, full:], words, top)
+        rows = (-1, lanes)
+        top = _encode_rows(
+            states, start[:full].reshape(rows), frequency[:full].reshape(rows), words, top
+        )
+
+    escapes = b"".join(escape_blocks)
+    header = bytes([lanes - 1]) + _pack_varints(np.array([len(escapes)]))
+    return header + escapes + _pack_states(states) + words[top:].tobytes()
+
+
+def _encode_rows(
+    states: np.ndarray, starts: np.ndarray, frequencies: np.ndarray, words: np.ndarray, top: int
+) -> int:
+    """Code rows `[rows, width]` from the last to the first into the first `width` lanes.
+
+    Writes words downwards from `words[top]`, changes `states` and returns the new top.
+    """
+    x = states[: starts.shape[1]]
+    quotient, is_full = np.empty_like(x), np.empty(len(x), dtype=bool)
+    limits = frequencies << LOW_BITS  # from here on, coding would leave the states' interval
+    gaps = TOTAL - frequencies
+    rows = zip(limits[::-1], frequencies[::-1], gaps[::-1], starts[::-1], strict=True)
+    for limit, frequency, gap, start in rows:
+        np.greater_equal(x, limit, out=is_full)
+        spill = is_full.nonzero()[0]
+        if spill.size:
+            spilled = x[spill]
+            words[top - spill.size : top] = spilled  # keeps the low 16 bits
+            top -= spill.size
+            spilled >>= _WORD_BITS
+            x[spill] = spilled
+        # x // f * M + x % f + s, rearranged so that the remainder is not needed.
+        np.floor_divide(x, frequency, out=quotient)
+        np.multiply(quotient, gap, out=quotient)
+        np.add(x, quotient, out=x)
+        np.add(x, start, out=x)
+    return top
+
+
+class Decoder:
+    """Reads a string of `encode`, one block at a time.
+
+    A block is read as soon as its table indexes are known, which may depend on the blocks before
+    it: this is what a context model needs. Memory is bounded by the string's length, by the blocks
+    asked for, and by the lookup of the tables in use (at most 128 kB each, shared by all decoders
+    of the same tables). A decoder belongs to one thread; the tables may be shared.
+
+        decoder = Decoder(tables, data)
+        first = decoder.take(first_indexes)
+        second = decoder.take(second_indexes)
+        decoder.finish()
+
+    Args:
+        tables: the tables used for encoding, valid (see `CdfTables.validate`).
+        data: the whole string.
+
+    Raises:
+        BitstreamError: the string is damaged; from here, from `take` and from `finish`. After an
+            error the decoder must not be used again.
+    """
+
+    def __init__(self, tables: CdfTables, data: bytes) -> None:
+        self._tables = tables
+        self._lookup = _slot_lookup(tables)
+        self._frequencies = tables.frequencies()
+        if not data:
+            raise BitstreamError("the entropy-coded string is empty")
+        lanes = data[0] + 1
+        escape_bytes, position = _read_length(data, 1)
+        state_bytes = _state_bytes(lanes)
+        if len(data) < position + escape_bytes + state_bytes:
+            raise BitstreamError(
+                f"the entropy-coded string is truncated: {len(data)} bytes, but {lanes} lanes and "
+                f"{escape_bytes} bytes of escapes take {position + escape_bytes + state_bytes}"
+            )
+        self._escapes = _unpack_varints(data[position : position + escape_bytes])
+        self._next_escape = 0
+        position += escape_bytes
+        self._states = _unpack_states(data[position : position + state_bytes], lanes)
+        position += state_bytes
+        if (len(data) - position) % 2:
+            raise BitstreamError("the entropy-coded string ends within a word")
+        self._words = np.frombuffer(data, "<u2", offset=position).astype(np.int64)
+        self._next_word = 0
+
+    def take(self, table_index: np.ndarray) -> np.ndarray:
+        """Decode the next block: one symbol for each table index, int32, of the same shape.
+
+        Raises:
+            BitstreamError: the string ends too early or escapes to an impossible value.
+            InvalidArgumentError: a table index is out of range.
+        """
+        indexes = _check_indexes(self._tables, table_index)
+        self._lookup.prepare(np.unique(indexes))
+        entries = np.empty(len(indexes), dtype=np.int64)
+        lanes = len(self._states)
+        full = len(entries) - len(entries) % lanes
+        rows = (-1, lanes)
+        self._take_rows(indexes[:full].reshape(rows), entries[:full].reshape(rows))
+        self._take_rows(indexes[None, full:], entries[None, full:])
+        return self._to_symbols(entries, indexes).reshape(np.shape(table_index))
+
+    def _take_rows(self, indexes: np.ndarray, entries: np.ndarray) -> None:
+        """Decode rows `[rows, width]` from the first `width` lanes into `entries`."""
+        x = self._states[: indexes.shape[1]]
+        slot, high = np.empty_like(x), np.empty_like(x)
+        within, is_low = np.empty(len(x), self._lookup.entry.dtype), np.empty(len(x), dtype=bool)
+        entry_of_slot, words, next_word = self._lookup.entry, self._words, self._next_word
+        first_slots = indexes << PRECISION
+        first_entries = self._tables.starts.astype(np.int64)[indexes]
+        starts, frequencies = self._tables.cdf.astype(np.int64), self._frequencies
+        start, frequency = np.empty_like(x), np.empty_like(x)
+        # mode="clip" only avoids NumPy's buffering of `out`: every position is in range.
+        for first_slot, first_entry, entry in zip(first_slots, first_entries, entries, strict=True):
+            np.bitwise_and(x, _SLOT_MASK, out=slot)
+            np.right_shift(x, _PRECISION, out=high)
+            np.add(slot, first_slot, out=x)
+            entry_of_slot.take(x, out=within, mode="clip")
+            np.add(first_entry, within, out=entry)
+            frequencies.take(entry, out=frequency, mode="clip")
+            starts.take(entry, out=start, mode="clip")
+            np.multiply(frequency, high, out=x)
+            np.add(x, slot, out=x)
+            np.subtract(x, start, out=x)
+            np.less(x, _LOW, out=is_low)
+            refill = is_low.nonzero()[0]
+            if refill.size:
+                taken = words[next_word : next_word + refill.size]
+                if taken.size < refill.size:
+                    raise BitstreamError("the entropy-coded string ends before its last symbol")
+                next_word += refill.size
+                refilled = x[refill]
+                refilled <<= _WORD_BITS
+                refilled += taken
+                x[refill] = refilled
+        self._next_word = next_word
+
+    def _to_symbols(self, entries: np.ndarray, indexes: np.ndarray) -> np.ndarray:
+        """Symbols of a block, its escaped values filled in from the escape section."""
+        tables = self._tables
+        symbols = entries - tables.starts[indexes] + tables.offsets[indexes]
+        escaped = np.flatnonzero(entries == tables.starts[indexes + 1] - 2)
+        if escaped.size:
+            taken = self._escapes[self._next_escape : self._next_escape + escaped.size]
+            if taken.size < escaped.size:
+                raise BitstreamError("the entropy-coded string has more escapes than values")
+            self._next_escape += escaped.size
+            lowest = tables.offsets[indexes[escaped]].astype(np.int64)
+            highest = lowest + tables.symbol_counts[indexes[escaped]] - 1
+            distance = taken >> 1
+            values = np.where(taken & 1, lowest - 1 - distance, highest + 1 + distance)
+            if values.min() < _INT32.min or values.max() > _INT32.max:
+                raise BitstreamError("an escaped symbol exceeds int32")
+            symbols[escaped] = values
+        return symbols.astype(np.int32)
+
+    def finish(self) -> None:
+        """Check that the string holds no more than was taken.
+
+        Raises:
+            BitstreamError: words or escapes are left over, or a lane is not back where the encoder
+                started it. Damage is thus noticed with a probability that grows with the number of
+                lanes; it is no substitute for a checksum.
+        """
+        if self._next_word != len(self._words):
+            left = len(self._words) - self._next_word
+            raise BitstreamError(f"the entropy-coded string has {left} words left over")
+        if self._next_escape != len(self._escapes):
+            left = len(self._escapes) - self._next_escape
+            raise BitstreamError(f"the entropy-coded string has {left} escaped values left over")
+        if (self._states != LOW).any():
+            raise BitstreamError(
+                "the entropy-coded string is damaged: a lane ends in a wrong state"
+            )
+
+
+def ideal_bits(tables: CdfTables, symbols: np.ndarray, table_index: np.ndarray) -> float:
+    """Information content in bits under the integer tables, the escaped values' bytes included.
+
+    Raises:
+        InvalidArgumentError: as for `encode`.
+    """
+    entries, escapes = _to_entries(tables, *_check_block(tables, symbols, table_index))
+    return _information(tables.frequencies(), entries) + 8 * len(_pack_varints(escapes))
+
+
+def _information(frequencies: np.ndarray, entries: np.ndarray) -> float:
+    """Sum of log2(2**16 / frequency) over entries, in bits."""
+    used = np.bincount(entries, minlength=len(frequencies))
+    occurs = np.flatnonzero(used)
+    return float(used[occurs] @ (PRECISION - np.log2(frequencies[occurs])))
+
+
+def _to_entries(
+    tables: CdfTables, symbols: np.ndarray, indexes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in `tables.cdf` of the symbols' entries `[n]`; escaped values `[escapes]`.
+
+    A symbol outside its table becomes the escape entry and a non-negative value: twice its distance
+    beyond the nearer end of the table (0 for the neighbour), plus one below the lower end.
+    """
+    position = symbols - tables.offsets[indexes]
+    count = tables.symbol_counts[indexes]
+    above, below = position >= count, position < 0
+    escaped = np.where(above, 2 * (position - count), 2 * (-1 - position) + 1)[above | below]
+    position[above | below] = count[above | below]
+    return position + tables.starts[indexes], escaped
+
+
+def _check_indexes(tables: CdfTables, table_index: np.ndarray) -> np.ndarray:
+    """The table indexes, flat, int64 `[n]`, all of them in range."""
+    indexes = np.asarray(table_index)
+    if not np.issubdtype(indexes.dtype, np.integer):
+        raise InvalidArgumentError(f"`table_index` must be integers, got {indexes.dtype}")
+    indexes = indexes.ravel().astype(np.int64)
+    if indexes.size and not (indexes.min() >= 0 and indexes.max() < len(tables)):
+        raise InvalidArgumentError(
+            f"`table_index` must be 0 to {len(tables) - 1}, got {indexes.min()} to {indexes.max()}"
+        )
+    return indexes
+
+
+def _check_block(
+    tables: CdfTables, symbols: np.ndarray, table_index: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Symbols and table indexes, flat, int64 `[n]`, all of them in range."""
+    indexes = _check_indexes(tables, table_index)
+    values = np.asarray(symbols)
+    if values.shape != np.shape(table_index):
+        raise InvalidArgumentError(
+            f"`symbols` must have the shape of `table_index`, {np.shape(table_index)}, "
+            f"got {values.shape}"
+        )
+    if not np.issubdtype(values.dtype, np.integer):
+        raise InvalidArgumentError(f"`symbols` must be integers, got {values.dtype}; round first")
+    if values.size and not (values.min() >= _INT32.min and values.max() <= _INT32.max):
+        raise InvalidArgumentError(
+            f"`symbols` must fit int32, got {values.min()} to {values.max()}"
+        )
+    return values.ravel().astype(np.int64), indexes
+
+
+class _SlotLookup:
+    """For each table, the entry that owns each of the 65536 slots.
+
+    `entry[t << 16 | slot]` counts from the table's first entry. The array is allocated whole, but
+    the operating system provides memory only for the tables that are filled in, on first use.
+    """
+
+    def __init__(self, tables: CdfTables) -> None:
+        # One byte per slot suffices where no table has more than 256 entries.
+        smallest = np.min_scalar_type(int(tables.symbol_counts.max()))
+        self.entry = np.zeros(len(tables) << PRECISION, dtype=smallest)
+        self._tables = weakref.ref(tables)
+        self._filled = np.zeros(len(tables), dtype=bool)
+        self._lock = threading.Lock()
+
+    def prepare(self, indexes: np.ndarray) -> None:
+        """Fill in the tables of `indexes`, where that has not happened yet."""
+        tables = self._tables()
+        assert tables is not None  # the caller holds them
+        with self._lock:
+            for t in indexes[~self._filled[indexes]].tolist():
+                frequency = np.diff(tables.cdf[tables.starts[t] : tables.starts[t + 1]])
+                entry = np.arange(len(frequency)).repeat(frequency)
+                self.entry[t << PRECISION : (t + 1) << PRECISION] = entry
+                self._filled[t] = True
+
+
+# Kept beside the tables, not in them: they stay plain data that can be copied and pickled, and the
+# lookup goes when they go.
+_lookups: "weakref.WeakKeyDictionary[CdfTables, _SlotLookup]" = weakref.WeakKeyDictionary()
+_lookups_lock = threading.Lock()
+
+
+def _slot_lookup(tables: CdfTables) -> _SlotLookup:
+    with _lookups_lock:
+        return _lookups.setdefault(tables, _SlotLookup(tables))
+
+
+def _state_bytes(lanes: int) -> int:
+    return -(-lanes * STATE_BITS // 8)
+
+
+def _pack_states(states: np.ndarray) -> bytes:
+    """STATE_BITS bits per lane, lane 0 lowest, as one little-endian number."""
+    number = sum(int(x) << STATE_BITS * lane for lane, x in enumerate(states))
+    return number.to_bytes(_state_bytes(len(states)), "little")
+
+
+def _unpack_states(data: bytes, lanes: int) -> np.ndarray:
+    """The inverse of `_pack_states`, int64 `[lanes]`; refuses what no encoder writes."""
+    number = int.from_bytes(data, "little")
+    if number >> STATE_BITS * lanes:
+        raise BitstreamError("the entropy-coded string is damaged: padding after the states")
+    mask = (1 << STATE_BITS) - 1
+    states = np.array([number >> STATE_BITS * lane & mask for lane in range(lanes)])
+    if (states < LOW).any():
+        raise BitstreamError("the entropy-coded string is damaged: a lane starts out of range")
+    return states
+
+
+def _pack_varints(values: np.ndarray) -> bytes:
+    """LEB128: seven bits per byte, lowest first; all but a number's last byte have bit 7 set."""
+    packed = bytearray()
+    for value in values.tolist():
+        while value > 0x7F:
+            packed.append(value & 0x7F | 0x80)
+            value >>= 7
+        packed.append(value)
+    return bytes(packed)
+
+
+def _unpack_varints(data: bytes) -> np.ndarray:
+    """The inverse of `_pack_varints`, int64 `[numbers]`; each in at most 5 bytes."""
+    digits = np.frombuffer(data, np.uint8).astype(np.int64)
+    ends = np.flatnonzero(digits < 0x80)
+    if digits.size and (not ends.size or ends[-1] != digits.size - 1):
+        raise BitstreamError("the entropy-coded string is damaged: its escapes end within a number")
+    begins = np.append(0, ends[:-1] + 1)[: ends.size]
+    lengths = ends - begins + 1
+    if ends.size and lengths.max() > _MAX_VARINT_BYTES:
+        raise BitstreamError("the entropy-coded string is damaged: an escaped value is too long")
+    values = np.zeros(ends.size, dtype=np.int64)
+    for k in range(_MAX_VARINT_BYTES):
+        longer = np.flatnonzero(lengths > k)
+        values[longer] |= (digits[begins[longer] + k] & 0x7F) << 7 * k
+    return values
+
+
+def _read_length(data: bytes, position: int) -> tuple[int, int]:
+    """The LEB128 number at `position`, and the position after it."""
+    for end in range(position, min(position + _MAX_VARINT_BYTES, len(data))):
+        if data[end] < 0x80:
+            return int(_unpack_varints(data[position : end + 1])[0]), end + 1
+    raise BitstreamError("the entropy-coded string is damaged: no valid length of its escapes")
