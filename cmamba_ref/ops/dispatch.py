@@ -1,0 +1,119 @@
+"""Which backend runs a scan: argument, default, environment, `auto`, in this order."""
+
+import contextlib
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+
+import torch
+
+from cmamba_ref.errors import BackendUnavailableError, InvalidArgumentError
+
+BACKENDS = ("reference", "chunked", "triton")
+ENVIRONMENT_VARIABLE = "CMAMBA_SCAN_BACKEND"
+
+_logger = logging.getLogger("cmamba_ref.ops")
+_logged_reasons: set[str] = set()
+
+# A plain global: a ContextVar would break torch.compile(fullgraph=True). None: not set.
+_default_backend: str | None = None
+
+
+def _check_name(name: str, argument: str) -> str:
+    if name not in (*BACKENDS, "auto"):
+        valid = ", ".join(repr(known) for known in ("auto", *BACKENDS))
+        raise InvalidArgumentError(
+            f"`{argument}` must be one of {valid}, got {name!r}; correct the name"
+        )
+    return name
+
+
+def get_default_backend() -> str:
+    """The backend of calls that name none: the one set, else CMAMBA_SCAN_BACKEND, else `auto`.
+
+    Raises:
+        InvalidArgumentError: the environment variable holds an unknown name.
+    """
+    if _default_backend is not None:
+        return _default_backend
+    return _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
+
+
+def set_default_backend(name: str | None) -> None:
+    """Sets the backend of calls that name none, in all threads; None goes back to the environment.
+
+    Raises:
+        InvalidArgumentError: unknown name.
+    """
+    global _default_backend
+    _default_backend = None if name is None else _check_name(name, "name")
+
+
+@contextlib.contextmanager
+def scan_backend(name: str) -> Iterator[None]:
+    """Within the `with` block, calls that name no backend use this one (in all threads).
+
+    Raises:
+        InvalidArgumentError: unknown name.
+    """
+    previous = _default_backend
+    set_default_backend(name)
+    try:
+        yield
+    finally:
+        set_default_backend(previous)
+
+
+@torch.compiler.assume_constant_result
+def triton_unavailable_reason(device_type: str) -> str | None:
+    """Why the Triton kernels cannot run on this kind of device, or None when they can."""
+    try:
+        kernels = importlib.import_module("cmamba_ref.kernels")
+    except ModuleNotFoundError as error:
+        if error.name == "cmamba_ref.kernels":
+            return "the Triton kernels are not part of this version yet"
+        return f"the Triton kernels need the module {error.name!r}, which is not installed"
+    return kernels.unavailable_reason(device_type)
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that can run on this machine."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if triton_unavailable_reason(device_type) is None:
+        return BACKENDS
+    return tuple(name for name in BACKENDS if name != "triton")
+
+
+def _log_once(reason: str) -> None:
+    if reason not in _logged_reasons and not torch.compiler.is_compiling():
+        _logged_reasons.add(reason)
+        _logger.info("scans on CUDA tensors use the backend 'chunked': %s", reason)
+
+
+def choose(backend: str, device_type: str) -> str:
+    """The backend that runs a call: `reference`, `chunked` or `triton`.
+
+    Raises:
+        InvalidArgumentError: unknown name.
+        BackendUnavailableError: `triton` was asked for by name and cannot run on this device.
+    """
+    name = _check_name(backend, "backend")
+    if name == "auto":
+        name = get_default_backend()
+    if name == "triton":
+        reason = triton_unavailable_reason(device_type)
+        if reason is not None:
+            raise BackendUnavailableError(
+                f"`backend` must be one that runs on {device_type}, got 'triton': {reason}; "
+                "use backend='auto' or 'chunked'"
+            )
+    if name == "auto":
+        if device_type != "cuda":
+            return "chunked"
+        reason = triton_unavailable_reason(device_type)
+        if reason is None:
+            return "triton"
+        _log_once(reason)
+        return "chunked"
+    return name
