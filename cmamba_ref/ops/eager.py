@@ -3,11 +3,10 @@
 Everything here is ordinary differentiable PyTorch; only the recurrence is a custom operator.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmamba_ref.ops.library import chunked_scan
+from cmamba_ref.ops.library import chunked_scan, chunked_scan_2d
 from cmamba_ref.ops.reference import compute_dtype
 
 
@@ -73,41 +72,13 @@ def selective_scan(
     return y.to(u.dtype).contiguous(), last_state.flatten(2).permute(1, 2, 0)
 
 
-def _sequences(rows: Tensor, columns: Tensor, backward_rows: Tensor, backward_columns: Tensor):
-    """Four maps [B, H, W, F], one per direction, as sequences [H*W, B, 4, F]."""
-    along_rows = [x.permute(1, 2, 0, 3).flatten(0, 1) for x in (rows, backward_rows)]
-    along_columns = [x.permute(2, 1, 0, 3).flatten(0, 1) for x in (columns, backward_columns)]
-    return torch.stack(
-        (along_rows[0], along_columns[0], along_rows[1].flip(0), along_columns[1].flip(0)), dim=2
-    )
-
-
 def selective_scan_2d(
     x: Tensor, proj: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor, D: Tensor | None
 ) -> Tensor:
-    """The four directions as four groups of one scan, then summed on the map."""
+    """Sum of the four directions `[B, H, W, D]` in x's type."""
     dtype = compute_dtype(x.dtype)
-    height, width = x.shape[1:3]
-    rank, n = dt_weight.shape[-1], A.shape[-1]
-
     inputs = x.to(dtype)
-    sequences = _sequences(inputs, inputs, inputs, inputs)  # [L, B, 4, D]
-    r, B, C = _sequences(*proj.to(dtype).unbind(3)).split((rank, n, n), dim=-1)
-    dt = F.softplus(torch.einsum("lbkr,kdr->lbkd", r, dt_weight) + dt_bias)
-
-    state = inputs.new_zeros(n, x.shape[0], *A.shape[:2])
-    y, _, _ = chunked_scan(
-        sequences,
-        dt,
-        A.permute(2, 0, 1),
-        B.permute(0, 3, 1, 2).unsqueeze(-1),
-        C.permute(0, 3, 1, 2).unsqueeze(-1),
-        state,
-    )
-    rows = y[:, :, 0] + y[:, :, 2].flip(0)  # [L, B, D], row-major
-    columns = y[:, :, 1] + y[:, :, 3].flip(0)  # [L, B, D], column-major
-    total = rows.unflatten(0, (height, width)).permute(2, 0, 1, 3)
-    total = total + columns.unflatten(0, (width, height)).permute(2, 1, 0, 3)
+    y, _ = chunked_scan_2d(inputs, proj.to(dtype), A, dt_weight, dt_bias)
     if D is not None:
-        total = total + D.sum(0) * inputs
-    return total.to(x.dtype).contiguous()
+        y = y + D.sum(0) * inputs
+    return y.to(x.dtype)

@@ -1,29 +1,22 @@
-"""Registration of the chunked scan with torch.library: autograd, fake tensors, autocast.
+"""Registration of the chunked scans with torch.library: autograd, fake tensors, autocast.
 
-The public functions prepare their arguments in ordinary PyTorch and call `chunked_scan`, which a
-compiler or an exporter sees as one opaque operator.
+The public functions prepare their arguments in ordinary PyTorch; a compiler or an exporter sees
+each scan as one opaque operator. Both operators also return the state before each block, which
+their backward needs.
 """
 
 import torch
 from torch import Tensor
 
-from cmamba_ref.ops import chunked
+from cmamba_ref.ops import blocks, chunked
 
 
 @torch.library.custom_op("cmamba::chunked_scan", mutates_args=())
 def chunked_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`chunked.scan_forward` as an operator: (y, last state, states before each block)."""
+    """`chunked.scan_forward` as an operator: (y, last state, block starts)."""
     return chunked.scan_forward(u, dt, A, B, C, initial_state)
-
-
-@chunked_scan.register_fake
-def _(u, dt, A, B, C, initial_state):
-    blocks = chunked.block_count(u.shape[0], initial_state.numel())
-    y = u.new_empty(u.shape)
-    last_state = u.new_empty(initial_state.shape)
-    return y, last_state, u.new_empty(blocks, *initial_state.shape)
 
 
 @torch.library.custom_op("cmamba::chunked_scan_backward", mutates_args=())
@@ -35,27 +28,82 @@ def chunked_scan_backward(
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    block_starts: Tensor,
+    starts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`chunked.scan_backward` as an operator: gradients of u, dt, A, B, C, initial_state."""
-    return chunked.scan_backward(grad_y, grad_last, u, dt, A, B, C, block_starts)
+    return chunked.scan_backward(grad_y, grad_last, u, dt, A, B, C, starts)
+
+
+@torch.library.custom_op("cmamba::chunked_scan_2d", mutates_args=())
+def chunked_scan_2d(
+    x: Tensor, proj: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`chunked.scan_2d_forward` as an operator: (y, block starts)."""
+    return chunked.scan_2d_forward(x, proj, A, dt_weight, dt_bias)
+
+
+@torch.library.custom_op("cmamba::chunked_scan_2d_backward", mutates_args=())
+def chunked_scan_2d_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    proj: Tensor,
+    A: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    starts: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`chunked.scan_2d_backward` as an operator: gradients of x, proj, A, dt_weight, dt_bias."""
+    return chunked.scan_2d_backward(grad_y, x, proj, A, dt_weight, dt_bias, starts)
+
+
+def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous fake tensors of the same shapes."""
+    return tuple(x.new_empty(x.shape) for x in tensors)
+
+
+@chunked_scan.register_fake
+def _(u, dt, A, B, C, initial_state):
+    count = blocks.block_count(u.shape[0], initial_state.numel())
+    return *_like(u, initial_state), u.new_empty(count, *initial_state.shape)
 
 
 @chunked_scan_backward.register_fake
-def _(grad_y, grad_last, u, dt, A, B, C, block_starts):
-    first_state = u.new_empty(grad_last.shape)
-    return (*(u.new_empty(x.shape) for x in (u, dt, A, B, C)), first_state)
+def _(grad_y, grad_last, u, dt, A, B, C, starts):
+    return _like(u, dt, A, B, C, grad_last)
+
+
+@chunked_scan_2d.register_fake
+def _(x, proj, A, dt_weight, dt_bias):
+    batch, height, width, channels = x.shape
+    state = (A.shape[2], batch, 4, channels)
+    count = blocks.block_count(height * width, A.numel() * batch)
+    return *_like(x), x.new_empty(count, *state)
+
+
+@chunked_scan_2d_backward.register_fake
+def _(grad_y, x, proj, A, dt_weight, dt_bias, starts):
+    return _like(x, proj, A, dt_weight, dt_bias)
 
 
 def _save(ctx, inputs, output):
     u, dt, A, B, C, _ = inputs
-    block_starts = output[2]
-    ctx.mark_non_differentiable(block_starts)
-    ctx.save_for_backward(u, dt, A, B, C, block_starts)
+    starts = output[2]
+    ctx.mark_non_differentiable(starts)
+    ctx.save_for_backward(u, dt, A, B, C, starts)
 
 
 def _differentiate(ctx, grad_y, grad_last, _):
     return chunked_scan_backward(grad_y, grad_last, *ctx.saved_tensors)
+
+
+def _save_2d(ctx, inputs, output):
+    starts = output[1]
+    ctx.mark_non_differentiable(starts)
+    ctx.save_for_backward(*inputs, starts)
+
+
+def _differentiate_2d(ctx, grad_y, _):
+    return chunked_scan_2d_backward(grad_y, *ctx.saved_tensors)
 
 
 def _refuse_second_derivative(ctx, *grads):
@@ -65,9 +113,11 @@ def _refuse_second_derivative(ctx, *grads):
 
 
 chunked_scan.register_autograd(_differentiate, setup_context=_save)
-chunked_scan_backward.register_autograd(_refuse_second_derivative)
+chunked_scan_2d.register_autograd(_differentiate_2d, setup_context=_save_2d)
+for _operator in (chunked_scan_backward, chunked_scan_2d_backward):
+    _operator.register_autograd(_refuse_second_derivative)
 
-# The operators compute in the type they are given, which the callers made fp32 or fp64.
-for _device in ("cpu", "cuda"):
-    chunked_scan.register_autocast(_device, torch.float32)
-    chunked_scan_backward.register_autocast(_device, torch.float32)
+# Under autocast the operators still compute in fp32 (fp64 arguments stay as they are).
+for _operator in (chunked_scan, chunked_scan_backward, chunked_scan_2d, chunked_scan_2d_backward):
+    for _device in ("cpu", "cuda"):
+        _operator.register_autocast(_device, torch.float32)
