@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 # Floats of one block buffer, of which the backward holds three.
-BLOCK_FLOATS = 128 * 1024
+BLOCK_FLOATS = 256 * 1024
 MAX_BLOCK_LENGTH = 1024
 MIN_BLOCK_LENGTH = 8
 # Floats that one step of the recurrence should update to be worth the call.
@@ -86,6 +86,13 @@ def plan(length: int, state_floats: int) -> list[Block]:
     return blocks
 
 
+class Buffer(NamedTuple):
+    """Scratch memory of one block, whole and step by step."""
+
+    whole: Tensor  # [steps, N, chunks, S, G, D]
+    at: tuple[Tensor, ...]  # its steps, each [N, chunks, S, G, D]
+
+
 class Scratch:
     """Buffers that every block of a scan uses again: decays, states and, backward, gradients."""
 
@@ -93,13 +100,17 @@ class Scratch:
         self._state = state
         floats = (blocks[0].stop - blocks[0].start) * state.numel()  # none is longer than the first
         self._memory = like.new_empty(count, floats)
+        self._cut: dict[tuple[int, int], list[Buffer]] = {}
 
-    def buffers(self, block: Block) -> list[Tensor]:
-        """The buffers as [steps, N, chunks, S, G, D]."""
-        n, *rest = self._state
-        shape = (block.steps, n, block.chunks, *rest)
-        floats = (block.stop - block.start) * self._state.numel()
-        return [flat[:floats].view(shape) for flat in self._memory]
+    def buffers(self, block: Block) -> list[Buffer]:
+        """The buffers, cut for this block. Blocks of one form share the views: they cost time."""
+        form = (block.chunks, block.steps)
+        if form not in self._cut:
+            n, *rest = self._state
+            floats = block.chunks * block.steps * self._state.numel()
+            wholes = self._memory[:, :floats].unflatten(1, (block.steps, n, block.chunks, *rest))
+            self._cut[form] = [Buffer(whole, whole.unbind(0)) for whole in wholes]
+        return self._cut[form]
 
 
 def _sum_over_n(x: Tensor, weights: Tensor) -> Tensor:
@@ -128,7 +139,7 @@ def _chunk_decay(dt: Tensor, A: Tensor) -> Tensor:
 
 
 def run_states(
-    dt: Tensor, dtu: Tensor, A: Tensor, B: Tensor, first: Tensor, decay: Tensor, states: Tensor
+    dt: Tensor, dtu: Tensor, A: Tensor, B: Tensor, first: Tensor, decay: Buffer, states: Buffer
 ) -> Tensor:
     """Fills the buffers decay and states of a block.
 
@@ -141,32 +152,31 @@ def run_states(
     Returns:
         State before each chunk `[N, chunks, S, G, D]`.
     """
-    torch.mul(dt, A, out=decay)
-    decay.exp_()
-    torch.mul(dtu, B, out=states)
+    torch.mul(dt, A, out=decay.whole)
+    decay.whole.exp_()
+    torch.mul(dtu, B, out=states.whole)
 
-    decay_at, state_at = decay.unbind(0), states.unbind(0)
-    if states.shape[2] == 1:
+    if states.whole.shape[2] == 1:
         starts = first.unsqueeze(1)
     else:
-        ends = state_at[0].clone()
-        for a, bu in zip(decay_at[1:], state_at[1:], strict=True):
+        ends = states.at[0].clone()
+        for a, bu in zip(decay.at[1:], states.at[1:], strict=True):
             torch.addcmul(bu, a, ends, out=ends)
         starts = _carry(first, ends, _chunk_decay(dt, A))
 
     state = starts
-    for a, bu in zip(decay_at, state_at, strict=True):
+    for a, bu in zip(decay.at, states.at, strict=True):
         state = bu.addcmul_(a, state)
     return starts
 
 
 def forward_block(
-    dt: Tensor, dtu: Tensor, A: Tensor, B: Tensor, C: Tensor, first: Tensor, buffers: list[Tensor]
+    dt: Tensor, dtu: Tensor, A: Tensor, B: Tensor, C: Tensor, first: Tensor, buffers: list[Buffer]
 ) -> tuple[Tensor, Tensor]:
     """Output `[steps, 1, chunks, S, G, D]` and last state `[N, S, G, D]`; arguments as above."""
     decay, states = buffers
     run_states(dt, dtu, A, B, first, decay, states)
-    return _sum_over_n(states, C), states[-1, :, -1].clone()
+    return _sum_over_n(states.whole, C), states.at[-1][:, -1].clone()
 
 
 class BlockGradients(NamedTuple):
@@ -189,7 +199,7 @@ def backward_block(
     B: Tensor,
     C: Tensor,
     first: Tensor,
-    buffers: list[Tensor],
+    buffers: list[Buffer],
 ) -> BlockGradients:
     """Gradients of a block from those of its output and of its last state.
 
@@ -200,31 +210,31 @@ def backward_block(
     decay, states, grads = buffers
     starts = run_states(dt, dtu, A, B, first, decay, states)
 
-    torch.mul(grad_y, C, out=grads)
-    decay_at, grad_at = decay.unbind(0), grads.unbind(0)
-    decay_after = decay_at[1:]  # decay_after[t] lies between steps t and t + 1
-    if states.shape[2] == 1:
-        grad_at[-1].add_(grad_last.unsqueeze(1))
+    torch.mul(grad_y, C, out=grads.whole)
+    last, earlier = grads.at[-1], grads.at[-2::-1]
+    decay_after = decay.at[:0:-1]  # of the step that follows each of the earlier ones
+    if states.whole.shape[2] == 1:
+        last.add_(grad_last.unsqueeze(1))
     else:
-        ends = grad_at[-1].clone()
-        for g, a in zip(grad_at[-2::-1], decay_after[::-1], strict=True):
+        ends = last.clone()
+        for g, a in zip(earlier, decay_after, strict=True):
             torch.addcmul(g, a, ends, out=ends)
-        ends *= decay_at[0]
+        ends *= decay.at[0]
         # The same carry as in the forward, from the last chunk to the first.
-        decay_of_chunk = _chunk_decay(dt, A)
-        grad_at[-1].add_(_carry(grad_last, ends.flip(1), decay_of_chunk.flip(1)).flip(1))
-    grad = grad_at[-1]
-    for g, a in zip(grad_at[-2::-1], decay_after[::-1], strict=True):
+        chunk_decay = _chunk_decay(dt, A)
+        last.add_(_carry(grad_last, ends.flip(1), chunk_decay.flip(1)).flip(1))
+    grad = last
+    for g, a in zip(earlier, decay_after, strict=True):
         grad = g.addcmul_(a, grad)
 
     # Each buffer is overwritten by products to sum, as soon as nothing else needs it.
-    exponent = decay.mul_(grads)
+    exponent = decay.whole.mul_(grads.whole)
     grad_first = exponent[0, :, 0].clone()
     exponent[0].mul_(starts)
-    exponent[1:].mul_(states[:-1])
+    exponent[1:].mul_(states.whole[:-1])
     grad_dt = _sum_over_n(exponent, A)
     grad_A = exponent.mul_(dt).sum(0)
-    grad_dtu = _sum_over_n(grads, B)
-    grad_B = grads.mul_(dtu).sum_to_size(B.shape)
-    grad_C = states.mul_(grad_y).sum_to_size(C.shape)
+    grad_dtu = _sum_over_n(grads.whole, B)
+    grad_B = grads.whole.mul_(dtu).sum_to_size(B.shape)
+    grad_C = states.whole.mul_(grad_y).sum_to_size(C.shape)
     return BlockGradients(grad_dt, grad_dtu, grad_A, grad_B, grad_C, grad_first)

@@ -86,19 +86,25 @@ def _(grad_y, x, proj, A, dt_weight, dt_bias, starts):
 
 
 def _save(ctx, inputs, output):
-    u, dt, A, B, C, _ = inputs
     starts = output[2]
     ctx.mark_non_differentiable(starts)
-    ctx.save_for_backward(u, dt, A, B, C, starts)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:5], starts)
 
 
 def _differentiate(ctx, grad_y, grad_last, _):
+    u, *_, starts = ctx.saved_tensors
+    if grad_y is None:
+        grad_y = u.new_zeros(u.shape)
+    if grad_last is None:
+        grad_last = starts.new_zeros(starts.shape[1:])
     return chunked_scan_backward(grad_y, grad_last, *ctx.saved_tensors)
 
 
 def _save_2d(ctx, inputs, output):
     starts = output[1]
     ctx.mark_non_differentiable(starts)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, starts)
 
 
