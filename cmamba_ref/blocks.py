@@ -1,0 +1,93 @@
+"""The blocks of the transforms: a local path, a global path, and CA-SSM, which fuses the two."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cmamba_ref.ss2d import SS2D
+
+
+class ResBlock(nn.Module):
+    """The local path: `x + conv3x3(LeakyReLU(conv3x3(x)))` on `[B, C, H, W]`.
+
+    The paper names a ResBlock and does not define it; two 3x3 convolutions are our choice.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.act = nn.LeakyReLU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.act(self.conv1(x)))
+
+
+class VSSBlock(nn.Module):
+    """The global path: VMamba's `x + SS2D(LayerNorm(x))` on `[B, C, H, W]`, without an FFN."""
+
+    def __init__(self, channels: int, *, d_state: int, ssm_ratio: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.ss2d = SS2D(channels, d_state=d_state, ssm_ratio=ssm_ratio)
+
+    def forward(self, x: Tensor) -> Tensor:
+        channel_last = x.permute(0, 2, 3, 1)
+        return x + self.ss2d(self.norm(channel_last)).permute(0, 3, 1, 2)
+
+
+class CASSM(nn.Module):
+    """Content-adaptive SSM: global and local path over the same features, fused by content.
+
+    The paper: global max pooling and an MLP give attention weights alpha and beta, and
+    `out = w(alpha * F_ssm + beta * F_cnn)` with a learned projection w.  Our choices, where the paper
+    is silent: the pooled map is the sum of both paths, the weights are per channel, and a softmax
+    over the two branches makes them sum to one.
+    """
+
+    def __init__(
+        self, channels: int, *, d_state: int, ssm_ratio: float, fusion_reduction: int
+    ) -> None:
+        super().__init__()
+        self.ssm = VSSBlock(channels, d_state=d_state, ssm_ratio=ssm_ratio)
+        self.cnn = ResBlock(channels)
+        hidden = max(1, channels // fusion_reduction)
+        self.attention = nn.Sequential(
+            nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, 2 * channels)
+        )
+        self.w = nn.Conv2d(channels, channels, 1)
+        # Both paths are residual; with w the identity a fresh block is close to one as well.
+        nn.init.dirac_(self.w.weight)
+        nn.init.zeros_(self.w.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, C, H, W]` to `[B, C, H, W]`."""
+        f_ssm, f_cnn = self.ssm(x), self.cnn(x)
+        alpha, beta = self.fusion_weights(f_ssm, f_cnn)
+        return self.w(alpha * f_ssm + beta * f_cnn)
+
+    def fusion_weights(self, f_ssm: Tensor, f_cnn: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention weights alpha and beta, each `[B, C, 1, 1]` in 0...1, with alpha + beta = 1."""
+        pooled = (f_ssm + f_cnn).amax(dim=(2, 3))
+        weights = self.attention(pooled).unflatten(1, (2, -1)).softmax(dim=1)
+        alpha, beta = weights[..., None, None].unbind(dim=1)
+        return alpha, beta
+
+
+def stage(
+    channels: int,
+    depth: int,
+    *,
+    ssm: bool,
+    d_state: int,
+    ssm_ratio: float,
+    fusion_reduction: int,
+) -> list[nn.Module]:
+    """`depth` CA-SSM blocks, or ResBlocks where a stage has no global path."""
+    if not ssm:
+        return [ResBlock(channels) for _ in range(depth)]
+    return [
+        CASSM(channels, d_state=d_state, ssm_ratio=ssm_ratio, fusion_reduction=fusion_reduction)
+        for _ in range(depth)
+    ]

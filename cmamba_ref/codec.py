@@ -1,0 +1,109 @@
+"""Pictures to bytes and back: what a file of this codec is made of."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+
+from cmamba_ref.bitstream import Container
+from cmamba_ref.errors import BitstreamError, InvalidArgumentError
+from cmamba_ref.model import MULTIPLE, CMamba
+
+DEFAULT_MODEL = "tiny"
+DEFAULT_QUALITY = 4.0
+# Larger pictures are refused, when encoding and before anything is allocated when decoding.
+DEFAULT_MAX_PIXELS = 100_000_000
+
+
+@functools.cache
+def default_model() -> CMamba:
+    """The model that ships with the package, loaded once, on the CPU."""
+    return CMamba.from_pretrained(DEFAULT_MODEL)
+
+
+def encode(
+    model: CMamba | None,
+    image: np.ndarray,
+    quality: float | None = None,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> bytes:
+    """Encode a picture.
+
+    Args:
+        model: `None` for the model that ships.
+        image: uint8 `[H, W, 3]` in sRGB, or `[H, W]` grey; any size up to `max_pixels`.
+        quality: 1 (small) to 8 (good), any number in between in steps of 0.01; `None` for the
+            default of 4, or for a model of one rate.
+        max_pixels: refuse larger pictures.
+
+    Returns:
+        the bytes of a `.cmb` file, see docs/format.md.
+
+    Raises:
+        InvalidArgumentError: wrong shape, type, size or quality.
+    """
+    model = model or default_model()
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise InvalidArgumentError(
+            f"`image` must be uint8 [H, W, 3] or [H, W], got {image.dtype}{list(image.shape)}; "
+            "convert it to 8-bit RGB first"
+        )
+    height, width = image.shape[:2]
+    if not 0 < height * width <= max_pixels:
+        raise InvalidArgumentError(
+            f"`image` must have 1 to {max_pixels} pixels, got {width}x{height}; "
+            "raise `max_pixels` if there is the memory"
+        )
+    if quality is None and model.gain is not None:
+        quality = DEFAULT_QUALITY
+    grey = image.ndim == 2
+    rgb = np.stack([image] * 3, axis=-1) if grey else np.ascontiguousarray(image)
+    x = torch.from_numpy(rgb).permute(2, 0, 1)[None].float() / 255
+    (y,), (z,) = model.compress(x, quality)["strings"]
+    return Container(model.model_id, width, height, grey, y, z).pack()
+
+
+def decode(
+    data: bytes, model: CMamba | None = None, *, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> np.ndarray:
+    """Decode a picture.
+
+    Args:
+        data: the bytes of a `.cmb` file.
+        model: the model it was encoded with; `None` for the one that ships.
+        max_pixels: refuse files that declare more.
+
+    Returns:
+        uint8 `[H, W, 3]`, or `[H, W]` where the encoded picture was grey.
+
+    Raises:
+        BitstreamError: damaged, truncated, of another model, or too large.
+    """
+    container = Container.unpack(data)
+    model = model or default_model()
+    if container.model_id != model.model_id:
+        raise BitstreamError(
+            f"the file was made by model {container.model_id.hex()}, this is "
+            f"{model.config.name!r} {model.model_id.hex()}; decode with the model it was made by"
+        )
+    if container.width * container.height > max_pixels:
+        raise BitstreamError(
+            f"the file declares {container.width}x{container.height} pixels, more than the limit "
+            f"of {max_pixels}; raise `max_pixels` if you trust it"
+        )
+    rows, columns = -(-container.height // MULTIPLE), -(-container.width // MULTIPLE)
+    needed = model.fewest_payload_bytes((rows, columns))
+    if len(container.y) + len(container.z) < needed:
+        raise BitstreamError(
+            f"a payload of {len(container.y) + len(container.z)} bytes cannot hold "
+            f"{container.width}x{container.height} pixels, which need at least {needed}"
+        )
+    y_bar, quality = model.decode_latent([[container.y], [container.z]], (rows, columns))
+    x_hat = model.reconstruct(y_bar, quality)[0, :, : container.height, : container.width]
+    rgb = (x_hat.float() * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
+    if container.grey:
+        return np.rint(rgb.mean(axis=2)).astype(np.uint8)
+    return np.ascontiguousarray(rgb)

@@ -1,0 +1,102 @@
+"""The context model: CAE and latent residual prediction, slice by slice.
+
+y is coded in groups of channels (slices).  For slice i, with everything decoded so far,
+
+    t      = w_sq([Phi', y_bar_<i])          # squeeze
+    F_ssm  = SS2D(LN(t)) + t                 # all of space in one pass
+    Phi_i  = w_ffn(LN(F_ssm)) + F_ssm        # -> mean and log-scale of every element of the slice
+    y_bar_i = y_hat_i + LRP(...)             # latent residual prediction
+
+One loop (`ContextModel.forward`) serves training, compression and decompression; what differs is
+only what happens to a slice once its distribution is known, and that is passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from cmamba_ref.config import CMambaConfig
+from cmamba_ref.entropy.precision import StoredPrecision
+from cmamba_ref.ss2d import SS2D
+
+# (slice number, means, log-scales) -> y_hat of the slice, all `[B, M/slices, h, w]`
+CodeSlice = Callable[[int, Tensor, Tensor], Tensor]
+
+
+class CAE(nn.Module):
+    """Context-aware entropy model of one slice: context to means and log-scales.
+
+    Deviation from the paper: its equation ends at Phi_i, which ties the width to twice the slice's
+    channels.  We widen to `cae_width` and add a linear head; `cae_width=None` is the literal form.
+    """
+
+    def __init__(self, config: CMambaConfig, context_channels: int) -> None:
+        super().__init__()
+        out_channels = 2 * config.slice_channels
+        width = out_channels if config.cae_width is None else config.cae_width
+        self.w_sq = nn.Linear(context_channels, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.ss2d = SS2D(width, d_state=config.d_state, ssm_ratio=config.ssm_ratio)
+        self.norm2 = nn.LayerNorm(width)
+        self.w_ffn = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+        literal = config.cae_width is None
+        self.head = nn.Identity() if literal else nn.Linear(width, out_channels)
+
+    def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Map `[B, context_channels, h, w]` to means and log-scales, each `[B, M/slices, h, w]`."""
+        t = self.w_sq(context.permute(0, 2, 3, 1))
+        f_ssm = self.ss2d(self.norm1(t)) + t
+        phi = self.w_ffn(self.norm2(f_ssm)) + f_ssm
+        means, log_scales = self.head(phi).permute(0, 3, 1, 2).chunk(2, dim=1)
+        return means, log_scales
+
+
+class LRP(nn.Module):
+    """Latent residual prediction (Minnen & Singh 2020): an estimate of `y - y_hat` in (-0.5, 0.5)."""
+
+    def __init__(self, config: CMambaConfig, context_channels: int) -> None:
+        super().__init__()
+        hidden1, hidden2 = config.lrp_widths
+        self.layers = nn.Sequential(
+            nn.Conv2d(context_channels, hidden1, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(hidden1, hidden2, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(hidden2, config.slice_channels, 3, padding=1),
+        )
+
+    def forward(self, context: Tensor) -> Tensor:
+        """Map `[B, context_channels, h, w]` to a residual `[B, M/slices, h, w]`."""
+        return 0.5 * torch.tanh(self.layers(context))
+
+
+class ContextModel(StoredPrecision):
+    """All slices: from Phi' and whatever codes one slice, to y_bar."""
+
+    def __init__(self, config: CMambaConfig) -> None:
+        super().__init__()
+        m, width = config.latent_channels, config.slice_channels
+        self.cae = nn.ModuleList(CAE(config, 2 * m + width * i) for i in range(config.slices))
+        self.lrp = nn.ModuleList(LRP(config, m + width * (i + 1)) for i in range(config.slices))
+
+    def forward(self, phi: tuple[Tensor, Tensor], code_slice: CodeSlice) -> Tensor:
+        """Code every slice in turn and return y_bar `[B, M, h, w]`.
+
+        Args:
+            phi: the two halves of Phi' from h_s, each `[B, M, h, w]`.
+            code_slice: called once per slice with its number, means and log-scales; returns y_hat of
+                that slice.  Training quantises there, the encoder quantises and notes the symbols,
+                the decoder reads the symbols.
+        """
+        phi_mean, phi_scale = phi
+        y_bar: list[Tensor] = []
+        for i, (cae, lrp) in enumerate(zip(self.cae, self.lrp, strict=True)):
+            means, log_scales = cae(torch.cat([phi_mean, phi_scale, *y_bar], dim=1))
+            y_hat = code_slice(i, means, log_scales)
+            y_bar.append(y_hat + lrp(torch.cat([phi_mean, *y_bar, y_hat], dim=1)))
+        return torch.cat(y_bar, dim=1)

@@ -1,0 +1,1 @@
+"""Entropy models (factorised prior, Gaussian conditional), integer tables and the rANS coder."""

@@ -1,0 +1,102 @@
+"""The factorised prior of the hyper latent z (Ballé et al. 2018, appendix 6.1)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cmamba_ref.entropy.bounds import LIKELIHOOD_MIN, lower_bound
+from cmamba_ref.entropy.precision import StoredPrecision
+from cmamba_ref.entropy.stored_tables import TableBuffers
+from cmamba_ref.entropy.tables import tables_from_pmfs
+
+# Widths of the small monotone network that is each channel's cumulative distribution.
+FILTERS = (3, 3, 3)
+INIT_SCALE = 10.0
+# Mass left outside the outer quantiles; what falls there is coded as an escape.
+TAIL_MASS = 1e-5
+# A table never spans more integers than this on either side of the median.
+MAX_REACH = 512
+
+
+class FactorizedPrior(StoredPrecision):
+    """One learned density per channel, the same at every position.
+
+    Args:
+        channels: channels Z of z.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        widths = (1, *FILTERS, 1)
+        scale = INIT_SCALE ** (1 / (len(FILTERS) + 1))
+        self.matrices = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        self.factors = nn.ParameterList()
+        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+            init = math.log(math.expm1(1 / scale / fan_out))
+            self.matrices.append(nn.Parameter(torch.full((channels, fan_out, fan_in), init)))
+            self.biases.append(nn.Parameter(torch.rand(channels, fan_out, 1) - 0.5))
+        for width in FILTERS:
+            self.factors.append(nn.Parameter(torch.zeros(channels, width, 1)))
+        # Lower tail, median and upper tail of each channel, learned by `aux_loss` alone.
+        self.quantiles = nn.Parameter(
+            torch.tensor([-INIT_SCALE, 0.0, INIT_SCALE]).repeat(channels, 1)
+        )
+        self.stored = TableBuffers()
+
+    @property
+    def medians(self) -> Tensor:
+        """Median of every channel, `[Z, 1, 1]`: z is quantised to integer distances from it."""
+        return self.quantiles.detach()[:, 1, None, None]
+
+    def likelihood(self, z: Tensor) -> Tensor:
+        """Probability mass of the unit interval around each element of `z` `[B, Z, h, w]`."""
+        values = z.transpose(0, 1).flatten(1).unsqueeze(1)  # [Z, 1, B*h*w]
+        likelihood = lower_bound(self._interval_mass(values), LIKELIHOOD_MIN)
+        batch, _, height, width = z.shape
+        return likelihood.unflatten(2, (batch, height, width)).squeeze(1).transpose(0, 1)
+
+    def aux_loss(self) -> Tensor:
+        """Distance of the stored quantiles from the density's, a scalar."""
+        logit_tail = math.log(2 / TAIL_MASS - 1)
+        target = self.quantiles.new_tensor([-logit_tail, 0.0, logit_tail])
+        return (self._logit_cdf(self.quantiles.unsqueeze(1), frozen=True) - target).abs().sum()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Make the integer table of every channel from its density."""
+        reach_down = (self.quantiles[:, 1] - self.quantiles[:, 0]).ceil().clamp(1, MAX_REACH).int()
+        reach_up = (self.quantiles[:, 2] - self.quantiles[:, 1]).ceil().clamp(1, MAX_REACH).int()
+        symbols = torch.arange(-MAX_REACH, MAX_REACH + 1, device=self.quantiles.device)
+        mass = self._interval_mass(self.quantiles[:, 1:2, None] + symbols)[:, 0].double().cpu()
+        pmfs = []
+        for channel, (down, up) in enumerate(
+            zip(reach_down.tolist(), reach_up.tolist(), strict=True)
+        ):
+            pmf: np.ndarray = mass[channel, MAX_REACH - down : MAX_REACH + up + 1].numpy()
+            pmfs.append((-down, pmf, max(0.0, 1.0 - float(pmf.sum()))))
+        self.stored.store(tables_from_pmfs(pmfs))
+
+    def _interval_mass(self, values: Tensor) -> Tensor:
+        lower = self._logit_cdf(values - 0.5)
+        upper = self._logit_cdf(values + 0.5)
+        # sigmoid(a) - sigmoid(b) is accurate where both are small: mirror the upper half.
+        sign = -torch.sign(lower + upper).detach()
+        return (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs()
+
+    def _logit_cdf(self, values: Tensor, frozen: bool = False) -> Tensor:
+        """Logit of the cumulative distribution at `values` `[Z, 1, n]`."""
+        logits = values
+        for k, (matrix, bias) in enumerate(zip(self.matrices, self.biases, strict=True)):
+            if frozen:
+                matrix, bias = matrix.detach(), bias.detach()
+            logits = F.softplus(matrix) @ logits + bias
+            if k < len(self.factors):
+                factor = self.factors[k].detach() if frozen else self.factors[k]
+                logits = logits + torch.tanh(factor) * torch.tanh(logits)
+        return logits

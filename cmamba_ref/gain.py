@@ -1,0 +1,44 @@
+"""One model for all qualities: gain and inverse-gain vectors (Cui et al. 2021), not in the paper."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cmamba_ref.config import CMambaConfig
+
+
+class GainUnits(nn.Module):
+    """A gain per latent channel and quality, interpolated between whole qualities.
+
+    A larger gain spreads y over more integers: finer quantisation, more bits.  The hyperprior, the
+    CAE and the LRP all work on the scaled latent; the inverse gain applies to y_bar, after LRP.
+    Gains are kept as logarithms, so that interpolation is geometric and gains stay positive.
+    """
+
+    def __init__(self, config: CMambaConfig) -> None:
+        super().__init__()
+        lmbdas = torch.tensor(config.lmbdas)
+        # At high rate the best step size goes with lambda^(-1/2); start from there.
+        log_gain = 0.5 * (lmbdas.log() - lmbdas.log().mean())
+        shape = (len(config.lmbdas), config.latent_channels)
+        self.log_gain = nn.Parameter(log_gain[:, None].expand(shape).clone())
+        self.log_inverse_gain = nn.Parameter(-log_gain[:, None].expand(shape).clone())
+        self.register_buffer("log_lmbdas", lmbdas.log(), persistent=False)
+
+    def forward(self, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """Gain and inverse gain, each `[B, M, 1, 1]`, for qualities `[B]` in 1...Q."""
+        gain = _interpolate(self.log_gain, quality).exp()
+        inverse = _interpolate(self.log_inverse_gain, quality).exp()
+        return gain[..., None, None], inverse[..., None, None]
+
+    def lmbda(self, quality: Tensor) -> Tensor:
+        """The trade-off that a quality was trained for, `[B]` to `[B]`."""
+        return _interpolate(self.log_lmbdas[:, None], quality).exp()[:, 0]
+
+
+def _interpolate(table: Tensor, quality: Tensor) -> Tensor:
+    position = quality.to(table.dtype) - 1
+    low = position.floor().clamp(0, table.shape[0] - 2).long()
+    weight = (position - low)[:, None]
+    return table[low] * (1 - weight) + table[low + 1] * weight

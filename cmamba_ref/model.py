@@ -1,0 +1,437 @@
+"""CMamba: the whole model, with CompressAI's protocol.
+
+    y = g_a(x)            z = h_a(y)            z_hat = Q(z)        Phi' = h_s(z_hat)
+    y_hat, y_bar  slice by slice from Phi' (cmamba_ref.context)     x_hat = g_s(y_bar)
+
+Names are the field's: `g_a g_s h_a h_s y y_hat y_bar z z_hat x_hat`, as in the paper.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cmamba_ref import weights
+from cmamba_ref.bitstream import LatentPrefix, pack_latent, symbols_crc, unpack_latent
+from cmamba_ref.config import CONFIGS, CMambaConfig
+from cmamba_ref.context import ContextModel
+from cmamba_ref.entropy import rans
+from cmamba_ref.entropy.bounds import ste_round
+from cmamba_ref.entropy.factorized import FactorizedPrior
+from cmamba_ref.entropy.gaussian import GaussianConditional, choose_shift, scale_index
+from cmamba_ref.entropy.precision import float64_copy
+from cmamba_ref.errors import BitstreamError, CMambaError, InvalidArgumentError
+from cmamba_ref.gain import GainUnits
+from cmamba_ref.transforms import Analysis, HyperAnalysis, HyperSynthesis, Synthesis
+
+# z lives at H/64: pictures are padded to a multiple of this.
+MULTIPLE = 64
+# Qualities are stored as hundredths, so that every machine computes the same gain from a file.
+QUALITY_UNITS = 100
+
+
+class ForwardOutput(TypedDict):
+    """`x_hat` `[B, 3, H, W]`; likelihoods of y and z of the padded picture."""
+
+    x_hat: Tensor
+    likelihoods: dict[str, Tensor]
+
+
+class CompressOutput(TypedDict):
+    """`strings`: `[y strings, z strings]`, one of each per picture; `shape`: of z, `(h, w)`."""
+
+    strings: list[list[bytes]]
+    shape: tuple[int, int]
+
+
+class CMamba(nn.Module):
+    """The CMamba codec (Wu et al. 2025, arXiv 2502.04988), re-derived to its published totals.
+
+    Args:
+        config: a `CMambaConfig` or the name of one: "base", "small", "tiny".
+    """
+
+    def __init__(self, config: CMambaConfig | str = "base") -> None:
+        super().__init__()
+        if isinstance(config, str):
+            if config not in CONFIGS:
+                raise InvalidArgumentError(
+                    f"`config` must be one of {sorted(CONFIGS)} or a CMambaConfig, got {config!r}"
+                )
+            config = CONFIGS[config]
+        self.config = config
+        self.g_a = Analysis(config)
+        self.g_s = Synthesis(config)
+        self.h_a = HyperAnalysis(config)
+        self.h_s = HyperSynthesis(config)
+        self.context = ContextModel(config)
+        self.entropy_bottleneck = FactorizedPrior(config.hyper_widths[-1])
+        self.gaussian_conditional = GaussianConditional()
+        self.gain = GainUnits(config) if config.variable_rate else None
+        self._coding_path: tuple[object, nn.ModuleDict] | None = None
+        self._known_id: tuple[object, bytes] | None = None
+
+    # ---------------------------------------------------------------- training and estimation
+
+    def forward(self, x: Tensor, quality: Tensor | float | None = None) -> ForwardOutput:
+        """Reconstruct pictures and give the likelihoods of their latents.
+
+        In training mode the rate is that of latents with uniform noise, and quantisation is
+        straight-through everywhere else; in eval mode latents are rounded for both.
+
+        Args:
+            x: pictures `[B, 3, H, W]` in 0...1, any H, W >= 1; padded inside, by replication, to a
+                multiple of 64 (likelihoods are those of the padded picture).
+            quality: for a variable-rate model, 1...Q, one number or one per picture `[B]`.
+        """
+        _check_pictures(x)
+        height, width = x.shape[-2:]
+        y, inverse_gain = self._analyse(pad(x), quality)
+        z = self.h_a(y)
+        with _full_precision(x):
+            stored = self.context.lrp[0].layers[0].weight.dtype  # type: ignore[union-attr, index]
+            y, z = y.to(stored), z.to(stored)
+            medians = self.entropy_bottleneck.medians
+            z_hat = ste_round(z - medians) + medians
+            z_likelihood = self.entropy_bottleneck.likelihood(_noisy(z) if self.training else z_hat)
+            y_slices = y.chunk(self.config.slices, dim=1)
+            y_likelihoods = []
+
+            def quantise(i: int, means: Tensor, log_scales: Tensor) -> Tensor:
+                y_hat = ste_round(y_slices[i] - means) + means
+                seen = _noisy(y_slices[i]) if self.training else y_hat
+                y_likelihoods.append(
+                    self.gaussian_conditional.likelihood(seen, means, log_scales)
+                )
+                return y_hat
+
+            y_bar = self.context(self.h_s(z_hat), quantise)
+        x_hat = self._synthesise(y_bar, inverse_gain)
+        return {
+            "x_hat": x_hat[..., :height, :width],
+            "likelihoods": {"y": torch.cat(y_likelihoods, dim=1), "z": z_likelihood},
+        }
+
+    def aux_loss(self) -> Tensor:
+        """Loss of the factorised prior's quantiles, for an optimiser of their own."""
+        return self.entropy_bottleneck.aux_loss()
+
+    # ---------------------------------------------------------------- coding
+
+    def update(self, force: bool = False) -> bool:
+        """Make the integer entropy tables once after training; loaded tables are never altered.
+
+        Args:
+            force: make them again, after further training.  Files written before can then no longer
+                be read with this model.
+
+        Returns:
+            whether tables were made.
+        """
+        have_tables = self.gaussian_conditional.stored.filled
+        if have_tables and not force:
+            return False
+        self.entropy_bottleneck.update()
+        self.gaussian_conditional.update()
+        return True
+
+    @torch.no_grad()
+    def compress(self, x: Tensor, quality: float | None = None) -> CompressOutput:
+        """Code pictures into strings.
+
+        Args:
+            x: pictures `[B, 3, H, W]` in 0...1, padded by replication to a multiple of 64; what
+                `decompress` returns has the padded size.
+            quality: for a variable-rate model, 1...Q.
+
+        Raises:
+            InvalidArgumentError: wrong shape or quality.
+            CMambaError: x, the weights or the latents hold NaN or infinity.
+            WeightsError: the model has no entropy tables; call `update()`.
+        """
+        _check_pictures(x)
+        quality = self.check_quality(quality)
+        y_tables = self.gaussian_conditional.stored.tables()
+        z_tables = self.entropy_bottleneck.stored.tables()
+        y, _ = self._analyse(pad(x), quality)
+        z = self.h_a(y)
+        coding, device = self._coding()
+        with _full_precision(x):
+            y, z = y.to(device, torch.float64), z.to(device, torch.float64)
+            medians = self._medians(device)
+            z_symbols = _to_symbols(z - medians, "z")
+            y_slices = y.chunk(self.config.slices, dim=1)
+            y_symbols: list[Tensor] = []
+            all_log_scales: list[Tensor] = []
+
+            def quantise(i: int, means: Tensor, log_scales: Tensor) -> Tensor:
+                symbols = _to_symbols(y_slices[i] - means, "y")
+                y_symbols.append(symbols)
+                all_log_scales.append(log_scales)
+                return symbols + means
+
+            coding["context"](coding["h_s"](z_symbols + medians), quantise)
+
+        y_strings, z_strings = [], []
+        z_index = self._z_index(z.shape[-2:])
+        for b in range(x.shape[0]):
+            z_block = _flat(z_symbols[b])
+            y_blocks = [_flat(symbols[b]) for symbols in y_symbols]
+            shift = choose_shift(torch.cat([s[b] for s in all_log_scales]))
+            indexes = [_flat(scale_index(s[b], shift)) for s in all_log_scales]
+            prefix = LatentPrefix(
+                quality=0 if quality is None else round(quality * QUALITY_UNITS),
+                shift=shift,
+                crc=symbols_crc([z_block, *y_blocks]),
+            )
+            coded = rans.encode(y_tables, list(zip(y_blocks, indexes, strict=True)))
+            y_strings.append(pack_latent(prefix, coded))
+            z_strings.append(rans.encode(z_tables, [(z_block, z_index)]))
+        return {"strings": [y_strings, z_strings], "shape": (z.shape[-2], z.shape[-1])}
+
+    @torch.no_grad()
+    def decompress(
+        self, strings: list[list[bytes]], shape: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Decode strings into pictures.
+
+        Args:
+            strings: `[y strings, z strings]` as `compress` returned them.
+            shape: of z, `(h, w)`.
+
+        Returns:
+            `x_hat`: `[B, 3, 64 h, 64 w]` in 0...1.
+
+        Raises:
+            BitstreamError: a string is damaged, or was made by another model.
+        """
+        y_bar, quality = self.decode_latent(strings, shape)
+        return {"x_hat": self.reconstruct(y_bar, quality)}
+
+    @torch.no_grad()
+    def decode_latent(
+        self, strings: list[list[bytes]], shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The first half of `decompress`: strings to y_bar in float64, and qualities `[B]`."""
+        y_strings, z_strings = strings
+        if len(y_strings) != len(z_strings) or not y_strings:
+            raise BitstreamError(
+                f"{len(y_strings)} y strings and {len(z_strings)} z strings; "
+                "there must be one of each per picture"
+            )
+        prefixes, coded = zip(*map(unpack_latent, y_strings), strict=True)
+        quality = self._stored_quality([prefix.quality for prefix in prefixes])
+        y_tables = self.gaussian_conditional.stored.tables()
+        z_tables = self.entropy_bottleneck.stored.tables()
+        coding, device = self._coding()
+        z_channels, (height, width) = self.config.hyper_widths[-1], shape
+        z_index = self._z_index(shape)
+
+        seen = []  # per picture: every block of symbols, in coding order
+        for string in z_strings:
+            decoder = rans.Decoder(z_tables, string)
+            seen.append([decoder.take(z_index)])
+            decoder.finish()
+        y_decoders = [rans.Decoder(y_tables, string) for string in coded]
+
+        with _full_precision(torch.empty(0, device=device)):
+            z_symbols = torch.stack(
+                [torch.from_numpy(blocks[0]).view(z_channels, height, width) for blocks in seen]
+            ).to(device, torch.float64)
+
+            def read(i: int, means: Tensor, log_scales: Tensor) -> Tensor:
+                for b, decoder in enumerate(y_decoders):
+                    if not torch.isfinite(log_scales[b]).all():
+                        raise BitstreamError("the stream leads to scales that are not finite")
+                    index = scale_index(log_scales[b], prefixes[b].shift)
+                    seen[b].append(decoder.take(_flat(index)))
+                symbols = [torch.from_numpy(blocks[-1]).view(means.shape[1:]) for blocks in seen]
+                return torch.stack(symbols).to(device, torch.float64) + means
+
+            y_bar = coding["context"](coding["h_s"](z_symbols + self._medians(device)), read)
+        for prefix, blocks, decoder in zip(prefixes, seen, y_decoders, strict=True):
+            decoder.finish()
+            if symbols_crc(blocks) != prefix.crc:
+                raise BitstreamError(
+                    "the decoded symbols fail their check: the string is damaged, or this machine "
+                    "computed other scales than the encoder's"
+                )
+        return y_bar, quality
+
+    @torch.no_grad()
+    def reconstruct(self, y_bar: Tensor, quality: Tensor | None) -> Tensor:
+        """The second half of `decompress`: y_bar to pictures `[B, 3, 16 h, 16 w]` in 0...1."""
+        device = self._device()
+        inverse_gain = None
+        if self.gain is not None and quality is not None:
+            _, inverse_gain = self.gain(quality.to(device))
+        return self._synthesise(y_bar.to(device), inverse_gain).clamp(0, 1)
+
+    def check_quality(self, quality: float | None) -> float | None:
+        """A quality as it is stored, in hundredths; None for a model of one rate.
+
+        Raises:
+            InvalidArgumentError: out of range, missing, or given to a model of one rate.
+        """
+        if self.gain is None:
+            if quality is not None:
+                raise InvalidArgumentError(
+                    f"`quality` must be None, got {quality}; {self.config.name!r} has one rate"
+                )
+            return None
+        top = len(self.config.lmbdas)
+        if quality is None or not 1 <= quality <= top:
+            raise InvalidArgumentError(
+                f"`quality` must be a number from 1 to {top}, got {quality}; "
+                "1 gives the smallest files"
+            )
+        return round(float(quality) * QUALITY_UNITS) / QUALITY_UNITS
+
+    def fewest_payload_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes below which no payload can hold latents whose z is of `shape` `(h, w)`.
+
+        Every symbol costs at least as much as the likeliest entry of its table, so that a header
+        that declares a huge picture over a few bytes is refused before anything is allocated.
+        """
+        y_bits = self.gaussian_conditional.stored.tables().cheapest_bits().min()
+        z_bits = self.entropy_bottleneck.stored.tables().cheapest_bits().sum()
+        positions = shape[0] * shape[1]
+        y_elements = positions * (MULTIPLE // 16) ** 2 * self.config.latent_channels
+        return int((positions * z_bits + y_elements * y_bits) / 8)
+
+    # ---------------------------------------------------------------- weights
+
+    @property
+    def model_id(self) -> bytes:
+        """Eight bytes that name these weights and tables; files carry them.
+
+        The id is that of the weights as loaded or trained: moving the model or casting its
+        transforms to a lower precision does not change it.
+        """
+        key = _version_key(self)
+        if self._known_id is None or self._known_id[0] != key:
+            self._known_id = (key, weights.content_id(self.state_dict()))
+        return self._known_id[1]
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike, device: str = "cpu") -> CMamba:
+        """A model in eval mode from a directory, or by the name of one that ships: "tiny"."""
+        return weights.load(cls, source).to(device).eval()
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write `config.json` and `model.safetensors` into `directory`."""
+        weights.save(self, directory)
+
+    # ---------------------------------------------------------------- inside
+
+    def _apply(self, fn, recurse: bool = True) -> CMamba:
+        named = None
+        if self.gaussian_conditional.stored.filled and not self.gaussian_conditional.stored.cdf.is_meta:
+            named = self.model_id
+        super()._apply(fn, recurse)
+        if named is not None:
+            self._known_id = (_version_key(self), named)
+        return self
+
+    def _device(self) -> torch.device:
+        return next(self.g_a.parameters()).device
+
+    def _analyse(
+        self, x: Tensor, quality: Tensor | float | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The scaled latent y, and the inverse gain for g_s."""
+        first = next(self.g_a.parameters())
+        y = self.g_a(x.to(first.device, first.dtype).contiguous(memory_format=torch.channels_last))
+        if self.gain is None:
+            self.check_quality(quality)  # type: ignore[arg-type]
+            return y, None
+        if not isinstance(quality, Tensor):
+            quality = torch.tensor(self.check_quality(quality), dtype=torch.float64)
+        gain, inverse_gain = self.gain(quality.to(y.device).expand(x.shape[0]))
+        return y * gain, inverse_gain
+
+    def _synthesise(self, y_bar: Tensor, inverse_gain: Tensor | None) -> Tensor:
+        y_bar = y_bar.to(next(self.g_s.parameters()).dtype)
+        if inverse_gain is not None:
+            y_bar = y_bar * inverse_gain
+        return self.g_s(y_bar.contiguous(memory_format=torch.channels_last))
+
+    def _coding(self) -> tuple[nn.ModuleDict, torch.device]:
+        """h_s and the context model in float64, renewed whenever a weight has changed."""
+        path = nn.ModuleDict({"h_s": self.h_s, "context": self.context})
+        # MPS has no float64: the path runs on the CPU there.
+        device = self._device() if self._device().type != "mps" else torch.device("cpu")
+        key = (_version_key(path), device)
+        if self._coding_path is None or self._coding_path[0] != key:
+            copies = {name: float64_copy(module, device) for name, module in path.items()}
+            # In a tuple, so that it is no submodule: it is derived, not a part of the model.
+            self._coding_path = (key, nn.ModuleDict(copies))
+        return self._coding_path[1], device
+
+    def _medians(self, device: torch.device) -> Tensor:
+        return self.entropy_bottleneck.medians.to(device, torch.float64)
+
+    def _z_index(self, shape: tuple[int, int] | torch.Size):
+        """The table of each element of z: its channel."""
+        height, width = shape
+        channels = torch.arange(self.config.hyper_widths[-1], dtype=torch.int32)
+        return channels.repeat_interleave(height * width).numpy()
+
+    def _stored_quality(self, stored: list[int]) -> Tensor | None:
+        top = len(self.config.lmbdas) * QUALITY_UNITS
+        for value in stored:
+            valid = value == 0 if self.gain is None else QUALITY_UNITS <= value <= top
+            if not valid:
+                raise BitstreamError(
+                    f"quality {value / QUALITY_UNITS} is none that {self.config.name!r} has"
+                )
+        if self.gain is None:
+            return None
+        return torch.tensor(stored, dtype=torch.float64) / QUALITY_UNITS
+
+
+def pad(x: Tensor) -> Tensor:
+    """Replicate the last row and column of `[B, C, H, W]` up to a multiple of 64."""
+    height, width = x.shape[-2:]
+    return F.pad(x, (0, -width % MULTIPLE, 0, -height % MULTIPLE), mode="replicate")
+
+
+def _check_pictures(x: Tensor) -> None:
+    if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape or not x.is_floating_point():
+        raise InvalidArgumentError(
+            f"`x` must be floating-point pictures [B, 3, H, W], got {x.dtype}{list(x.shape)}"
+        )
+
+
+def _noisy(x: Tensor) -> Tensor:
+    return x + torch.empty_like(x).uniform_(-0.5, 0.5)
+
+
+def _full_precision(x: Tensor):
+    """Autocast off: the entropy path has its own precision."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _to_symbols(values: Tensor, name: str) -> Tensor:
+    """Round float64 values to whole numbers that fit int32."""
+    symbols = torch.round(values)
+    if not (symbols.abs() < 2**31).all():  # also false for NaN
+        raise CMambaError(
+            f"the latent {name} is not finite (or beyond 32 bits); "
+            "check the picture and the weights for NaN and infinity"
+        )
+    return symbols
+
+
+def _flat(values: Tensor):
+    return values.to("cpu", torch.int32).flatten().numpy()
+
+
+def _version_key(module: nn.Module) -> tuple:
+    """Changes whenever a parameter or buffer is replaced or written to."""
+    tensors = (*module.parameters(), *module.buffers())
+    return tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)

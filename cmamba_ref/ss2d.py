@@ -1,0 +1,64 @@
+"""SS2D: the projections, convolution and gate around the four-direction selective scan (VMamba)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cmamba_ref.ops import selective_scan_2d
+
+DIRECTIONS = 4
+# Range of the initial step sizes dt, as in Mamba (Gu & Dao 2023).
+DT_MIN, DT_MAX = 1e-3, 1e-1
+
+
+class SS2D(nn.Module):
+    """2-D selective scan with input projection, depthwise convolution and gate.
+
+    `in_proj -> (x, z)`, `x = SiLU(conv3x3(x))`, four-direction scan of x, LayerNorm, times
+    `SiLU(z)`, `out_proj`.  The projections of the scan are pointwise, so they commute with every
+    order of traversal and are computed once, in raster order.
+
+    Args:
+        channels: input and output channels C.
+        d_state: states N per inner channel and direction.
+        ssm_ratio: inner channels D = round(ssm_ratio * C).
+    """
+
+    def __init__(self, channels: int, *, d_state: int, ssm_ratio: float) -> None:
+        super().__init__()
+        inner = round(ssm_ratio * channels)
+        dt_rank = math.ceil(channels / 16)
+        self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
+        self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.x_proj = nn.Linear(inner, DIRECTIONS * (dt_rank + 2 * d_state), bias=False)
+        self.dt_weight = nn.Parameter(torch.empty(DIRECTIONS, inner, dt_rank))
+        self.dt_bias = nn.Parameter(torch.empty(DIRECTIONS, inner))
+        self.A_log = nn.Parameter(torch.empty(DIRECTIONS, inner, d_state))
+        self.D = nn.Parameter(torch.ones(DIRECTIONS, inner))
+        self.norm = nn.LayerNorm(inner)
+        self.out_proj = nn.Linear(inner, channels, bias=False)
+        self.reset_scan_parameters()
+
+    @torch.no_grad()
+    def reset_scan_parameters(self) -> None:
+        """Mamba's initialisation: A = -1...-N, dt log-uniform in [DT_MIN, DT_MAX]."""
+        d_state, dt_rank = self.A_log.shape[-1], self.dt_weight.shape[-1]
+        self.A_log.copy_(torch.arange(1, d_state + 1).log().expand_as(self.A_log))
+        nn.init.uniform_(self.dt_weight, -(dt_rank**-0.5), dt_rank**-0.5)
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) == dt
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features `[B, H, W, C]` to features `[B, H, W, C]` of the same dtype."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = F.silu(x)
+        proj = self.x_proj(x).unflatten(-1, (DIRECTIONS, -1))
+        y = selective_scan_2d(
+            x, proj, -self.A_log.exp(), self.dt_weight, self.dt_bias, self.D
+        )
+        return self.out_proj(self.norm(y) * F.silu(z))

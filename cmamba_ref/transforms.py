@@ -1,0 +1,129 @@
+"""The analysis and synthesis transforms g_a, g_s and the hyper transforms h_a, h_s.
+
+All maps are `[B, C, H, W]`.  Every down- and upsampling is by two, so y lives at H/16 and z at H/64.
+The paper gives no layer sizes; see `cmamba_ref.config`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cmamba_ref.blocks import stage
+from cmamba_ref.config import CMambaConfig
+from cmamba_ref.entropy.precision import StoredPrecision
+
+# Growth of the initial weights of g_a's last layer (our choice).
+LATENT_SCALE = 16.0
+
+
+def downsample(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
+    """A strided convolution that halves height and width."""
+    return nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride=2, padding=kernel_size // 2
+    )
+
+
+def upsample(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
+    """A transposed 5x5 convolution that doubles height and width."""
+    return nn.ConvTranspose2d(
+        in_channels, out_channels, 5, stride=2, padding=2, output_padding=1
+    )
+
+
+def stages(config: CMambaConfig) -> list[list[nn.Module]]:
+    """The blocks at H/2, H/4 and H/8."""
+    return [
+        stage(
+            width,
+            depth,
+            ssm=ssm,
+            d_state=config.d_state,
+            ssm_ratio=config.ssm_ratio,
+            fusion_reduction=config.fusion_reduction,
+        )
+        for width, depth, ssm in zip(
+            config.widths, config.depths, config.ssm_stages, strict=True
+        )
+    ]
+
+
+class Analysis(nn.Sequential):
+    """g_a: picture `[B, 3, H, W]` in 0...1 to latent y `[B, M, H/16, W/16]`."""
+
+    def __init__(self, config: CMambaConfig) -> None:
+        c1, c2, c3 = config.widths
+        stage1, stage2, stage3 = stages(config)
+        super().__init__(
+            downsample(3, c1, 5),
+            *stage1,
+            downsample(c1, c2, 5),
+            *stage2,
+            downsample(c2, c3, 5),
+            *stage3,
+            downsample(c3, config.latent_channels, 3),
+        )
+        # A fresh y should span several integers: where all of it rounds to zero, nothing reaches g_s
+        # and straight-through gradients have nothing to say.
+        with torch.no_grad():
+            self[-1].weight.mul_(LATENT_SCALE)  # type: ignore[operator]
+
+
+class Synthesis(nn.Sequential):
+    """g_s: latent y_bar `[B, M, H/16, W/16]` to picture `[B, 3, H, W]`, not yet clipped to 0...1."""
+
+    def __init__(self, config: CMambaConfig) -> None:
+        c1, c2, c3 = config.widths
+        stage1, stage2, stage3 = stages(config)
+        super().__init__(
+            upsample(config.latent_channels, c3),
+            *stage3,
+            upsample(c3, c2),
+            *stage2,
+            upsample(c2, c1),
+            *stage1,
+            nn.Conv2d(c1, 3 * 2 * 2, 3, padding=1),
+            nn.PixelShuffle(2),
+        )
+        nn.init.constant_(self[-2].bias, 0.5)  # type: ignore[arg-type]  # start from mid-grey
+
+
+class HyperAnalysis(nn.Sequential):
+    """h_a: latent y `[B, M, h, w]` to hyper latent z `[B, Z, h/4, w/4]`."""
+
+    def __init__(self, config: CMambaConfig) -> None:
+        m = config.latent_channels
+        hidden, z_channels = config.hyper_widths
+        super().__init__(
+            nn.Conv2d(m, m, 3, padding=1),
+            nn.GELU(),
+            downsample(m, hidden, 5),
+            nn.GELU(),
+            downsample(hidden, z_channels, 5),
+        )
+
+
+class HyperSynthesis(StoredPrecision):
+    """h_s: z_hat `[B, Z, h/4, w/4]` to the two halves of Phi', each `[B, M, h, w]`.
+
+    The halves carry what is known of the means and of the scales of y before any slice is decoded.
+    """
+
+    def __init__(self, config: CMambaConfig) -> None:
+        super().__init__()
+        self.mean = self._branch(config)
+        self.scale = self._branch(config)
+
+    @staticmethod
+    def _branch(config: CMambaConfig) -> nn.Sequential:
+        hidden, z_channels = config.hyper_widths
+        return nn.Sequential(
+            upsample(z_channels, z_channels),
+            nn.GELU(),
+            upsample(z_channels, hidden),
+            nn.GELU(),
+            nn.Conv2d(hidden, config.latent_channels, 3, padding=1),
+        )
+
+    def forward(self, z_hat: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mean(z_hat), self.scale(z_hat)

@@ -1,0 +1,94 @@
+"""Weights on disk: `config.json` and `model.safetensors` in a directory.  Pickle is never read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cmamba_ref.config import CMambaConfig
+from cmamba_ref.errors import InvalidArgumentError, WeightsError
+
+if TYPE_CHECKING:
+    from cmamba_ref.model import CMamba
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+PRETRAINED = Path(__file__).parent / "pretrained"
+ID_BYTES = 8
+
+
+def content_id(state: Mapping[str, Tensor]) -> bytes:
+    """The first 8 bytes of a SHA-256 over names, types, shapes and values of all tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.digest()[:ID_BYTES]
+
+
+def save(model: CMamba, directory: str | os.PathLike) -> None:
+    """Write a model; each file replaces the old one only when it is whole."""
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    temporary = target / (WEIGHTS_FILE + ".tmp")
+    save_file(state, temporary, metadata={"format": "pt"})
+    temporary.replace(target / WEIGHTS_FILE)
+    temporary = target / (CONFIG_FILE + ".tmp")
+    temporary.write_text(model.config.to_json())
+    temporary.replace(target / CONFIG_FILE)
+
+
+def pretrained_names() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(path.parent.name for path in PRETRAINED.glob(f"*/{WEIGHTS_FILE}"))
+
+
+def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
+    """Read a model from a directory or, by name, from the package.
+
+    Raises:
+        WeightsError: nothing there, damaged, or weights that do not fit the configuration.
+    """
+    directory = Path(source)
+    if not directory.is_dir() and str(source) in pretrained_names():
+        directory = PRETRAINED / str(source)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / name).is_file():
+            raise WeightsError(
+                f"no {name} in {str(directory)!r}; give a directory written by save_pretrained, or "
+                f"a model that ships: {', '.join(pretrained_names()) or 'none'}"
+            )
+    try:
+        config = CMambaConfig.from_json((directory / CONFIG_FILE).read_text())
+        state = load_file(directory / WEIGHTS_FILE)
+    except (InvalidArgumentError, SafetensorError, UnicodeDecodeError, OSError) as error:
+        raise WeightsError(f"cannot read the weights in {str(directory)!r}: {error}") from error
+    # Built without memory, so that a configuration of absurd size fails before it hurts.
+    with torch.device("meta"):
+        model = model_class(config)
+    expected = {name: tensor for name, tensor in model.state_dict().items()}
+    for name, tensor in state.items():
+        wanted = expected.get(name)
+        table = wanted is not None and wanted.numel() == 0
+        if wanted is None or (wanted.dtype != tensor.dtype) or (
+            not table and wanted.shape != tensor.shape
+        ):
+            found = f"{tensor.dtype}{list(tensor.shape)}"
+            need = "no such tensor" if wanted is None else f"{wanted.dtype}{list(wanted.shape)}"
+            raise WeightsError(
+                f"{str(directory)!r}: {name} is {found}, the configuration has {need}"
+            )
+    if missing := sorted(set(expected) - set(state)):
+        raise WeightsError(f"{str(directory)!r}: tensors are missing, among them {missing[:3]}")
+    model.load_state_dict(state, assign=True)
+    return model
