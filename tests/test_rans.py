@@ -362,14 +362,15 @@ def test_reasons(data, reason):
         rans.Decoder(SMALL, bytes.fromhex(data)).finish()
 
 
-def test_escapes_without_values_or_with_impossible_ones():
-    symbols, indexes = np.array([INT32.max, INT32.max]), np.array([0, 0])
-    data = rans.encode(SMALL, [(symbols, indexes)])
-    assert data[1] == 10
+@pytest.mark.parametrize("value", [INT32.min, INT32.max])
+def test_escapes_without_values_or_with_impossible_ones(value):
+    block = np.array([value, value]), np.array([0, 0])
+    data = rans.encode(SMALL, [block])
+    assert data[1] == 10  # bytes of two escaped values, the first in data[2:7]
     with pytest.raises(BitstreamError, match="more escapes than values"):
-        decode(SMALL, data[:1] + b"\5" + data[2:7] + data[12:], [(symbols, indexes)])
+        decode(SMALL, data[:1] + b"\5" + data[2:7] + data[12:], [block])
     with pytest.raises(BitstreamError, match="exceeds int32"):
-        decode(SMALL, data[:6] + b"\x7f" + data[7:], [(symbols, indexes)])
+        decode(SMALL, data[:6] + b"\x7f" + data[7:], [block])
 
 
 def test_running_out_of_words():
