@@ -206,9 +206,7 @@ def scan_2d_backward(
         pre = _pre_softplus(r_, dt_weight, dt_bias)
         dt, u = F.softplus(pre), _gather(inputs, block)
         dy = _gather(grad_outputs, block)
-        grads = backward_block(
-            dy, grad_last, dt, dt * u, A, B_, C_, start, scratch.buffers(block)
-        )
+        grads = backward_block(dy, grad_last, dt, dt * u, A, B_, C_, start, scratch.buffers(block))
         grad_last = grads.first
         grad_A += grads.A.sum(1)
         block.view(grad_B).copy_(grads.B)
@@ -219,7 +217,10 @@ def scan_2d_backward(
         grad_pre = torch.ops.aten.softplus_backward(grad_dt, pre, 1, 20)  # F.softplus's defaults
         grad_pre = _by_direction(grad_pre)
         grad_bias += grad_pre.sum(1)
-        grad_weight += grad_pre.mT @ _by_direction(r_)
+        # One product per step, then a sum: a product over all positions would round more.
+        r_steps = _by_direction(r_).unflatten(1, (block.steps, -1))
+        grad_pre_steps = grad_pre.unflatten(1, (block.steps, -1))
+        grad_weight += (grad_pre_steps.mT @ r_steps).sum(1)
         grad_r_ = (grad_pre @ dt_weight).unflatten(1, r_.shape[:4]).movedim(0, 4)
         block.view(grad_r).copy_(grad_r_)
     return (

@@ -94,6 +94,8 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, grad_y, grad_last, _):
     u, *_, starts = ctx.saved_tensors
+    if grad_y is None and grad_last is None:
+        return (None,) * 6
     if grad_y is None:
         grad_y = u.new_zeros(u.shape)
     if grad_last is None:
@@ -109,6 +111,8 @@ def _save_2d(ctx, inputs, output):
 
 
 def _differentiate_2d(ctx, grad_y, _):
+    if grad_y is None:
+        return (None,) * 5
     return chunked_scan_2d_backward(grad_y, *ctx.saved_tensors)
 
 

@@ -85,9 +85,11 @@ def selective_scan_2d(
     total = torch.zeros_like(positions)
     for k, order in enumerate(orders):
         r, B, C = projections[:, order, k].split((rank, n, n), dim=-1)
+        # W r as products and a sum: autocast would run the backward of a matmul in 16 bits.
+        delta = (r.unsqueeze(2) * dt_weight[k].to(dtype)).sum(-1)
         y, _ = selective_scan(
             u=positions[:, order].mT,
-            delta=(r @ dt_weight[k].to(dtype).T).mT,
+            delta=delta.mT,
             A=A[k],
             B=B.mT,
             C=C.mT,
