@@ -1,5 +1,7 @@
 """Arguments for the scans and the rule by which a backend passes; for tests of every backend."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def scan_arguments(
     softplus: bool = True,
     initial_state: bool = True,
     dtype: torch.dtype = torch.float64,
-) -> dict:
+) -> dict[str, Any]:
     """Keyword arguments of `selective_scan`, all tensors leaves that require gradients.
 
     b_form and c_form: "constant" [D, N], "varying" [B, N, L] or "grouped" [B, G, N, L].
@@ -45,7 +47,7 @@ def scan_arguments(
 
     uniform = torch.rand(channels, generator=generator, dtype=torch.float64)
     delta = normal(batch, channels, length)
-    arguments = {
+    arguments: dict[str, Any] = {
         "u": normal(batch, channels, length),
         "delta": delta if softplus else delta.abs(),
         "A": -normal(channels, n, of=parameter_dtype).abs() - 0.1,
@@ -76,7 +78,7 @@ def scan_2d_arguments(
     rank: int = 2,
     skip: bool = True,
     dtype: torch.dtype = torch.float64,
-) -> dict:
+) -> dict[str, Any]:
     """Keyword arguments of `selective_scan_2d`, all tensors leaves that require gradients."""
     generator = torch.Generator().manual_seed(seed)
     parameter_dtype = torch.promote_types(dtype, torch.float32)
@@ -85,7 +87,7 @@ def scan_2d_arguments(
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     dt_bias = torch.rand(4, channels, generator=generator, dtype=torch.float64) * 7 - 9
-    arguments = {
+    arguments: dict[str, Any] = {
         "x": normal(batch, height, width, channels).to(dtype),
         "proj": normal(batch, height, width, 4, rank + 2 * n).to(dtype),
         "A": (-normal(4, channels, n).abs() - 0.1).to(parameter_dtype),
@@ -96,7 +98,7 @@ def scan_2d_arguments(
     return require_gradients(arguments)
 
 
-def require_gradients(arguments: dict) -> dict:
+def require_gradients(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same arguments with every tensor a fresh leaf that requires gradients."""
     return {
         name: value.detach().clone().requires_grad_() if isinstance(value, Tensor) else value
@@ -104,7 +106,7 @@ def require_gradients(arguments: dict) -> dict:
     }
 
 
-def to_double(arguments: dict) -> dict:
+def to_double(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same values in fp64: what the oracle computes with."""
     return require_gradients(
         {
@@ -114,7 +116,7 @@ def to_double(arguments: dict) -> dict:
     )
 
 
-def evaluate(arguments: dict, backend: str, seed: int = 1) -> dict[str, Tensor]:
+def evaluate(arguments: dict[str, Any], backend: str, seed: int = 1) -> dict[str, Tensor]:
     """Outputs and every gradient by name, for arguments of either scan.
 
     The gradients of the outputs are drawn in fp64 and rounded to the outputs' types.
@@ -147,7 +149,7 @@ def worst(x: Tensor) -> float:
     return x.abs().max().item() if x.numel() else 0.0
 
 
-def assert_as_accurate_as_reference(arguments: dict, backend: str) -> None:
+def assert_as_accurate_as_reference(arguments: dict[str, Any], backend: str) -> None:
     """max|K - O| <= 2 (max|R - O| + eps max|O|) for every output and every gradient.
 
     O is the reference in fp64, R the reference in the arguments' types, K the backend.

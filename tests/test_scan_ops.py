@@ -270,7 +270,8 @@ def test_strided_inputs_and_expanded_gradients(backend):
     strided = {**a, "x": x.requires_grad_(), "proj": proj.requires_grad_()}
     assert not x.is_contiguous() and not proj.is_contiguous()
     y = selective_scan_2d(**strided, backend=backend)
-    grads = torch.autograd.grad(y, list(strided.values()), torch.ones(()).double().expand_as(y))
+    ones = torch.ones((), dtype=y.dtype).expand_as(y)
+    grads = torch.autograd.grad(y, list(strided.values()), ones)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-13)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-13)
@@ -294,36 +295,37 @@ def test_a_second_derivative_is_refused():
             grad.sum().backward()
 
 
-def operator_arguments():
-    """Arguments of the two registered operators, the second time without a batch."""
+def operator_arguments(batch, strided):
+    """The two registered operators with arguments, in memory backwards if strided."""
     generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, requires_grad=True)
-
     length, groups, channels, n = 20, 2, 3, 2
-    for batch in (2, 0):
-        sequence = (length, batch, groups, channels)
-        yield (
-            library.chunked_scan,
-            (
-                normal(*sequence),
-                torch.rand(sequence, generator=generator, requires_grad=True),
-                normal(n, groups, channels),
-                normal(length, n, batch, groups, 1),
-                normal(1, n, 1, groups, channels),
-                normal(n, batch, groups, channels),
-            ),
-        )
-        a = scan_2d_arguments(batch=batch, dtype=torch.float32, skip=False)
-        yield library.chunked_scan_2d, tuple(x for x in a.values() if x is not None)
+    sequence = (length, batch, groups, channels)
+    of_scan = (
+        torch.randn(sequence, generator=generator),
+        torch.rand(sequence, generator=generator),
+        torch.randn(n, groups, channels, generator=generator),
+        torch.randn(length, n, batch, groups, 1, generator=generator),
+        torch.randn(1, n, 1, groups, channels, generator=generator),
+        torch.randn(n, batch, groups, channels, generator=generator),
+    )
+    of_scan_2d = [x.detach() for x in scan_2d_arguments(batch=batch, dtype=torch.float32).values()][
+        :5
+    ]
+    for operator, arguments in (
+        (library.chunked_scan, of_scan),
+        (library.chunked_scan_2d, of_scan_2d),
+    ):
+        if strided:
+            backwards = [x.permute(*reversed(range(x.dim()))) for x in arguments]
+            arguments = [x.contiguous().permute(*reversed(range(x.dim()))) for x in backwards]
+        yield operator, tuple(x.requires_grad_() for x in arguments)
 
 
-@pytest.mark.parametrize(
-    "operator, arguments", list(operator_arguments()), ids=["1d", "2d", "1d-empty", "2d-empty"]
-)
-def test_opcheck(operator, arguments):
-    torch.library.opcheck(operator, arguments)
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("batch", [2, 0])
+def test_opcheck(batch, strided):
+    for operator, arguments in operator_arguments(batch, strided):
+        torch.library.opcheck(operator, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

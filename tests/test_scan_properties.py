@@ -1,5 +1,7 @@
 """The scans on drawn shapes, and the laws that a linear recurrence obeys."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -71,7 +73,7 @@ def test_chunked_scan_2d_is_as_accurate_as_the_reference(arguments):
     assert_as_accurate_as_reference(arguments, "chunked")
 
 
-def positions(arguments, start, stop):
+def positions(arguments: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     """The arguments restricted to some positions of the sequence."""
     varying = {"u", "delta", "z"} | {k for k in "BC" if arguments[k].dim() > 2}
     return {

@@ -59,7 +59,8 @@ def scan_backward(
     grad_y = grad_y.contiguous().unsqueeze(1)
     grad_u, grad_dt = torch.empty_like(u), torch.empty_like(dt)
     grad_A = torch.zeros_like(grad_last)
-    grad_B, grad_C = torch.zeros_like(B), torch.zeros_like(C)
+    # Not zeros_like: the operator's results are contiguous whatever the strides of its arguments.
+    grad_B, grad_C = B.new_zeros(B.shape), C.new_zeros(C.shape)
 
     for block, start in zip(reversed(blocks), starts.flip(0), strict=True):
         u_, dt_, B_, C_ = block.view(u), block.view(dt), block.view(B), block.view(C)
@@ -199,7 +200,7 @@ def scan_2d_backward(
     grad_projections = torch.empty_like(projections)
     grad_r, grad_B, grad_C = _split(grad_projections, rank, n)
     grad_A = torch.zeros_like(grad_last)
-    grad_weight, grad_bias = torch.zeros_like(dt_weight), torch.zeros_like(dt_bias)
+    grad_weight, grad_bias = x.new_zeros(dt_weight.shape), x.new_zeros(dt_bias.shape)
 
     for block, start in zip(reversed(blocks), starts.flip(0), strict=True):
         r_, B_, C_ = block.view(r), block.view(B), block.view(C)

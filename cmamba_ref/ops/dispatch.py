@@ -74,6 +74,8 @@ def triton_unavailable_reason(device_type: str) -> str | None:
         if error.name == "cmamba_ref.kernels":
             return "the Triton kernels are not part of this version yet"
         return f"the Triton kernels need the module {error.name!r}, which is not installed"
+    except ImportError as error:
+        return f"the Triton kernels cannot be imported ({error})"
     return kernels.unavailable_reason(device_type)
 
 
