@@ -161,9 +161,7 @@ class Decoder:
         self._tables = tables
         self._cumulative = tables.cdf.astype(np.int64)
         self._frequencies = tables.frequencies()
-        if not data:
-            raise BitstreamError("the entropy-coded string is empty")
-        lanes = data[0] + 1
+        lanes = lane_count(data)
         escape_bytes, position = _read_length(data, 1)
         state_bytes = _state_bytes(lanes)
         if len(data) < position + escape_bytes + state_bytes:
@@ -269,6 +267,17 @@ class Decoder:
             raise BitstreamError(
                 "the entropy-coded string is damaged: a lane ends in a wrong state"
             )
+
+
+def lane_count(data: bytes) -> int:
+    """The number of lanes of a string, without decoding it.
+
+    Raises:
+        BitstreamError: the string is empty.
+    """
+    if not data:
+        raise BitstreamError("the entropy-coded string is empty")
+    return data[0] + 1
 
 
 def ideal_bits(tables: CdfTables, symbols: np.ndarray, table_index: np.ndarray) -> float:
