@@ -328,6 +328,18 @@ def test_opcheck(batch, strided):
         torch.library.opcheck(operator, arguments)
 
 
+@pytest.mark.parametrize("batch", [2, 0])
+def test_operators_return_contiguous_tensors_as_the_compiler_is_told(batch):
+    (scan, of_scan), (scan_2d, of_scan_2d) = operator_arguments(batch, strided=True)
+    with torch.no_grad():
+        y, last, starts = scan(*of_scan)
+        y_2d, starts_2d = scan_2d(*of_scan_2d)
+        grads = library.chunked_scan_backward(y, last, *of_scan[:5], starts)
+        grads_2d = library.chunked_scan_2d_backward(y_2d, *of_scan_2d, starts_2d)
+    for x in (y, last, starts, y_2d, starts_2d, *grads, *grads_2d):
+        assert x.is_contiguous()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", [scan_arguments, scan_2d_arguments])
 def test_compiles_without_a_graph_break(make, backend):
