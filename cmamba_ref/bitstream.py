@@ -1,8 +1,10 @@
-"""The container: header, checks, and the prefix of a latent string.  docs/format.md is its text.
+"""The container: header, checks, and the prefix of a latent string.
 
     file   = MAGIC, version, flags, model id, width, height, length of z, z string, y string, CRC-32
     y string = quality, shift, CRC-32 of all symbols, rANS stream
     z string = rANS stream
+
+docs/format.md specifies it byte by byte.
 """
 
 from __future__ import annotations
@@ -82,9 +84,7 @@ class Container:
         """The bytes of the file."""
         flags = FLAG_GREY if self.grey else 0
         body = (
-            _HEADER.pack(
-                MAGIC, VERSION, flags, self.model_id, self.width, self.height, len(self.z)
-            )
+            _HEADER.pack(MAGIC, VERSION, flags, self.model_id, self.width, self.height, len(self.z))
             + self.z
             + self.y
         )

@@ -19,6 +19,9 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.act = nn.LeakyReLU()
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        # A fresh block is the identity, see cmamba_ref.walsh.
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(self.act(self.conv1(x)))
@@ -31,6 +34,7 @@ class VSSBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
         self.ss2d = SS2D(channels, d_state=d_state, ssm_ratio=ssm_ratio)
+        nn.init.zeros_(self.ss2d.out_proj.weight)  # fresh: the identity
 
     def forward(self, x: Tensor) -> Tensor:
         channel_last = x.permute(0, 2, 3, 1)
@@ -57,7 +61,7 @@ class CASSM(nn.Module):
             nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, 2 * channels)
         )
         self.w = nn.Conv2d(channels, channels, 1)
-        # Both paths are residual; with w the identity a fresh block is close to one as well.
+        # Both paths are residual: with w the identity, a fresh block is the identity.
         nn.init.dirac_(self.w.weight)
         nn.init.zeros_(self.w.bias)  # type: ignore[arg-type]
 

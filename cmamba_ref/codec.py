@@ -13,7 +13,8 @@ from cmamba_ref.model import MULTIPLE, CMamba
 
 DEFAULT_MODEL = "tiny"
 DEFAULT_QUALITY = 4.0
-# Larger pictures are refused, when encoding and before anything is allocated when decoding.
+# Larger pictures are refused, when encoding and before anything is allocated when decoding.  What
+# counts is the size after padding: a line of 1x100,000 pixels takes the memory of 64x100,032.
 DEFAULT_MAX_PIXELS = 100_000_000
 
 
@@ -37,7 +38,7 @@ def encode(
         image: uint8 `[H, W, 3]` in sRGB, or `[H, W]` grey; any size up to `max_pixels`.
         quality: 1 (small) to 8 (good), any number in between in steps of 0.01; `None` for the
             default of 4, or for a model of one rate.
-        max_pixels: refuse larger pictures.
+        max_pixels: refuse larger pictures; sides count as padded to multiples of 64.
 
     Returns:
         the bytes of a `.cmb` file, see docs/format.md.
@@ -46,21 +47,26 @@ def encode(
         InvalidArgumentError: wrong shape, type, size or quality.
     """
     model = model or default_model()
+    if not isinstance(image, np.ndarray):
+        raise InvalidArgumentError(
+            f"`image` must be a NumPy array, got {type(image).__name__}; convert it first"
+        )
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
         raise InvalidArgumentError(
             f"`image` must be uint8 [H, W, 3] or [H, W], got {image.dtype}{list(image.shape)}; "
             "convert it to 8-bit RGB first"
         )
     height, width = image.shape[:2]
-    if not 0 < height * width <= max_pixels:
+    rows, columns = latent_shape(height, width)
+    if not 0 < rows * columns * MULTIPLE**2 <= max_pixels:
         raise InvalidArgumentError(
-            f"`image` must have 1 to {max_pixels} pixels, got {width}x{height}; "
-            "raise `max_pixels` if there is the memory"
+            f"`image` must have 1 to {max_pixels} pixels when its sides are padded to multiples of "
+            f"{MULTIPLE}, got {width}x{height}; raise `max_pixels` if there is the memory"
         )
     if quality is None and model.gain is not None:
         quality = DEFAULT_QUALITY
     grey = image.ndim == 2
-    rgb = np.stack([image] * 3, axis=-1) if grey else np.ascontiguousarray(image)
+    rgb = np.stack([image] * 3, axis=-1) if grey else np.array(image)
     x = torch.from_numpy(rgb).permute(2, 0, 1)[None].float() / 255
     (y,), (z,) = model.compress(x, quality)["strings"]
     return Container(model.model_id, width, height, grey, y, z).pack()
@@ -74,7 +80,7 @@ def decode(
     Args:
         data: the bytes of a `.cmb` file.
         model: the model it was encoded with; `None` for the one that ships.
-        max_pixels: refuse files that declare more.
+        max_pixels: refuse files that declare more; sides count as padded to multiples of 64.
 
     Returns:
         uint8 `[H, W, 3]`, or `[H, W]` where the encoded picture was grey.
@@ -89,17 +95,12 @@ def decode(
             f"the file was made by model {container.model_id.hex()}, this is "
             f"{model.config.name!r} {model.model_id.hex()}; decode with the model it was made by"
         )
-    if container.width * container.height > max_pixels:
+    rows, columns = latent_shape(container.height, container.width)
+    if rows * columns * MULTIPLE**2 > max_pixels:
         raise BitstreamError(
-            f"the file declares {container.width}x{container.height} pixels, more than the limit "
-            f"of {max_pixels}; raise `max_pixels` if you trust it"
-        )
-    rows, columns = -(-container.height // MULTIPLE), -(-container.width // MULTIPLE)
-    needed = model.fewest_payload_bytes((rows, columns))
-    if len(container.y) + len(container.z) < needed:
-        raise BitstreamError(
-            f"a payload of {len(container.y) + len(container.z)} bytes cannot hold "
-            f"{container.width}x{container.height} pixels, which need at least {needed}"
+            f"the file declares {container.width}x{container.height} pixels, with sides padded to "
+            f"multiples of {MULTIPLE} more than the limit of {max_pixels}; "
+            "raise `max_pixels` if you trust it"
         )
     y_bar, quality = model.decode_latent([[container.y], [container.z]], (rows, columns))
     x_hat = model.reconstruct(y_bar, quality)[0, :, : container.height, : container.width]
@@ -107,3 +108,8 @@ def decode(
     if container.grey:
         return np.rint(rgb.mean(axis=2)).astype(np.uint8)
     return np.ascontiguousarray(rgb)
+
+
+def latent_shape(height: int, width: int) -> tuple[int, int]:
+    """The shape of z for a picture of that size."""
+    return -(-height // MULTIPLE), -(-width // MULTIPLE)

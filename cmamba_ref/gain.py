@@ -1,4 +1,4 @@
-"""One model for all qualities: gain and inverse-gain vectors (Cui et al. 2021), not in the paper."""
+"""One model for all qualities: gain and inverse gain (Cui et al. 2021), not in the paper."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ class GainUnits(nn.Module):
         shape = (len(config.lmbdas), config.latent_channels)
         self.log_gain = nn.Parameter(log_gain[:, None].expand(shape).clone())
         self.log_inverse_gain = nn.Parameter(-log_gain[:, None].expand(shape).clone())
-        self.register_buffer("log_lmbdas", lmbdas.log(), persistent=False)
+        self.lmbdas = (
+            config.lmbdas
+        )  # no buffer: models are loaded on `meta`, where it has no values
 
     def forward(self, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Gain and inverse gain, each `[B, M, 1, 1]`, for qualities `[B]` in 1...Q."""
@@ -34,7 +36,8 @@ class GainUnits(nn.Module):
 
     def lmbda(self, quality: Tensor) -> Tensor:
         """The trade-off that a quality was trained for, `[B]` to `[B]`."""
-        return _interpolate(self.log_lmbdas[:, None], quality).exp()[:, 0]
+        log_lmbdas = torch.tensor(self.lmbdas, device=quality.device).log()
+        return _interpolate(log_lmbdas[:, None], quality).exp()[:, 0]
 
 
 def _interpolate(table: Tensor, quality: Tensor) -> Tensor:

@@ -22,9 +22,14 @@ from cmamba_ref.context import ContextModel
 from cmamba_ref.entropy import rans
 from cmamba_ref.entropy.bounds import ste_round
 from cmamba_ref.entropy.factorized import FactorizedPrior
-from cmamba_ref.entropy.gaussian import GaussianConditional, choose_shift, scale_index
+from cmamba_ref.entropy.gaussian import (
+    SCALE_LEVELS,
+    GaussianConditional,
+    choose_shift,
+    scale_index,
+)
 from cmamba_ref.entropy.precision import float64_copy
-from cmamba_ref.errors import BitstreamError, CMambaError, InvalidArgumentError
+from cmamba_ref.errors import BitstreamError, CMambaError, InvalidArgumentError, WeightsError
 from cmamba_ref.gain import GainUnits
 from cmamba_ref.transforms import Analysis, HyperAnalysis, HyperSynthesis, Synthesis
 
@@ -32,6 +37,14 @@ from cmamba_ref.transforms import Analysis, HyperAnalysis, HyperSynthesis, Synth
 MULTIPLE = 64
 # Qualities are stored as hundredths, so that every machine computes the same gain from a file.
 QUALITY_UNITS = 100
+
+NOT_FINITE_INPUT = (
+    "the entropy model gives values that are not finite; "
+    "check the picture and the weights for NaN and infinity"
+)
+NOT_FINITE_STRING = (
+    "the string leads to values that are not finite: it is damaged, or the weights are"
+)
 
 
 class ForwardOutput(TypedDict):
@@ -92,7 +105,7 @@ class CMamba(nn.Module):
         height, width = x.shape[-2:]
         y, inverse_gain = self._analyse(pad(x), quality)
         z = self.h_a(y)
-        with _full_precision(x):
+        with _full_precision(y.device):
             stored = self.context.lrp[0].layers[0].weight.dtype  # type: ignore[union-attr, index]
             y, z = y.to(stored), z.to(stored)
             medians = self.entropy_bottleneck.medians
@@ -104,9 +117,7 @@ class CMamba(nn.Module):
             def quantise(i: int, means: Tensor, log_scales: Tensor) -> Tensor:
                 y_hat = ste_round(y_slices[i] - means) + means
                 seen = _noisy(y_slices[i]) if self.training else y_hat
-                y_likelihoods.append(
-                    self.gaussian_conditional.likelihood(seen, means, log_scales)
-                )
+                y_likelihoods.append(self.gaussian_conditional.likelihood(seen, means, log_scales))
                 return y_hat
 
             y_bar = self.context(self.h_s(z_hat), quantise)
@@ -139,6 +150,19 @@ class CMamba(nn.Module):
         self.gaussian_conditional.update()
         return True
 
+    def check_tables(self) -> None:
+        """Check the entropy tables, where there are any.
+
+        Raises:
+            WeightsError: they are malformed, or of the wrong number.
+        """
+        for stored, count in (
+            (self.gaussian_conditional.stored, SCALE_LEVELS),
+            (self.entropy_bottleneck.stored, self.config.hyper_widths[-1]),
+        ):
+            if stored.filled and len(stored.tables()) != count:
+                raise WeightsError(f"there must be {count} tables, got {len(stored.tables())}")
+
     @torch.no_grad()
     def compress(self, x: Tensor, quality: float | None = None) -> CompressOutput:
         """Code pictures into strings.
@@ -160,7 +184,7 @@ class CMamba(nn.Module):
         y, _ = self._analyse(pad(x), quality)
         z = self.h_a(y)
         coding, device = self._coding()
-        with _full_precision(x):
+        with _full_precision(device):
             y, z = y.to(device, torch.float64), z.to(device, torch.float64)
             medians = self._medians(device)
             z_symbols = _to_symbols(z - medians, "z")
@@ -170,11 +194,13 @@ class CMamba(nn.Module):
 
             def quantise(i: int, means: Tensor, log_scales: Tensor) -> Tensor:
                 symbols = _to_symbols(y_slices[i] - means, "y")
+                _check_finite(log_scales, CMambaError, NOT_FINITE_INPUT)
                 y_symbols.append(symbols)
                 all_log_scales.append(log_scales)
                 return symbols + means
 
-            coding["context"](coding["h_s"](z_symbols + medians), quantise)
+            y_bar = coding["context"](coding["h_s"](z_symbols + medians), quantise)
+            _check_finite(y_bar, CMambaError, NOT_FINITE_INPUT)
 
         y_strings, z_strings = [], []
         z_index = self._z_index(z.shape[-2:])
@@ -194,9 +220,7 @@ class CMamba(nn.Module):
         return {"strings": [y_strings, z_strings], "shape": (z.shape[-2], z.shape[-1])}
 
     @torch.no_grad()
-    def decompress(
-        self, strings: list[list[bytes]], shape: tuple[int, int]
-    ) -> dict[str, Tensor]:
+    def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
         """Decode strings into pictures.
 
         Args:
@@ -227,6 +251,8 @@ class CMamba(nn.Module):
         quality = self._stored_quality([prefix.quality for prefix in prefixes])
         y_tables = self.gaussian_conditional.stored.tables()
         z_tables = self.entropy_bottleneck.stored.tables()
+        for y_string, z_string in zip(coded, z_strings, strict=True):
+            self._check_lengths(y_string, z_string, shape)
         coding, device = self._coding()
         z_channels, (height, width) = self.config.hyper_widths[-1], shape
         z_index = self._z_index(shape)
@@ -238,21 +264,21 @@ class CMamba(nn.Module):
             decoder.finish()
         y_decoders = [rans.Decoder(y_tables, string) for string in coded]
 
-        with _full_precision(torch.empty(0, device=device)):
+        with _full_precision(device):
             z_symbols = torch.stack(
                 [torch.from_numpy(blocks[0]).view(z_channels, height, width) for blocks in seen]
             ).to(device, torch.float64)
 
             def read(i: int, means: Tensor, log_scales: Tensor) -> Tensor:
                 for b, decoder in enumerate(y_decoders):
-                    if not torch.isfinite(log_scales[b]).all():
-                        raise BitstreamError("the stream leads to scales that are not finite")
+                    _check_finite(log_scales[b], BitstreamError, NOT_FINITE_STRING)
                     index = scale_index(log_scales[b], prefixes[b].shift)
                     seen[b].append(decoder.take(_flat(index)))
                 symbols = [torch.from_numpy(blocks[-1]).view(means.shape[1:]) for blocks in seen]
                 return torch.stack(symbols).to(device, torch.float64) + means
 
             y_bar = coding["context"](coding["h_s"](z_symbols + self._medians(device)), read)
+            _check_finite(y_bar, BitstreamError, NOT_FINITE_STRING)
         for prefix, blocks, decoder in zip(prefixes, seen, y_decoders, strict=True):
             decoder.finish()
             if symbols_crc(blocks) != prefix.crc:
@@ -264,12 +290,18 @@ class CMamba(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, y_bar: Tensor, quality: Tensor | None) -> Tensor:
-        """The second half of `decompress`: y_bar to pictures `[B, 3, 16 h, 16 w]` in 0...1."""
+        """The second half of `decompress`: y_bar to pictures `[B, 3, 16 h, 16 w]` in 0...1.
+
+        Raises:
+            BitstreamError: the picture is not finite.
+        """
         device = self._device()
         inverse_gain = None
         if self.gain is not None and quality is not None:
             _, inverse_gain = self.gain(quality.to(device))
-        return self._synthesise(y_bar.to(device), inverse_gain).clamp(0, 1)
+        x_hat = self._synthesise(y_bar.to(device), inverse_gain)
+        _check_finite(x_hat, BitstreamError, NOT_FINITE_STRING)
+        return x_hat.clamp(0, 1)
 
     def check_quality(self, quality: float | None) -> float | None:
         """A quality as it is stored, in hundredths; None for a model of one rate.
@@ -291,18 +323,6 @@ class CMamba(nn.Module):
             )
         return round(float(quality) * QUALITY_UNITS) / QUALITY_UNITS
 
-    def fewest_payload_bytes(self, shape: tuple[int, int]) -> int:
-        """Bytes below which no payload can hold latents whose z is of `shape` `(h, w)`.
-
-        Every symbol costs at least as much as the likeliest entry of its table, so that a header
-        that declares a huge picture over a few bytes is refused before anything is allocated.
-        """
-        y_bits = self.gaussian_conditional.stored.tables().cheapest_bits().min()
-        z_bits = self.entropy_bottleneck.stored.tables().cheapest_bits().sum()
-        positions = shape[0] * shape[1]
-        y_elements = positions * (MULTIPLE // 16) ** 2 * self.config.latent_channels
-        return int((positions * z_bits + y_elements * y_bits) / 8)
-
     # ---------------------------------------------------------------- weights
 
     @property
@@ -312,7 +332,7 @@ class CMamba(nn.Module):
         The id is that of the weights as loaded or trained: moving the model or casting its
         transforms to a lower precision does not change it.
         """
-        key = _version_key(self)
+        key = _fingerprint(self)
         if self._known_id is None or self._known_id[0] != key:
             self._known_id = (key, weights.content_id(self.state_dict()))
         return self._known_id[1]
@@ -329,20 +349,17 @@ class CMamba(nn.Module):
     # ---------------------------------------------------------------- inside
 
     def _apply(self, fn, recurse: bool = True) -> CMamba:
-        named = None
-        if self.gaussian_conditional.stored.filled and not self.gaussian_conditional.stored.cdf.is_meta:
-            named = self.model_id
+        tables = self.gaussian_conditional.stored
+        named = self.model_id if tables.filled and not tables.cdf.is_meta else None
         super()._apply(fn, recurse)
-        if named is not None:
-            self._known_id = (_version_key(self), named)
+        if named is not None and not tables.cdf.is_meta:
+            self._known_id = (_fingerprint(self), named)
         return self
 
     def _device(self) -> torch.device:
         return next(self.g_a.parameters()).device
 
-    def _analyse(
-        self, x: Tensor, quality: Tensor | float | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _analyse(self, x: Tensor, quality: Tensor | float | None) -> tuple[Tensor, Tensor | None]:
         """The scaled latent y, and the inverse gain for g_s."""
         first = next(self.g_a.parameters())
         y = self.g_a(x.to(first.device, first.dtype).contiguous(memory_format=torch.channels_last))
@@ -365,7 +382,7 @@ class CMamba(nn.Module):
         path = nn.ModuleDict({"h_s": self.h_s, "context": self.context})
         # MPS has no float64: the path runs on the CPU there.
         device = self._device() if self._device().type != "mps" else torch.device("cpu")
-        key = (_version_key(path), device)
+        key = (_fingerprint(path), device)
         if self._coding_path is None or self._coding_path[0] != key:
             copies = {name: float64_copy(module, device) for name, module in path.items()}
             # In a tuple, so that it is no submodule: it is derived, not a part of the model.
@@ -380,6 +397,23 @@ class CMamba(nn.Module):
         height, width = shape
         channels = torch.arange(self.config.hyper_widths[-1], dtype=torch.int32)
         return channels.repeat_interleave(height * width).numpy()
+
+    def _check_lengths(self, y_string: bytes, z_string: bytes, shape: tuple[int, int]) -> None:
+        """Refuse strings too short for latents whose z is of `shape`, before allocating those.
+
+        Every symbol costs at least as much as the likeliest entry of its table.
+        """
+        positions = shape[0] * shape[1]
+        z_bits = positions * self.entropy_bottleneck.stored.tables().cheapest_bits().sum()
+        y_elements = positions * (MULTIPLE // 16) ** 2 * self.config.latent_channels
+        y_bits = y_elements * self.gaussian_conditional.stored.tables().cheapest_bits().min()
+        for name, string, bits in (("y", y_string, y_bits), ("z", z_string, z_bits)):
+            if len(string) < int(bits / 8):
+                raise BitstreamError(
+                    f"a {name} string of {len(string)} bytes cannot hold a picture of "
+                    f"{shape[1] * MULTIPLE}x{shape[0] * MULTIPLE} pixels, which needs at least "
+                    f"{int(bits / 8)}"
+                )
 
     def _stored_quality(self, stored: list[int]) -> Tensor | None:
         top = len(self.config.lmbdas) * QUALITY_UNITS
@@ -411,9 +445,9 @@ def _noisy(x: Tensor) -> Tensor:
     return x + torch.empty_like(x).uniform_(-0.5, 0.5)
 
 
-def _full_precision(x: Tensor):
+def _full_precision(device: torch.device) -> torch.autocast:
     """Autocast off: the entropy path has its own precision."""
-    return torch.autocast(x.device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False)
 
 
 def _to_symbols(values: Tensor, name: str) -> Tensor:
@@ -427,11 +461,24 @@ def _to_symbols(values: Tensor, name: str) -> Tensor:
     return symbols
 
 
+def _check_finite(values: Tensor, error: type[CMambaError], message: str) -> None:
+    if not torch.isfinite(values).all():
+        raise error(message)
+
+
 def _flat(values: Tensor):
     return values.to("cpu", torch.int32).flatten().numpy()
 
 
-def _version_key(module: nn.Module) -> tuple:
-    """Changes whenever a parameter or buffer is replaced or written to."""
+def _fingerprint(module: nn.Module) -> list[tuple]:
+    """Changes whenever a parameter or buffer is replaced or written to.
+
+    The sum of the bits catches writes through `.data`, which leave no other trace, and memory that
+    was given back and holds another tensor by now.  It is exact, so it never changes by itself.
+    """
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     tensors = (*module.parameters(), *module.buffers())
-    return tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
+    return [
+        (t.data_ptr(), t._version, t.dtype, int(t.detach().view(whole[t.element_size()]).sum()))
+        for t in tensors
+    ]

@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cmamba_ref import walsh
 from cmamba_ref.blocks import stage
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.entropy.precision import StoredPrecision
 
-# Growth of the initial weights of g_a's last layer (our choice).
-LATENT_SCALE = 16.0
+# Initial step size: y counts coefficients of the Walsh-Hadamard transform in units of 16/255, which
+# is the middle of the useful range (our choice).
+LATENT_SCALE = 255 / 16
 
 
 def downsample(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
@@ -54,19 +56,20 @@ class Analysis(nn.Sequential):
     def __init__(self, config: CMambaConfig) -> None:
         c1, c2, c3 = config.widths
         stage1, stage2, stage3 = stages(config)
-        super().__init__(
+        halvings = [
             downsample(3, c1, 5),
-            *stage1,
             downsample(c1, c2, 5),
-            *stage2,
             downsample(c2, c3, 5),
-            *stage3,
             downsample(c3, config.latent_channels, 3),
-        )
-        # A fresh y should span several integers: where all of it rounds to zero, nothing reaches g_s
-        # and straight-through gradients have nothing to say.
+        ]
+        down1, down2, down3, down4 = halvings
+        super().__init__(down1, *stage1, down2, *stage2, down3, *stage3, down4)
+        for conv, level in zip(halvings, _levels(config), strict=True):
+            walsh.init_downsample(conv, level)
         with torch.no_grad():
-            self[-1].weight.mul_(LATENT_SCALE)  # type: ignore[operator]
+            down4.weight.mul_(LATENT_SCALE)
+            # The first layer sees 0...1; its coefficients should be those of a zero-mean picture.
+            down1.bias.copy_(-0.5 * down1.weight.sum((1, 2, 3)))  # type: ignore[union-attr]
 
 
 class Synthesis(nn.Sequential):
@@ -75,17 +78,21 @@ class Synthesis(nn.Sequential):
     def __init__(self, config: CMambaConfig) -> None:
         c1, c2, c3 = config.widths
         stage1, stage2, stage3 = stages(config)
-        super().__init__(
-            upsample(config.latent_channels, c3),
-            *stage3,
-            upsample(c3, c2),
-            *stage2,
-            upsample(c2, c1),
-            *stage1,
-            nn.Conv2d(c1, 3 * 2 * 2, 3, padding=1),
-            nn.PixelShuffle(2),
-        )
-        nn.init.constant_(self[-2].bias, 0.5)  # type: ignore[arg-type]  # start from mid-grey
+        doublings = [upsample(config.latent_channels, c3), upsample(c3, c2), upsample(c2, c1)]
+        up4, up3, up2 = doublings
+        last = nn.Conv2d(c1, 3 * 2 * 2, 3, padding=1)
+        super().__init__(up4, *stage3, up3, *stage2, up2, *stage1, last, nn.PixelShuffle(2))
+        first_level, *other_levels = _levels(config)
+        for deconv, level in zip(doublings, reversed(other_levels), strict=True):
+            walsh.init_upsample(deconv, level)
+        walsh.init_pixel_shuffle(last, first_level)
+        with torch.no_grad():
+            up4.weight.div_(LATENT_SCALE)
+        nn.init.constant_(last.bias, 0.5)  # type: ignore[arg-type]  # mid-grey
+
+
+def _levels(config: CMambaConfig) -> list[walsh.Level]:
+    return walsh.walsh_levels((*config.widths, config.latent_channels))
 
 
 class HyperAnalysis(nn.Sequential):

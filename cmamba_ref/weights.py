@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cmamba_ref.config import CMambaConfig
-from cmamba_ref.errors import InvalidArgumentError, WeightsError
+from cmamba_ref.errors import WeightsError
 
 if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
@@ -71,17 +71,28 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
     try:
         config = CMambaConfig.from_json((directory / CONFIG_FILE).read_text())
         state = load_file(directory / WEIGHTS_FILE)
-    except (InvalidArgumentError, SafetensorError, UnicodeDecodeError, OSError) as error:
+    # ValueError: InvalidArgumentError, and text that is not UTF-8; deep nesting ends in recursion.
+    except (ValueError, RecursionError, SafetensorError, OSError) as error:
         raise WeightsError(f"cannot read the weights in {str(directory)!r}: {error}") from error
-    # Built without memory, so that a configuration of absurd size fails before it hurts.
-    with torch.device("meta"):
-        model = model_class(config)
+    # A configuration of absurd size fails before it costs anything: every block and slice has
+    # tensors of its own, and modules on `meta` have no memory.
+    if config.slices + sum(config.depths) > len(state):
+        raise WeightsError(f"{str(directory)!r}: tensors are missing: there are only {len(state)}")
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+    except (ValueError, RuntimeError) as error:
+        raise WeightsError(
+            f"no model can be built from the configuration in {str(directory)!r}: {error}"
+        ) from error
     expected = {name: tensor for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
         wanted = expected.get(name)
         table = wanted is not None and wanted.numel() == 0
-        if wanted is None or (wanted.dtype != tensor.dtype) or (
-            not table and wanted.shape != tensor.shape
+        if (
+            wanted is None
+            or (wanted.dtype != tensor.dtype)
+            or (not table and wanted.shape != tensor.shape)
         ):
             found = f"{tensor.dtype}{list(tensor.shape)}"
             need = "no such tensor" if wanted is None else f"{wanted.dtype}{list(wanted.shape)}"
@@ -90,5 +101,9 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
             )
     if missing := sorted(set(expected) - set(state)):
         raise WeightsError(f"{str(directory)!r}: tensors are missing, among them {missing[:3]}")
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise WeightsError(f"{str(directory)!r}: {name} holds NaN or infinity")
     model.load_state_dict(state, assign=True)
+    model.check_tables()
     return model

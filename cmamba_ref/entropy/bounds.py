@@ -25,7 +25,7 @@ class _LowerBound(torch.autograd.Function):
 
 
 def lower_bound(x: Tensor, bound: float) -> Tensor:
-    """`max(x, bound)`, whose gradient still lets values below the bound rise (Ballé et al. 2018)."""
+    """`max(x, bound)` whose gradient still lets values below the bound rise (Ballé et al. 2018)."""
     return _LowerBound.apply(x, bound)  # type: ignore[return-value]
 
 

@@ -2,9 +2,9 @@
 
 A decoder recomputes the scale of every symbol, and one scale index that differs from the encoder's
 destroys the rest of the stream.  So the weights from which scales are computed must be the same
-numbers on both sides, whatever precision the rest of the model was cast to, and the computation runs
-in float64, where different machines, thread counts and memory layouts agree far below the margin
-that the encoder keeps (see docs/format.md).
+numbers on both sides, whatever precision the rest of the model was cast to, and the computation
+runs in float64, where different machines, thread counts and memory layouts agree far below the
+margin that the encoder keeps (see docs/format.md).
 """
 
 from __future__ import annotations

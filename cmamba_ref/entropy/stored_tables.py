@@ -15,8 +15,8 @@ _NAMES = ("cdf", "starts", "offsets")
 class TableBuffers(nn.Module):
     """Holds one `CdfTables`, empty until `store` or until a checkpoint with tables is loaded.
 
-    A decoder never rebuilds tables: two machines that evaluate the same density need not round it to
-    the same integers.  The tables that a model was published with are the ones in its checkpoint.
+    A decoder never rebuilds tables: two machines that evaluate the same density need not round it
+    to the same integers.  The tables a model was published with are the ones in its checkpoint.
     """
 
     cdf: Tensor
@@ -39,7 +39,6 @@ class TableBuffers(nn.Module):
         for name in _NAMES:
             values = torch.from_numpy(np.array(getattr(tables, name), dtype=np.int32))
             setattr(self, name, values.to(self.cdf.device))
-        self._tables = None
 
     def tables(self) -> CdfTables:
         """The tables for the coder.
@@ -47,16 +46,22 @@ class TableBuffers(nn.Module):
         Raises:
             WeightsError: there are none yet, or the loaded ones are malformed.
         """
-        if self._tables is None:
-            if not self.filled:
-                raise WeightsError(
-                    "the model has no entropy tables; call `model.update()` once after training, "
-                    "or load weights that were saved with tables"
-                )
-            tables = CdfTables(*(getattr(self, name).cpu().numpy() for name in _NAMES))
+        if not self.filled:
+            raise WeightsError(
+                "the model has no entropy tables; call `model.update()` once after training, "
+                "or load weights that were saved with tables"
+            )
+        # Copies, compared on each call: the coder's must not change unseen when a buffer does.
+        arrays = [getattr(self, name).cpu().numpy() for name in _NAMES]
+        known = self._tables
+        if known is None or not all(
+            np.array_equal(getattr(known, name), array)
+            for name, array in zip(_NAMES, arrays, strict=True)
+        ):
+            tables = CdfTables(*(array.copy() for array in arrays))
             tables.validate()
-            self._tables = tables
-        return self._tables
+            self._tables = known = tables
+        return known
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # Tables are as long as the checkpoint says: an empty buffer must not refuse them.
@@ -64,5 +69,4 @@ class TableBuffers(nn.Module):
             loaded = state_dict.get(prefix + name)
             if loaded is not None:
                 setattr(self, name, torch.empty_like(loaded, device=self.cdf.device))
-        self._tables = None
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,0 +1,138 @@
+"""Initial weights: g_a and g_s start as a Walsh-Hadamard transform and its inverse (our choice).
+
+A fresh codec must first discover that neighbouring pixels are alike, and that takes many thousands
+of steps.  Four stages that halve the picture can hold a 16x16 Walsh-Hadamard transform exactly: each
+stage splits every channel that carries a coefficient into four by sums and differences over 2x2
+positions.  Where a stage has too few channels for all of them, the ones with the most energy in
+a picture of strong correlation are kept.  Residual blocks start as the identity, so a fresh model
+reconstructs pictures at once, and training refines it.  The architecture is untouched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# Orthonormal opponent colours (rows) over RGB, and the share of energy that each has in photographs.
+COLOURS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
+COLOUR_ENERGY = (1.0, 0.05, 0.02)
+# Correlation of neighbouring pixels in the model that decides which coefficients are kept.
+CORRELATION = 0.95
+# The four children of a coefficient: signs of the second row and of the second column.
+CHILDREN = ((1, 1), (1, -1), (-1, 1), (-1, -1))
+# Random weights are left at this share of PyTorch's own beside the transform.
+NOISE = 0.01
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """One coefficient: a colour times a vertical and a horizontal Walsh function."""
+
+    colour: int
+    rows: tuple[float, ...]
+    columns: tuple[float, ...]
+
+    def child(self, row_sign: int, column_sign: int) -> Carrier:
+        """The coefficient of the sum or difference of this one over 2x2 positions."""
+        return Carrier(
+            self.colour,
+            (*self.rows, *(row_sign * value for value in self.rows)),
+            (*self.columns, *(column_sign * value for value in self.columns)),
+        )
+
+    @property
+    def energy(self) -> float:
+        """Expected square of the (normalised) coefficient."""
+        return COLOUR_ENERGY[self.colour] * _energy(self.rows) * _energy(self.columns)
+
+
+def _energy(signs: tuple[float, ...]) -> float:
+    distance = np.abs(np.subtract.outer(np.arange(len(signs)), np.arange(len(signs))))
+    return float(np.array(signs) @ CORRELATION**distance @ np.array(signs)) / len(signs)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One halving of the picture.  Carriers are always the first channels of a map.
+
+    Attributes:
+        finer, coarser: carriers before and after.
+        taps: (finer channel, coarser channel, row of 2x2, column of 2x2, weight).
+    """
+
+    finer: int
+    coarser: int
+    taps: list[tuple[int, int, int, int, float]]
+
+
+def walsh_levels(widths: tuple[int, ...]) -> list[Level]:
+    """The transform, from fine to coarse.
+
+    Args:
+        widths: channels after each halving; the first acts on RGB.
+    """
+    carriers = [Carrier(colour, (1.0,), (1.0,)) for colour in range(3)]
+    levels = []
+    for width in widths:
+        family = [
+            (parent, signs, carrier.child(*signs))
+            for parent, carrier in enumerate(carriers)
+            for signs in CHILDREN
+        ]
+        # Strongest first; the sort is stable, so that every machine keeps the same ones.
+        family.sort(key=lambda member: -round(member[2].energy, 9))
+        family = family[:width]
+        # The parents of the first level are colours, each a mixture of the three channels.
+        mixture = np.eye(len(carriers)) if levels else COLOURS
+        taps = [
+            (finer, channel, row, column, 0.5 * row_sign**row * column_sign**column * share)
+            for channel, (parent, (row_sign, column_sign), _) in enumerate(family)
+            for finer, share in enumerate(mixture[parent].tolist())
+            if share
+            for row in (0, 1)
+            for column in (0, 1)
+        ]
+        levels.append(Level(len(carriers), len(family), taps))
+        carriers = [child for _, _, child in family]
+    return levels
+
+
+def init_downsample(conv: nn.Conv2d, level: Level) -> None:
+    """Make a strided convolution one level of the transform."""
+    centre = conv.kernel_size[0] // 2
+    transform = torch.zeros_like(conv.weight)
+    for finer, coarser, row, column, value in level.taps:
+        transform[coarser, finer, centre + row, centre + column] = value
+    _install(conv, transform, level.coarser, dim=0)
+
+
+def init_upsample(deconv: nn.ConvTranspose2d, level: Level) -> None:
+    """Make a strided transposed convolution the inverse of one level."""
+    centre = deconv.kernel_size[0] // 2
+    transform = torch.zeros_like(deconv.weight)
+    for finer, coarser, row, column, value in level.taps:
+        transform[coarser, finer, centre + row, centre + column] = value
+    _install(deconv, transform, level.finer, dim=1)
+
+
+def init_pixel_shuffle(conv: nn.Conv2d, level: Level) -> None:
+    """Make a convolution before `PixelShuffle(2)` the inverse of the first level."""
+    centre = conv.kernel_size[0] // 2
+    transform = torch.zeros_like(conv.weight)
+    for finer, coarser, row, column, value in level.taps:
+        transform[4 * finer + 2 * row + column, coarser, centre, centre] = value
+    _install(conv, transform, 4 * level.finer, dim=0)
+
+
+@torch.no_grad()
+def _install(
+    layer: nn.Conv2d | nn.ConvTranspose2d, transform: Tensor, carriers: int, dim: int
+) -> None:
+    """Give the outputs that carry coefficients the transform, under reduced noise."""
+    ours = layer.weight.narrow(dim, 0, carriers)
+    ours.mul_(NOISE).add_(transform.narrow(dim, 0, carriers))
+    if layer.bias is not None:
+        layer.bias[:carriers] = 0
