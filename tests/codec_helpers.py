@@ -1,0 +1,220 @@
+"""Models, pictures and recordings for the tests of the codec.
+
+CMAMBA_TEST_MODEL: a directory of weights to test in place of the ones that ship.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.modules.module import register_module_forward_hook
+
+from cmamba_ref import CMamba, CMambaConfig
+from cmamba_ref.config import TINY
+from cmamba_ref.context import ContextModel
+from cmamba_ref.entropy import rans
+
+TESTS = Path(__file__).resolve().parent
+QUALITIES = (1, 2.5, 4, 6.3, 8)
+
+SMALL = dataclasses.replace(
+    TINY,
+    name="small-random",
+    widths=(8, 8, 16),
+    latent_channels=16,
+    hyper_widths=(16, 8),
+    slices=2,
+    cae_width=16,
+    lrp_widths=(16, 8),
+)
+ONE_RATE = dataclasses.replace(SMALL, name="small-random-one-rate", lmbdas=())
+
+
+@functools.cache
+def shipped_model() -> CMamba:
+    """The model that ships with the package."""
+    return CMamba.from_pretrained(os.environ.get("CMAMBA_TEST_MODEL", "tiny"))
+
+
+def random_model(config: CMambaConfig = SMALL, seed: int = 0) -> CMamba:
+    """A model of random weights with tables, whose scales and symbols spread over many values."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CMamba(config).eval()
+        with torch.no_grad():
+            for parameter in [*model.h_s.parameters(), *model.context.parameters()]:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+            for cae in model.context.cae:
+                log_scale = cae.head.bias.chunk(2)[1]  # type: ignore[union-attr, operator]
+                log_scale.copy_(torch.linspace(-1.5, 3, len(log_scale)))
+                cae.head.weight.mul_(4)  # type: ignore[union-attr, operator]
+            model.h_a[-1].weight.mul_(4)  # type: ignore[operator]
+    model.update()
+    return model
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A uint8 picture `[H, W, 3]`: a gradient, waves and some noise."""
+    rng = np.random.default_rng(seed)
+    row, column = np.mgrid[0:height, 0:width]
+    channels = [
+        128 + 60 * np.sin(row / (5 + 3 * c) + seed) * np.cos(column / (9 - 2 * c)) + column % 64
+        for c in range(3)
+    ]
+    values = np.stack(channels, axis=-1) + rng.normal(0, 6, (height, width, 3))
+    return values.round().clip(0, 255).astype(np.uint8)
+
+
+def load_picture(path: Path) -> np.ndarray:
+    """A PNG as a uint8 array `[H, W, 3]` or `[H, W]`."""
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def as_input(image: np.ndarray) -> torch.Tensor:
+    """A uint8 picture `[H, W, 3]` as the model takes it, `[1, 3, H, W]` in 0...1."""
+    return torch.tensor(image).permute(2, 0, 1)[None] / 255
+
+
+@dataclasses.dataclass
+class Recording:
+    """What the coding of one picture went through.
+
+    Attributes:
+        symbols: all symbols in coding order, z then y.
+        indexes: the table index of each of them.
+        log_scales: of y, float64, in coding order.
+        y_bar: what g_s starts from, float64.
+    """
+
+    symbols: np.ndarray
+    indexes: np.ndarray
+    log_scales: np.ndarray
+    y_bar: np.ndarray
+
+
+@contextmanager
+def recording() -> Iterator[list[Recording]]:
+    """Watch the coding (either way) of one picture; the list holds the recording afterwards."""
+    seen: list[Recording] = []
+    blocks: list[tuple[np.ndarray, np.ndarray]] = []
+    log_scales: list[np.ndarray] = []
+    y_bars: list[np.ndarray] = []
+    encode, take = rans.encode, rans.Decoder.take
+    from cmamba_ref import model
+
+    scale_index = model.scale_index
+
+    def seen_encode(tables, new, lanes=None):
+        blocks[:0] = new  # y is coded before z, and decoded after it
+        return encode(tables, new, lanes)
+
+    def seen_take(decoder, index):
+        symbols = take(decoder, index)
+        blocks.append((symbols, index))
+        return symbols
+
+    def seen_index(scales, shift):
+        log_scales.append(scales.flatten().numpy())
+        return scale_index(scales, shift)
+
+    def seen_module(module, args, output):
+        if isinstance(module, ContextModel):
+            y_bars.append(output.detach().numpy())
+
+    hook = register_module_forward_hook(seen_module)
+    try:
+        with (
+            mock.patch.object(rans, "encode", seen_encode),
+            mock.patch.object(rans.Decoder, "take", seen_take),
+            mock.patch.object(model, "scale_index", seen_index),
+        ):
+            yield seen
+    finally:
+        hook.remove()
+    (y_bar,) = y_bars
+    symbols, indexes = (
+        np.concatenate([b.ravel() for b in part]) for part in zip(*blocks, strict=True)
+    )
+    seen.append(Recording(symbols.astype(np.int32), indexes, np.concatenate(log_scales), y_bar))
+
+
+def assert_same_coding(decoded: Recording, encoded: Recording) -> float:
+    """Symbols equal and y_bar within the promised 1e-9; returns the largest difference of y_bar."""
+    assert np.array_equal(decoded.symbols, encoded.symbols)
+    assert np.array_equal(decoded.indexes, encoded.indexes)
+    worst = float(np.abs(decoded.y_bar - encoded.y_bar).max())
+    assert worst <= 1e-9
+    return worst
+
+
+def digest(values: np.ndarray) -> str:
+    """A fingerprint of an array, to compare across processes."""
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+# The header as docs/format.md has it: name of the field, offset, struct format.
+HEADER = {
+    "version": (4, "<B"),
+    "flags": (5, "<B"),
+    "model id": (6, "8s"),
+    "width": (14, "<I"),
+    "height": (18, "<I"),
+    "z length": (22, "<I"),
+}
+HEADER_BYTES = 26
+LATENT_PREFIX = {"quality": (0, "<H"), "shift": (2, "<B"), "symbols' check": (3, "<I")}
+
+
+def field_of(data: bytes, name: str):
+    """The value of one header field."""
+    offset, layout = HEADER[name]
+    return struct.unpack_from(layout, data, offset)[0]
+
+
+def with_field(data: bytes, name: str, value) -> bytes:
+    """The file with one field of the header or of the y string replaced, and a right checksum."""
+    if name in HEADER:
+        offset, layout = HEADER[name]
+    else:
+        offset, layout = LATENT_PREFIX[name]
+        offset += HEADER_BYTES + field_of(data, "z length")
+    changed = bytearray(data)
+    struct.pack_into(layout, changed, offset, value)
+    return with_checksum(changed[:-4])
+
+
+def with_checksum(body: bytes | bytearray) -> bytes:
+    """A file's bytes before its checksum, completed."""
+    return bytes(body) + struct.pack("<I", zlib.crc32(body))
+
+
+def run_elsewhere(function: str, *arguments: Path, **environment: str) -> str:
+    """Call a function of a test module, "module.function", in a process of its own.
+
+    Returns what it prints; its arguments are paths.
+    """
+    module, name = function.split(".")
+    code = f"import sys, pathlib, {module}; {module}.{name}(*map(pathlib.Path, sys.argv[1:]))"
+    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

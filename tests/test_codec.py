@@ -1,0 +1,403 @@
+"""The codec as its users see it: pictures to files and back, sizes, CompressAI's protocol, ids."""
+
+import copy
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from codec_helpers import (
+    ONE_RATE,
+    QUALITIES,
+    Recording,
+    as_input,
+    assert_same_coding,
+    load_picture,
+    picture,
+    random_model,
+    recording,
+    shipped_model,
+)
+from torch.nn import functional as F
+
+import cmamba_ref
+from cmamba_ref import BitstreamError, CMamba, CMambaError, InvalidArgumentError, WeightsError
+
+ODD_SIZES = [
+    (1, 1), (1, 2), (2, 1), (1, 64), (65, 1), (1, 700), (700, 1), (2, 3), (7, 200), (31, 33),
+    (63, 64), (63, 65), (64, 64), (64, 65), (65, 63), (65, 65), (127, 129), (128, 128),
+    (200, 150), (257, 129),
+]  # fmt: skip
+
+
+@functools.cache
+def small_model() -> CMamba:
+    return random_model()
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return -10 * math.log10(np.mean((a.astype(float) - b.astype(float)) ** 2) / 255**2)
+
+
+@dataclass
+class RoundTrip:
+    """A picture through a file on disk."""
+
+    size: int
+    image: np.ndarray
+    decoded: np.ndarray
+    encoder: Recording
+    decoder: Recording
+
+
+def round_trip(model: CMamba, image: np.ndarray, quality: float | None, path: Path) -> RoundTrip:
+    with recording() as at_encoder:
+        path.write_bytes(cmamba_ref.encode(model, image, quality))
+    data = path.read_bytes()
+    with recording() as at_decoder:
+        decoded = cmamba_ref.decode(data, model)
+    assert decoded.shape == image.shape and decoded.dtype == np.uint8
+    assert_same_coding(at_decoder[0], at_encoder[0])
+    return RoundTrip(len(data), image, decoded, at_encoder[0], at_decoder[0])
+
+
+# Round trips.
+
+
+def estimated_bytes(model: CMamba, image: np.ndarray, quality: float | None) -> float:
+    """What the model itself expects a file to take."""
+    with torch.inference_mode():
+        likelihoods = model(as_input(image), quality)["likelihoods"]
+    return -sum(float(p.double().log2().sum()) for p in likelihoods.values()) / 8
+
+
+def test_kodak_through_files(kodak_paths, tmp_path):
+    """Symbols equal, y_bar within 1e-9; sizes within 1 % + 64 bytes of the model's estimate."""
+    model = shipped_model()
+    sizes, estimates = [], []
+    for k, path in enumerate(kodak_paths):
+        quality = QUALITIES[k % len(QUALITIES)]
+        done = round_trip(model, load_picture(path), quality, tmp_path / "photo.cmb")
+        sizes.append(done.size)
+        estimates.append(estimated_bytes(model, done.image, quality))
+    assert np.mean(sizes) <= 1.01 * np.mean(estimates) + 64
+
+
+def test_one_photograph_at_every_quality(kodak_paths, tmp_path):
+    """More quality costs more bytes; the best is better than the worst; decoding repeats."""
+    model, image = shipped_model(), load_picture(kodak_paths[22])
+    sizes, qualities = [], []
+    for quality in QUALITIES:
+        done = round_trip(model, image, quality, tmp_path / "photo.cmb")
+        sizes.append(done.size)
+        qualities.append(psnr(done.decoded, image))
+    assert sizes == sorted(sizes) and qualities[0] < qualities[-1]
+    again = cmamba_ref.decode((tmp_path / "photo.cmb").read_bytes(), model)
+    assert np.array_equal(again, done.decoded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quality", QUALITIES)
+def test_all_of_kodak_at_every_quality(kodak_paths, tmp_path, quality):
+    model = shipped_model()
+    for path in kodak_paths:
+        image = load_picture(path)
+        done = round_trip(model, image, quality, tmp_path / "photo.cmb")
+        assert done.size <= 1.02 * estimated_bytes(model, image, quality) + 64
+
+
+@pytest.mark.parametrize(("height", "width"), ODD_SIZES)
+def test_odd_sizes_through_files(tmp_path, height, width):
+    quality = QUALITIES[(height + width) % len(QUALITIES)]
+    for model in (shipped_model(), small_model()):
+        image = picture(height, width)
+        done = round_trip(model, image, quality, tmp_path / "odd.cmb")
+        again = cmamba_ref.decode((tmp_path / "odd.cmb").read_bytes(), model)
+        assert np.array_equal(again, done.decoded)
+
+
+def test_the_random_model_uses_many_scales_and_escapes(tmp_path):
+    """What the tests with random weights rest on."""
+    done = round_trip(small_model(), picture(200, 150), 8, tmp_path / "x.cmb")
+    tables = small_model().gaussian_conditional.stored.tables()
+    z_count = done.encoder.symbols.size - done.encoder.log_scales.size
+    symbols, indexes = done.encoder.symbols[z_count:], done.encoder.indexes[z_count:]
+    assert len(np.unique(indexes)) > 30 and len(np.unique(symbols)) > 30
+    position = symbols - tables.offsets[indexes]
+    assert ((position < 0) | (position >= tables.symbol_counts[indexes])).any()
+    assert len(np.unique(done.encoder.symbols[:z_count])) > 3
+
+
+def test_grey_pictures_come_back_grey(tmp_path):
+    grey = picture(70, 51)[..., 0]
+    done = round_trip(shipped_model(), grey, 8, tmp_path / "grey.cmb")
+    assert done.decoded.shape == (70, 51)
+    three = cmamba_ref.encode(shipped_model(), np.stack([grey] * 3, axis=-1), 8)
+    assert done.size == len(three)
+    rgb = cmamba_ref.decode(three, shipped_model())
+    assert np.array_equal(done.decoded, np.rint(rgb.mean(axis=2)))
+
+
+def test_a_model_of_one_rate(tmp_path):
+    model = random_model(ONE_RATE)
+    round_trip(model, picture(65, 90), None, tmp_path / "one.cmb")
+    with pytest.raises(InvalidArgumentError, match="one rate"):
+        cmamba_ref.encode(model, picture(8, 8), 4)
+
+
+def test_read_only_and_strided_arrays_are_pictures_too():
+    image = picture(40, 60)
+    data = cmamba_ref.encode(small_model(), image, 4)
+    frozen = image.copy()
+    frozen.flags.writeable = False
+    assert cmamba_ref.encode(small_model(), frozen, 4) == data
+    mirrored = np.ascontiguousarray(image[:, ::-1])[:, ::-1]
+    assert cmamba_ref.encode(small_model(), mirrored, 4) == data
+
+
+@pytest.mark.parametrize(
+    ("image", "quality"),
+    [
+        (np.zeros((8, 8, 3), np.float32), 4),
+        (np.zeros((8, 8, 4), np.uint8), 4),
+        (np.zeros((8, 8, 1), np.uint8), 4),
+        (np.zeros((0, 8, 3), np.uint8), 4),
+        (np.zeros(8, np.uint8), 4),
+        ([[1, 2], [3, 4]], 4),
+        (np.zeros((8, 8, 3), np.uint8), 0.99),
+        (np.zeros((8, 8, 3), np.uint8), 8.01),
+        (np.zeros((8, 8, 3), np.uint8), math.nan),
+    ],
+)
+def test_what_is_no_picture_or_quality_is_refused(image, quality):
+    with pytest.raises(InvalidArgumentError, match="must"):
+        cmamba_ref.encode(small_model(), image, quality)
+
+
+def test_the_limit_of_pixels_counts_padded_sides_both_ways():
+    image = picture(10, 70)
+    data = cmamba_ref.encode(small_model(), image, 4, max_pixels=64 * 128)
+    assert cmamba_ref.decode(data, small_model(), max_pixels=64 * 128).shape == image.shape
+    with pytest.raises(InvalidArgumentError, match="8191 pixels"):
+        cmamba_ref.encode(small_model(), image, 4, max_pixels=64 * 128 - 1)
+    with pytest.raises(BitstreamError, match="limit of 8191"):
+        cmamba_ref.decode(data, small_model(), max_pixels=64 * 128 - 1)
+
+
+# CompressAI's protocol.
+
+
+def evaluate_like_compressai(net, x: torch.Tensor) -> dict[str, float]:
+    """The steps of CompressAI's eval_model, for one picture `[1, 3, H, W]`."""
+    height, width = x.shape[-2:]
+    pad = (0, -width % 64, 0, -height % 64)
+    x_padded = F.pad(x, pad, mode="constant", value=0)
+    out_enc = net.compress(x_padded)
+    out_dec = net.decompress(out_enc["strings"], out_enc["shape"])
+    x_hat = F.pad(out_dec["x_hat"], tuple(-p for p in pad))
+    out_net = net.forward(x_padded)
+    out_net["x_hat"].clamp_(0, 1)
+    bits = sum(torch.log(p).sum() / -math.log(2) for p in out_net["likelihoods"].values())
+    return {
+        "mse": float(F.mse_loss(x, x_hat)),
+        "mse_estimated": float(F.mse_loss(x, F.pad(out_net["x_hat"], tuple(-p for p in pad)))),
+        "bpp": sum(len(s[0]) for s in out_enc["strings"]) * 8.0 / (height * width),
+        "bpp_estimated": float(bits) / (height * width),
+    }
+
+
+@torch.no_grad()
+def test_compressai_evaluation_runs_on_a_model():
+    net = random_model(ONE_RATE)
+    assert net.update(force=True) is True and net.update() is False
+    assert net.aux_loss().ndim == 0 and float(net.aux_loss()) > 0
+    result = evaluate_like_compressai(net, as_input(picture(120, 200)))
+    assert result["mse"] == pytest.approx(result["mse_estimated"], rel=0.01)
+    # An estimate never counts a symbol as less likely than 1e-9, 30 bits; an escape costs less.
+    assert 0.8 * result["bpp_estimated"] < result["bpp"] < 1.05 * result["bpp_estimated"]
+
+
+def test_decoding_a_batch_equals_decoding_each_picture():
+    model = small_model()
+    x = torch.cat([as_input(picture(128, 64, seed)) for seed in range(3)])
+    out = model.compress(x, 6.3)
+    batch, _ = model.decode_latent(out["strings"], out["shape"])
+    x_hat = model.decompress(out["strings"], out["shape"])["x_hat"]
+    for b, strings in enumerate(zip(*out["strings"], strict=True)):
+        alone, _ = model.decode_latent([[s] for s in strings], out["shape"])
+        assert float((batch[b] - alone[0]).abs().max()) <= 1e-9
+        picture_alone = model.decompress([[s] for s in strings], out["shape"])["x_hat"]
+        assert float((x_hat[b] - picture_alone[0]).abs().max()) < 1 / 255
+
+
+def test_a_batch_may_mix_qualities_when_decoding():
+    model = small_model()
+    x = as_input(picture(64, 64))
+    out = [model.compress(x, quality) for quality in (1, 8)]
+    strings = [[o["strings"][k][0] for o in out] for k in range(2)]
+    mixed = model.decompress(strings, out[0]["shape"])["x_hat"]
+    for b, o in enumerate(out):
+        alone = model.decompress(o["strings"], o["shape"])["x_hat"][0]
+        assert float((mixed[b] - alone).abs().max()) < 1 / 255
+
+
+def test_encoding_a_batch_is_encoding_each_picture():
+    """g_a runs in float32, so a symbol in many may round the other way; no more than that."""
+    model = small_model()
+    x = torch.cat([as_input(picture(128, 64, seed)) for seed in range(3)])
+    out = model.compress(x, 4)
+    batch, _ = model.decode_latent(out["strings"], out["shape"])
+    for b in range(3):
+        alone = model.compress(x[b : b + 1], 4)
+        y_bar, _ = model.decode_latent(alone["strings"], alone["shape"])
+        assert float(((batch[b] - y_bar[0]).abs() > 1e-9).double().mean()) < 0.01
+
+
+# Ids and tables.
+
+
+def changed_in_place(tensor: torch.Tensor) -> None:
+    with torch.no_grad():
+        tensor.view(-1)[-1] += 1
+
+
+def changed_through_data(tensor: torch.Tensor) -> None:
+    tensor.data.view(-1)[-1] += 1
+
+
+@pytest.mark.parametrize("change", [changed_in_place, changed_through_data])
+def test_every_weight_and_table_is_in_the_id(change):
+    model = random_model()
+    ids = {model.model_id}
+    tensors = model.state_dict(keep_vars=True)
+    for tensor in tensors.values():
+        change(tensor)
+        ids.add(model.model_id)
+    assert len(ids) == len(tensors) + 1
+
+
+def test_the_id_is_that_of_equal_weights_and_no_others(tmp_path):
+    model = random_model()
+    assert random_model().model_id == model.model_id != random_model(seed=1).model_id
+    assert copy.deepcopy(model).model_id == model.model_id
+    model.save_pretrained(tmp_path)
+    assert CMamba.from_pretrained(tmp_path).model_id == model.model_id
+    assert len(model.model_id) == 8
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda m: m.to("cpu"),
+        lambda m: m.half(),
+        lambda m: m.bfloat16(),
+        lambda m: m.double(),
+        lambda m: m.to(memory_format=torch.channels_last),
+        lambda m: m.half().to("cpu"),
+    ],
+    ids=["to", "half", "bfloat16", "double", "channels_last", "half-to"],
+)
+def test_casts_change_neither_the_id_nor_any_symbol(cast):
+    model = random_model()
+    image = picture(100, 130)
+    with recording() as encoded:
+        data = cmamba_ref.encode(model, image, 4)
+    reference = cmamba_ref.decode(data, model)
+    before = model.model_id
+    model = cast(model)
+    assert model.model_id == before
+    for part in (model.h_s, model.context, model.entropy_bottleneck):
+        assert {p.dtype for p in part.parameters()} == {torch.float32}
+    with recording() as decoded:
+        picture_of_cast = cmamba_ref.decode(data, model)
+    assert_same_coding(decoded[0], encoded[0])
+    assert np.abs(picture_of_cast.astype(int) - reference.astype(int)).mean() < 4
+    with recording() as encoded:
+        from_cast = cmamba_ref.encode(model, image, 4)
+    with recording() as decoded:
+        cmamba_ref.decode(from_cast, random_model())
+    assert_same_coding(decoded[0], encoded[0])
+
+
+def test_a_file_follows_changed_weights():
+    """Nothing derived from weights survives them: coding uses what the id names."""
+    model = random_model()
+    cmamba_ref.encode(model, picture(64, 64), 4)
+    for cae in model.context.cae:
+        cae.head.bias.data.add_(0.3)
+    data = cmamba_ref.encode(model, picture(64, 64), 4)
+    fresh = CMamba(model.config).eval()
+    fresh.load_state_dict(model.state_dict())
+    assert fresh.model_id == model.model_id
+    assert np.array_equal(cmamba_ref.decode(data, fresh), cmamba_ref.decode(data, model))
+
+
+def test_update_never_alters_loaded_tables(tmp_path):
+    model = random_model()
+    model.save_pretrained(tmp_path)
+    loaded = CMamba.from_pretrained(tmp_path)
+    with torch.no_grad():
+        loaded.entropy_bottleneck.biases[0].add_(1)
+    tables = {k: v.clone() for k, v in loaded.state_dict().items() if "stored" in k}
+    assert len(tables) == 6
+    assert loaded.update() is False
+    assert all(torch.equal(loaded.state_dict()[k], v) for k, v in tables.items())
+    assert loaded.update(force=True) is True
+    assert not all(torch.equal(loaded.state_dict()[k], v) for k, v in tables.items())
+
+
+def test_a_model_without_tables_says_what_to_do():
+    with pytest.raises(WeightsError, match="update"):
+        cmamba_ref.encode(CMamba(ONE_RATE).eval(), picture(8, 8))
+
+
+# What is not finite.
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_pictures_that_are_not_finite_make_no_file(value):
+    x = as_input(picture(64, 64))
+    x[0, 1, 30, 30] = value
+    with pytest.raises(CMambaError):
+        small_model().compress(x, 4)
+
+
+def test_a_nan_in_any_weight_makes_an_error_or_no_difference():
+    """Weights that coding does not use, such as gains of other qualities, may hold anything."""
+    model = random_model()
+    image = picture(130, 130)  # z is 3x3: every tap of every kernel counts somewhere
+    expected = cmamba_ref.decode(cmamba_ref.encode(model, image, 4), model)
+    harmless = set()
+    for name, parameter in model.named_parameters():
+        element = parameter.data.view(-1)[-1:]
+        before = element.clone()
+        element.fill_(math.nan)
+        try:
+            decoded = cmamba_ref.decode(cmamba_ref.encode(model, image, 4), model)
+        except CMambaError:
+            pass
+        else:
+            assert np.array_equal(decoded, expected), name
+            harmless.add(name.split(".")[0])
+        element.copy_(before)
+    assert harmless <= {"gain", "entropy_bottleneck"}
+
+
+@pytest.mark.parametrize("part", ["h_s", "context", "h_a", "g_a"])
+def test_a_nan_among_the_encoder_s_weights_makes_no_file(part):
+    model = random_model()
+    for parameter in getattr(model, part).parameters():
+        parameter.data.view(-1)[-1] = math.nan
+    with pytest.raises(CMambaError):
+        cmamba_ref.encode(model, picture(64, 64), 4)
+
+
+def test_tables_cannot_be_made_of_nan():
+    model = random_model()
+    with torch.no_grad():
+        model.entropy_bottleneck.quantiles[0, 1] = math.nan
+    with pytest.raises(CMambaError):
+        model.update(force=True)
