@@ -1,9 +1,10 @@
 """CMamba: a readable reference of the CMamba learned image codec, and a codec to use.
 
-    import cmamba_ref
+A picture is a uint8 array `[H, W, 3]`, a file is bytes:
+
     model = cmamba_ref.CMamba.from_pretrained("tiny")
-    data = cmamba_ref.encode(model, picture, quality=4)   # uint8 [H, W, 3] -> bytes
-    picture = cmamba_ref.decode(data, model)              # bytes -> uint8 [H, W, 3]
+    data = cmamba_ref.encode(model, picture, quality=4)
+    picture = cmamba_ref.decode(data, model)
 """
 
 from cmamba_ref.codec import decode, encode

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from cmamba_ref.ss2d import SS2D
@@ -37,17 +37,18 @@ class VSSBlock(nn.Module):
         nn.init.zeros_(self.ss2d.out_proj.weight)  # fresh: the identity
 
     def forward(self, x: Tensor) -> Tensor:
-        channel_last = x.permute(0, 2, 3, 1)
-        return x + self.ss2d(self.norm(channel_last)).permute(0, 3, 1, 2)
+        channel_last = rearrange(x, "b c h w -> b h w c")
+        out = self.ss2d(self.norm(channel_last))
+        return x + rearrange(out, "b h w c -> b c h w")
 
 
 class CASSM(nn.Module):
     """Content-adaptive SSM: global and local path over the same features, fused by content.
 
     The paper: global max pooling and an MLP give attention weights alpha and beta, and
-    `out = w(alpha * F_ssm + beta * F_cnn)` with a learned projection w.  Our choices, where the paper
-    is silent: the pooled map is the sum of both paths, the weights are per channel, and a softmax
-    over the two branches makes them sum to one.
+    `out = w(alpha * F_ssm + beta * F_cnn)` with a learned projection w.  Our choices, where the
+    paper is silent: the pooled map is the sum of both paths, the weights are per channel, and a
+    softmax over the two branches makes them sum to one.
     """
 
     def __init__(
@@ -73,9 +74,9 @@ class CASSM(nn.Module):
 
     def fusion_weights(self, f_ssm: Tensor, f_cnn: Tensor) -> tuple[Tensor, Tensor]:
         """Attention weights alpha and beta, each `[B, C, 1, 1]` in 0...1, with alpha + beta = 1."""
-        pooled = (f_ssm + f_cnn).amax(dim=(2, 3))
-        weights = self.attention(pooled).unflatten(1, (2, -1)).softmax(dim=1)
-        alpha, beta = weights[..., None, None].unbind(dim=1)
+        pooled = reduce(f_ssm + f_cnn, "b c h w -> b c", "max")
+        logits = rearrange(self.attention(pooled), "b (branch c) -> branch b c 1 1", branch=2)
+        alpha, beta = logits.softmax(dim=0)
         return alpha, beta
 
 

@@ -1,7 +1,8 @@
 """Sizes of a CMamba model: one frozen dataclass, three named configurations, to and from JSON.
 
-The paper publishes two totals and no layer sizes.  `base` is *re-derived to those totals*
-(56.26 M parameters, 362.7 GMACs at 768x512); it is not the authors' configuration, which is unknown.
+The paper publishes no layer sizes, and its totals only against another model.  `base` is
+*re-derived to those totals* (56.26 M parameters, 362.7 GMACs at 768x512); it is not the authors'
+configuration, which is unknown.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class CMambaConfig:
         ssm_stages: whether a stage has the global (VSS) path; a stage without it is built of
             ResBlocks alone.  The paper has it everywhere.
         latent_channels: channels M of the latent y at H/16.
-        hyper_widths: channels of the hyper transforms between y and z; the last is that of z at H/64.
+        hyper_widths: channels of the hyper transforms between y and z; the last is that of z.
         slices: groups of channels of y that are coded one after another (CAE).
         cae_width: channels of the CAE inside one slice.  `None` gives the paper's literal equation,
             whose width is twice the slice's channels and which has no head.
@@ -175,14 +176,14 @@ SMALL = CMambaConfig(
     widths=(64, 96, 128),
     depths=(1, 1, 1),
     latent_channels=192,
-    hyper_widths=(160, 128),
+    hyper_widths=(256, 128),
     slices=4,
     cae_width=128,
-    lrp_widths=(128, 96),
+    lrp_widths=(224, 128),
 )
 
-# Made to be trained on two CPU cores: convolutions are cheap there and scans are not, so few states,
-# half the channels in the scan, and no global path at H/2, where a map has the most positions.
+# Made to be trained on two CPU cores: convolutions are cheap there and scans are not, so few
+# states, half the channels in the scan, and no global path at H/2, with the most positions.
 TINY = CMambaConfig(
     name="tiny",
     widths=(32, 64, 96),

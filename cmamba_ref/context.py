@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from cmamba_ref.config import CMambaConfig
@@ -49,15 +50,15 @@ class CAE(nn.Module):
 
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Map `[B, context_channels, h, w]` to means and log-scales, each `[B, M/slices, h, w]`."""
-        t = self.w_sq(context.permute(0, 2, 3, 1))
+        t = self.w_sq(rearrange(context, "b c h w -> b h w c"))
         f_ssm = self.ss2d(self.norm1(t)) + t
         phi = self.w_ffn(self.norm2(f_ssm)) + f_ssm
-        means, log_scales = self.head(phi).permute(0, 3, 1, 2).chunk(2, dim=1)
+        means, log_scales = rearrange(self.head(phi), "b h w (two c) -> two b c h w", two=2)
         return means, log_scales
 
 
 class LRP(nn.Module):
-    """Latent residual prediction (Minnen & Singh 2020): an estimate of `y - y_hat` in (-0.5, 0.5)."""
+    """Latent residual prediction (Minnen & Singh 2020): `y - y_hat`, estimated, in (-0.5, 0.5)."""
 
     def __init__(self, config: CMambaConfig, context_channels: int) -> None:
         super().__init__()
@@ -89,9 +90,9 @@ class ContextModel(StoredPrecision):
 
         Args:
             phi: the two halves of Phi' from h_s, each `[B, M, h, w]`.
-            code_slice: called once per slice with its number, means and log-scales; returns y_hat of
-                that slice.  Training quantises there, the encoder quantises and notes the symbols,
-                the decoder reads the symbols.
+            code_slice: called once per slice with its number, means and log-scales; returns y_hat
+                of that slice.  Training quantises there, the encoder quantises and notes the
+                symbols, the decoder reads the symbols.
         """
         phi_mean, phi_scale = phi
         y_bar: list[Tensor] = []

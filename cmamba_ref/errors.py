@@ -10,7 +10,7 @@ class InvalidArgumentError(CMambaError, ValueError):
 
 
 class BackendUnavailableError(CMambaError, RuntimeError):
-    """A scan backend that was asked for by name cannot run here; the message says why and the fix."""
+    """A scan backend asked for by name cannot run here; the message says why and the fix."""
 
 
 class BitstreamError(CMambaError, ValueError):

@@ -31,6 +31,7 @@ from cmamba_ref.entropy.gaussian import (
 from cmamba_ref.entropy.precision import float64_copy
 from cmamba_ref.errors import BitstreamError, CMambaError, InvalidArgumentError, WeightsError
 from cmamba_ref.gain import GainUnits
+from cmamba_ref.ops.autocast import without_autocast
 from cmamba_ref.transforms import Analysis, HyperAnalysis, HyperSynthesis, Synthesis
 
 # z lives at H/64: pictures are padded to a multiple of this.
@@ -105,7 +106,7 @@ class CMamba(nn.Module):
         height, width = x.shape[-2:]
         y, inverse_gain = self._analyse(pad(x), quality)
         z = self.h_a(y)
-        with _full_precision(y.device):
+        with without_autocast(y.device):
             stored = self.context.lrp[0].layers[0].weight.dtype  # type: ignore[union-attr, index]
             y, z = y.to(stored), z.to(stored)
             medians = self.entropy_bottleneck.medians
@@ -184,7 +185,7 @@ class CMamba(nn.Module):
         y, _ = self._analyse(pad(x), quality)
         z = self.h_a(y)
         coding, device = self._coding()
-        with _full_precision(device):
+        with without_autocast(device):
             y, z = y.to(device, torch.float64), z.to(device, torch.float64)
             medians = self._medians(device)
             z_symbols = _to_symbols(z - medians, "z")
@@ -264,7 +265,7 @@ class CMamba(nn.Module):
             decoder.finish()
         y_decoders = [rans.Decoder(y_tables, string) for string in coded]
 
-        with _full_precision(device):
+        with without_autocast(device):
             z_symbols = torch.stack(
                 [torch.from_numpy(blocks[0]).view(z_channels, height, width) for blocks in seen]
             ).to(device, torch.float64)
@@ -443,11 +444,6 @@ def _check_pictures(x: Tensor) -> None:
 
 def _noisy(x: Tensor) -> Tensor:
     return x + torch.empty_like(x).uniform_(-0.5, 0.5)
-
-
-def _full_precision(device: torch.device) -> torch.autocast:
-    """Autocast off: the entropy path has its own precision."""
-    return torch.autocast(device.type, enabled=False)
 
 
 def _to_symbols(values: Tensor, name: str) -> Tensor:

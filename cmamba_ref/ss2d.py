@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,10 +56,13 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map features `[B, H, W, C]` to features `[B, H, W, C]` of the same dtype."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x = F.silu(x)
-        proj = self.x_proj(x).unflatten(-1, (DIRECTIONS, -1))
-        y = selective_scan_2d(
-            x, proj, -self.A_log.exp(), self.dt_weight, self.dt_bias, self.D
+        x = self.conv(rearrange(x, "b h w d -> b d h w"))
+        x = F.silu(rearrange(x, "b d h w -> b h w d"))
+        proj = rearrange(self.x_proj(x), "b h w (k f) -> b h w k f", k=DIRECTIONS)
+        # The scan takes its parameters in float32 at least, also where the model was cast to less.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        A_log, dt_weight, dt_bias, D = (
+            parameter.to(wide) for parameter in (self.A_log, self.dt_weight, self.dt_bias, self.D)
         )
+        y = selective_scan_2d(x, proj, -A_log.exp(), dt_weight, dt_bias, D)
         return self.out_proj(self.norm(y) * F.silu(z))

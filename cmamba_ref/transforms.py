@@ -1,6 +1,6 @@
 """The analysis and synthesis transforms g_a, g_s and the hyper transforms h_a, h_s.
 
-All maps are `[B, C, H, W]`.  Every down- and upsampling is by two, so y lives at H/16 and z at H/64.
+All maps are `[B, C, H, W]`.  Every down- and upsampling is by two: y lives at H/16, z at H/64.
 The paper gives no layer sizes; see `cmamba_ref.config`.
 """
 
@@ -21,16 +21,12 @@ LATENT_SCALE = 255 / 16
 
 def downsample(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
     """A strided convolution that halves height and width."""
-    return nn.Conv2d(
-        in_channels, out_channels, kernel_size, stride=2, padding=kernel_size // 2
-    )
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride=2, padding=kernel_size // 2)
 
 
 def upsample(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
     """A transposed 5x5 convolution that doubles height and width."""
-    return nn.ConvTranspose2d(
-        in_channels, out_channels, 5, stride=2, padding=2, output_padding=1
-    )
+    return nn.ConvTranspose2d(in_channels, out_channels, 5, stride=2, padding=2, output_padding=1)
 
 
 def stages(config: CMambaConfig) -> list[list[nn.Module]]:
@@ -44,9 +40,7 @@ def stages(config: CMambaConfig) -> list[list[nn.Module]]:
             ssm_ratio=config.ssm_ratio,
             fusion_reduction=config.fusion_reduction,
         )
-        for width, depth, ssm in zip(
-            config.widths, config.depths, config.ssm_stages, strict=True
-        )
+        for width, depth, ssm in zip(config.widths, config.depths, config.ssm_stages, strict=True)
     ]
 
 
@@ -73,7 +67,7 @@ class Analysis(nn.Sequential):
 
 
 class Synthesis(nn.Sequential):
-    """g_s: latent y_bar `[B, M, H/16, W/16]` to picture `[B, 3, H, W]`, not yet clipped to 0...1."""
+    """g_s: latent y_bar `[B, M, H/16, W/16]` to picture `[B, 3, H, W]`, not yet clipped."""
 
     def __init__(self, config: CMambaConfig) -> None:
         c1, c2, c3 = config.widths

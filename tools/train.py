@@ -2,9 +2,9 @@
 
     python tools/train.py --data photos --out runs/tiny --config tiny --minutes 60
 
-Writes `checkpoint.pt` (everything needed to go on, replaced atomically), `log.jsonl`, and at the end
-of training `model/` with config.json and model.safetensors.  The same command goes on from
-`checkpoint.pt` where there is one; `--init DIR` starts from saved weights with fresh optimisers.
+Writes `checkpoint.pt` (everything needed to go on, replaced atomically), `log.jsonl`, and at the
+end of training `model/` with config.json and model.safetensors.  The same command goes on from
+`checkpoint.pt` where there is one; `--init DIR` starts from saved weights with new optimisers.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ class Trainer:
         self.args = args
         self.rng = np.random.default_rng(args.seed)
         self.model = CMamba.from_pretrained(args.init) if args.init else CMamba(args.config)
-        self.model.train().requires_grad_(True).to(memory_format=torch.channels_last)
+        self.model.train().requires_grad_(True)
+        self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         named = dict(self.model.named_parameters())
         aux = named.pop("entropy_bottleneck.quantiles")
         self.params = list(named.values())
@@ -186,9 +187,7 @@ class Trainer:
             for photo in photos:
                 top = (photo.shape[0] - VALIDATION_CROP) // 2
                 left = (photo.shape[1] - VALIDATION_CROP) // 2
-                x = to_batch(
-                    [photo[top : top + VALIDATION_CROP, left : left + VALIDATION_CROP]]
-                )
+                x = to_batch([photo[top : top + VALIDATION_CROP, left : left + VALIDATION_CROP]])
                 output = self.model(x, quality)
                 output["x_hat"] = (output["x_hat"].clamp(0, 1) * 255).round() / 255
                 losses = rate_distortion_loss(output, x, 0.0)
@@ -252,9 +251,15 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     saved = trainer.seconds
     totals: dict[str, float] = {}
-    with open(args.out / "log.jsonl", "a") as log, tqdm(
-        total=1.0, initial=trainer.progress, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", mininterval=5,
-    ) as bar:
+    with (
+        open(args.out / "log.jsonl", "a") as log,
+        tqdm(
+            total=1.0,
+            initial=trainer.progress,
+            bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
+            mininterval=5,
+        ) as bar,
+    ):
 
         def write(record: dict) -> None:
             log.write(json.dumps(record) + "\n")

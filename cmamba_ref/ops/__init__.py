@@ -8,10 +8,10 @@
 import importlib
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from cmamba_ref.ops import dispatch, eager, reference, validation
+from cmamba_ref.ops.autocast import without_autocast
 from cmamba_ref.ops.dispatch import (
     available_backends,
     get_default_backend,
@@ -141,7 +141,7 @@ def selective_scan(
     """
     validation.check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state)
     name = dispatch.choose(backend, u.device.type)
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u.device):
         y, last_state = _implementation(name).selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state
         )
@@ -190,5 +190,5 @@ def selective_scan_2d(
     """
     validation.check_scan_2d(x, proj, A, dt_weight, dt_bias, D)
     name = dispatch.choose(backend, x.device.type)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return _implementation(name).selective_scan_2d(x, proj, A, dt_weight, dt_bias, D)

@@ -65,7 +65,6 @@ def scan_backend(name: str) -> Iterator[None]:
         set_default_backend(previous)
 
 
-@torch.compiler.assume_constant_result
 def triton_unavailable_reason(device_type: str) -> str | None:
     """Why the Triton kernels cannot run on this kind of device, or None when they can."""
     try:
@@ -77,6 +76,11 @@ def triton_unavailable_reason(device_type: str) -> str | None:
     except ImportError as error:
         return f"the Triton kernels cannot be imported ({error})"
     return kernels.unavailable_reason(device_type)
+
+
+# What torch.compiler.assume_constant_result does: a compiler asks once and does not trace into it.
+# That decorator would import torch._dynamo, and with it triton, at `import cmamba_ref`.
+triton_unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def available_backends() -> tuple[str, ...]:
