@@ -59,6 +59,8 @@ class CMambaConfig:
     lmbdas: tuple[float, ...] = field(default=())
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise InvalidArgumentError(f"`name` must be text, got {self.name!r}; see CMambaConfig")
         for arg, length in (
             ("widths", 3),
             ("depths", 3),

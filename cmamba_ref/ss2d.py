@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cmamba_ref.errors import InvalidArgumentError
 from cmamba_ref.ops import selective_scan_2d
 
 DIRECTIONS = 4
@@ -26,12 +27,20 @@ class SS2D(nn.Module):
     Args:
         channels: input and output channels C.
         d_state: states N per inner channel and direction.
-        ssm_ratio: inner channels D = round(ssm_ratio * C).
+        ssm_ratio: inner channels D = round(ssm_ratio * C), at least 1.
+
+    Raises:
+        InvalidArgumentError: no inner channel is left.
     """
 
     def __init__(self, channels: int, *, d_state: int, ssm_ratio: float) -> None:
         super().__init__()
         inner = round(ssm_ratio * channels)
+        if inner < 1:
+            raise InvalidArgumentError(
+                f"`ssm_ratio` must give at least one inner channel, got {ssm_ratio} of {channels}; "
+                "the paper's peers use 2"
+            )
         dt_rank = math.ceil(channels / 16)
         self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
         self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
