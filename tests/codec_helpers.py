@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
 
-from cmamba_ref import CMamba, CMambaConfig
+from cmamba_ref import CMamba, CMambaConfig, model
 from cmamba_ref.config import TINY
 from cmamba_ref.context import ContextModel
 from cmamba_ref.entropy import rans
@@ -52,17 +52,17 @@ def random_model(config: CMambaConfig = SMALL, seed: int = 0) -> CMamba:
     """A model of random weights with tables, whose scales and symbols spread over many values."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = CMamba(config).eval()
+        made = CMamba(config).eval()
         with torch.no_grad():
-            for parameter in [*model.h_s.parameters(), *model.context.parameters()]:
+            for parameter in [*made.h_s.parameters(), *made.context.parameters()]:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-            for cae in model.context.cae:
+            for cae in made.context.cae:
                 log_scale = cae.head.bias.chunk(2)[1]  # type: ignore[union-attr, operator]
-                log_scale.copy_(torch.linspace(-1.5, 3, len(log_scale)))
-                cae.head.weight.mul_(4)  # type: ignore[union-attr, operator]
-            model.h_a[-1].weight.mul_(4)  # type: ignore[operator]
-    model.update()
-    return model
+                log_scale.copy_(torch.linspace(4, 0, len(log_scale)))
+                cae.head.weight.mul_(0.2)  # type: ignore[union-attr, operator]
+            made.h_a[-1].weight.mul_(4)  # type: ignore[operator]
+    made.update()
+    return made
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -113,8 +113,6 @@ def recording() -> Iterator[list[Recording]]:
     log_scales: list[np.ndarray] = []
     y_bars: list[np.ndarray] = []
     encode, take = rans.encode, rans.Decoder.take
-    from cmamba_ref import model
-
     scale_index = model.scale_index
 
     def seen_encode(tables, new, lanes=None):
@@ -160,6 +158,16 @@ def assert_same_coding(decoded: Recording, encoded: Recording) -> float:
     return worst
 
 
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Convolutions by other code, in another order of summation."""
+    torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` warns
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+
+
 def digest(values: np.ndarray) -> str:
     """A fingerprint of an array, to compare across processes."""
     return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
@@ -182,6 +190,11 @@ def field_of(data: bytes, name: str):
     """The value of one header field."""
     offset, layout = HEADER[name]
     return struct.unpack_from(layout, data, offset)[0]
+
+
+def shift_of(data: bytes) -> int:
+    """The shift in a file's y string."""
+    return data[HEADER_BYTES + field_of(data, "z length") + LATENT_PREFIX["shift"][0]]
 
 
 def with_field(data: bytes, name: str, value) -> bytes:

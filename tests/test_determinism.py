@@ -1,0 +1,225 @@
+"""Decoding elsewhere gives the same symbols; the margin that makes it a guarantee."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from codec_helpers import (
+    QUALITIES,
+    Recording,
+    digest,
+    load_picture,
+    picture,
+    random_model,
+    recording,
+    run_elsewhere,
+    shift_of,
+    shipped_model,
+    without_onednn,
+)
+
+import cmamba_ref
+from cmamba_ref import BitstreamError
+from cmamba_ref.entropy.gaussian import (
+    LOG_SCALE_MIN,
+    LOG_SCALE_STEP,
+    MARGIN,
+    MAX_SHIFT,
+    SCALE_LEVELS,
+    SHIFT,
+    choose_shift,
+    scale_index,
+)
+
+# Decoding in another process, under other circumstances.
+
+
+def decode_all(folder: Path) -> None:
+    """Runs in the other process: one thread, no oneDNN, all of the model channels-last."""
+    torch.set_num_threads(1)
+    model = shipped_model().to(memory_format=torch.channels_last)
+    for path in sorted(folder.glob("*.cmb")):
+        with without_onednn(), recording() as seen:
+            decoded = cmamba_ref.decode(path.read_bytes(), model)
+        np.savez(path.with_suffix(".npz"), decoded=decoded, y_bar=seen[0].y_bar)
+        path.with_suffix(".json").write_text(json.dumps(fingerprint(seen[0])))
+
+
+def fingerprint(seen: Recording) -> dict[str, str]:
+    return {"symbols": digest(seen.symbols), "indexes": digest(seen.indexes.astype(np.int64))}
+
+
+def check_elsewhere(pictures: dict[str, tuple[np.ndarray, float]], folder: Path) -> None:
+    """Encode and decode here, decode there, compare."""
+    model, here = shipped_model(), {}
+    for name, (image, quality) in pictures.items():
+        data = cmamba_ref.encode(model, image, quality)
+        (folder / f"{name}.cmb").write_bytes(data)
+        with recording() as seen:
+            decoded = cmamba_ref.decode(data, model)
+        here[name] = decoded, seen[0]
+    run_elsewhere("test_determinism.decode_all", folder, OMP_NUM_THREADS="1")
+    for name, (decoded, seen) in here.items():
+        assert json.loads((folder / f"{name}.json").read_text()) == fingerprint(seen), name
+        with np.load(folder / f"{name}.npz") as there:
+            assert np.abs(there["y_bar"] - seen.y_bar).max() <= 1e-9, name
+            assert np.abs(there["decoded"].astype(int) - decoded.astype(int)).max() <= 1, name
+
+
+def test_kodak_decodes_the_same_in_another_process(kodak_paths, tmp_path):
+    pictures = {
+        path.stem: (load_picture(path), QUALITIES[(k + 2) % len(QUALITIES)])
+        for k, path in enumerate(kodak_paths)
+    }
+    check_elsewhere(pictures, tmp_path)
+
+
+def test_odd_sizes_decode_the_same_in_another_process(tmp_path):
+    sizes = [(1, 1), (1, 300), (300, 1), (63, 65), (130, 190)]
+    check_elsewhere(
+        {f"{h}x{w}": (picture(h, w), q) for (h, w), q in zip(sizes, QUALITIES, strict=True)},
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize(
+    "circumstance",
+    [
+        without_onednn,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: cmamba_ref.scan_backend("reference"),
+        torch.inference_mode,
+    ],
+    ids=["no-onednn", "autocast", "reference-scan", "inference-mode"],
+)
+def test_symbols_do_not_depend_on(circumstance):
+    model = random_model()
+    with recording() as encoded:
+        data = cmamba_ref.encode(model, picture(100, 130), 4)
+    with recording() as decoded, circumstance():
+        cmamba_ref.decode(data, model)
+    assert np.array_equal(decoded[0].symbols, encoded[0].symbols)
+    assert np.array_equal(decoded[0].indexes, encoded[0].indexes)
+    assert np.abs(decoded[0].y_bar - encoded[0].y_bar).max() <= 1e-9
+
+
+def test_encoding_under_autocast_makes_a_file_that_decodes_without():
+    model = random_model()
+    with torch.autocast("cpu", torch.bfloat16), recording() as encoded:
+        data = cmamba_ref.encode(model, picture(100, 130), 4)
+    with recording() as decoded:
+        cmamba_ref.decode(data, model)
+    assert np.array_equal(decoded[0].symbols, encoded[0].symbols)
+
+
+def test_the_path_from_z_hat_on_runs_in_float64():
+    model = random_model()
+    with recording() as encoded:
+        data = cmamba_ref.encode(model, picture(64, 64), 4)
+    with recording() as decoded:
+        cmamba_ref.decode(data, model)
+    for seen in (encoded[0], decoded[0]):
+        assert seen.y_bar.dtype == seen.log_scales.dtype == np.float64
+
+
+# The margin.
+
+
+def boundary(k: int, shift: int) -> float:
+    """The log-scale at which level k - 1 becomes level k, k = 1...63, as docs/format.md has it."""
+    return LOG_SCALE_MIN + LOG_SCALE_STEP * (k - 0.5 - shift / 65536)
+
+
+def distance_to_boundaries(log_scales: np.ndarray, shift: int) -> float:
+    """Of the log-scale that is nearest to any boundary, in ln units."""
+    boundaries = np.array([boundary(k, shift) for k in range(1, SCALE_LEVELS)])
+    return float(np.abs(log_scales.ravel()[:, None] - boundaries).min())
+
+
+def test_the_levels_are_those_of_the_page():
+    assert (SCALE_LEVELS, MARGIN, SHIFT, MAX_SHIFT) == (64, 1e-9, 1 / 65536, 255)
+    assert math.exp(LOG_SCALE_MIN) == pytest.approx(0.11, rel=1e-15)
+    assert math.exp(LOG_SCALE_MIN + 63 * LOG_SCALE_STEP) == pytest.approx(256, rel=1e-14)
+    levels = LOG_SCALE_MIN + LOG_SCALE_STEP * torch.arange(64, dtype=torch.float64)
+    assert scale_index(levels, 0).tolist() == list(range(64))
+    assert scale_index(torch.tensor([-1e300, 1e300], dtype=torch.float64), 9).tolist() == [0, 63]
+
+
+@pytest.mark.parametrize("shift", [0, 1, 255])
+@pytest.mark.parametrize("k", [1, 2, 31, 62, 63])
+def test_boundaries_lie_where_the_page_says(k, shift):
+    sides = torch.tensor([-1e-11, 1e-11], dtype=torch.float64) + boundary(k, shift)
+    assert scale_index(sides, shift).tolist() == [k - 1, k]
+
+
+@pytest.mark.parametrize("k", [1, 2, 40, 63])
+@pytest.mark.parametrize("offset", [0.0, 0.99e-9, -0.99e-9])
+def test_a_scale_on_a_boundary_forces_the_next_shift(k, offset):
+    scales = torch.linspace(-2, 5, 7, dtype=torch.float64)
+    assert choose_shift(scales) == 0
+    on_first = torch.cat([scales, scales.new_tensor([boundary(k, 0) + offset])])
+    assert choose_shift(on_first) == 1
+    on_both = torch.cat([on_first, scales.new_tensor([boundary(64 - k, 1) + offset])])
+    assert choose_shift(on_both) == 2
+
+
+def test_scales_beyond_the_outer_boundaries_need_no_shift():
+    below = boundary(1, 0) - LOG_SCALE_STEP  # where a boundary between levels -1 and 0 would be
+    above = boundary(63, 0) + LOG_SCALE_STEP
+    assert choose_shift(torch.tensor([below, above, -100, 100], dtype=torch.float64)) == 0
+
+
+def test_scales_on_the_boundaries_of_every_shift_are_refused():
+    taken = [boundary(1 + shift % 63, shift) for shift in range(MAX_SHIFT + 1)]
+    with pytest.raises(BitstreamError, match="another quality"):
+        choose_shift(torch.tensor(taken, dtype=torch.float64))
+    assert choose_shift(torch.tensor(taken[:-1], dtype=torch.float64)) == MAX_SHIFT
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_error_below_the_margin_changes_no_index(seed):
+    """A million scales, hundreds of them pushed close to boundaries."""
+    rng = np.random.default_rng(seed)
+    values = rng.uniform(-4, 7, 1_000_000)
+    near = [boundary(k, 0) for k in rng.integers(1, 64, 300)] + rng.normal(0, 1e-8, 300)
+    log_scales = torch.from_numpy(np.concatenate([values, near]))
+    shift = choose_shift(log_scales)
+    assert shift > 0
+    assert min(
+        distance_to_boundaries(part, shift) for part in np.array_split(log_scales.numpy(), 50)
+    ) >= MARGIN * (1 - 1e-5)
+    index = scale_index(log_scales, shift)
+    for error in (0.9e-9, -0.9e-9):
+        assert torch.equal(scale_index(log_scales + error, shift), index)
+
+
+def test_a_file_that_needed_a_shift_decodes():
+    """The first scale is put on a boundary by moving the bias it ends with, in float64."""
+    model = random_model()
+    image = picture(64, 64)
+    with recording() as seen:
+        assert shift_of(cmamba_ref.encode(model, image, 4)) == 0
+    head = model.context.cae[0].head
+    first = seen[0].log_scales[0]
+    nearest = min((boundary(k, 0) for k in range(1, 64)), key=lambda b: abs(b - first))
+    head.bias.data = head.bias.data.double()
+    head.bias.data[head.bias.numel() // 2] += nearest - first
+    with recording() as encoded:
+        data = cmamba_ref.encode(model, image, 4)
+    assert abs(encoded[0].log_scales[0] - nearest) < 1e-12
+    assert shift_of(data) == 1
+    assert distance_to_boundaries(encoded[0].log_scales, 1) >= MARGIN
+    with recording() as decoded:
+        cmamba_ref.decode(data, model)
+    assert np.array_equal(decoded[0].symbols, encoded[0].symbols)
+
+
+def test_every_scale_of_a_photograph_keeps_the_margin(kodak_paths):
+    model = shipped_model()
+    with recording() as seen:
+        data = cmamba_ref.encode(model, load_picture(kodak_paths[3]), 4)
+    parts = np.array_split(seen[0].log_scales, 20)
+    assert min(distance_to_boundaries(part, shift_of(data)) for part in parts) >= MARGIN

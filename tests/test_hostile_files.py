@@ -1,0 +1,476 @@
+"""Files and weights, damaged or made to do harm: an error with its reason, or a picture."""
+
+import functools
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from codec_helpers import (
+    HEADER,
+    HEADER_BYTES,
+    LATENT_PREFIX,
+    ONE_RATE,
+    field_of,
+    picture,
+    random_model,
+    run_elsewhere,
+    shipped_model,
+    with_checksum,
+    with_field,
+)
+from safetensors.torch import load_file, save_file
+
+import cmamba_ref
+from cmamba_ref import BitstreamError, CMamba, WeightsError
+from cmamba_ref.codec import DEFAULT_MAX_PIXELS
+
+GIB = 1 << 30
+
+
+@functools.cache
+def small_model() -> CMamba:
+    return random_model()
+
+
+@functools.cache
+def small_file(height: int = 50, width: int = 70, quality: float = 4, seed: int = 0) -> bytes:
+    return cmamba_ref.encode(small_model(), picture(height, width, seed), quality)
+
+
+def decode(data: bytes) -> np.ndarray:
+    return cmamba_ref.decode(data, small_model())
+
+
+# Damage that the checksum finds.
+
+
+def test_a_file_truncated_anywhere_is_refused():
+    data = small_file()
+    for length in range(len(data)):
+        with pytest.raises(BitstreamError, match="truncated|does not begin"):
+            decode(data[:length])
+
+
+def test_a_file_truncated_anywhere_is_refused_with_its_checksum_made_right():
+    """A truncated file decodes to nothing, whoever computed its checksum."""
+    data = small_file()
+    for length in range(5, len(data) - 4):
+        with pytest.raises(BitstreamError):
+            decode(with_checksum(data[:length]))
+
+
+def test_a_flipped_bit_anywhere_is_refused():
+    data = small_file()
+    for bit in range(8 * len(data)):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(BitstreamError):
+            decode(bytes(changed))
+
+
+def test_bytes_appended_or_put_before_are_refused():
+    for data in (small_file() + b"\0", b"\0" + small_file(), b"", b"\x8f", bytes(100)):
+        with pytest.raises(BitstreamError):
+            decode(data)
+
+
+# Fields changed on purpose, the checksum made right.
+
+
+def test_another_model_s_file_names_both_models():
+    other = random_model(seed=1)
+    with pytest.raises(BitstreamError) as error:
+        cmamba_ref.decode(small_file(), other)
+    for model in (small_model(), other):
+        assert model.model_id.hex() in str(error.value)
+
+
+@pytest.mark.parametrize("version", [1, 2, 255])
+def test_a_newer_version_is_refused_by_number_before_anything_else_is_believed(version):
+    data = bytearray(small_file())
+    data[4] = version
+    for changed in (bytes(data), with_checksum(data[:-4]), bytes(data[:20])):
+        with pytest.raises(BitstreamError, match=f"version {version}, this program reads"):
+            decode(changed)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("flags", 2, "malformed"),
+        ("flags", 128, "malformed"),
+        ("model id", b"12345678", "made by model 3132333435363738"),
+        ("width", 0, "malformed"),
+        ("height", 0, "malformed"),
+        ("width", 2**32 - 1, "limit"),
+        ("height", 2**32 - 1, "limit"),
+        ("width", 65, None),
+        ("width", 129, "entropy-coded|cannot hold|check"),
+        ("height", 65, "entropy-coded|cannot hold|check"),
+        ("z length", 0, "string|quality"),
+        ("z length", 2**32 - 1, "malformed"),
+        ("quality", 0, "quality 0.0 is none"),
+        ("quality", 99, "quality 0.99 is none"),
+        ("quality", 801, "quality 8.01 is none"),
+        ("quality", 65535, "is none"),
+        ("symbols' check", 12345, "fail their check"),
+    ],
+)
+def test_a_changed_field_is_an_error_or_a_picture_of_the_declared_size(field, value, reason):
+    changed = with_field(small_file(), field, value)
+    if reason is None:
+        shape = (field_of(changed, "height"), field_of(changed, "width"), 3)
+        assert decode(changed).shape == shape
+    else:
+        with pytest.raises(BitstreamError, match=reason):
+            decode(changed)
+
+
+def test_every_field_is_tried():
+    tried = next(
+        mark.args[1]
+        for mark in test_a_changed_field_is_an_error_or_a_picture_of_the_declared_size.pytestmark
+    )
+    separately = {"version", "shift"}
+    assert {field for field, *_ in tried} | separately == {*HEADER, *LATENT_PREFIX}
+
+
+def test_a_changed_shift_is_an_error_or_the_same_picture():
+    """A shift moves boundaries a little: where no scale lies between, the symbols are the same."""
+    data = small_file(130, 250)
+    expected, outcomes = decode(data), {}
+    for shift in (0, 1, 2, 16, 64, 255):
+        try:
+            outcomes[shift] = np.array_equal(decode(with_field(data, "shift", shift)), expected)
+        except BitstreamError:
+            outcomes[shift] = None
+    assert outcomes[0] is True and outcomes[255] is None and False not in outcomes.values()
+
+
+def test_grey_is_a_flag_and_costs_nothing():
+    changed = with_field(small_file(), "flags", 1)
+    assert np.array_equal(decode(changed), np.rint(decode(small_file()).mean(axis=2)))
+
+
+def test_quality_is_guarded_by_the_file_s_checksum_alone():
+    """As docs/format.md says: every symbol is right with another quality, only the gain is not."""
+    changed = with_field(small_file(), "quality", 450)
+    assert not np.array_equal(decode(changed), decode(small_file()))
+    with pytest.raises(BitstreamError, match="checksum"):
+        decode(changed[:-4] + small_file()[-4:])
+
+
+def test_strings_of_two_files_do_not_mix():
+    one, two = small_file(seed=0), small_file(seed=1)
+    cut = [HEADER_BYTES + field_of(f, "z length") for f in (one, two)]
+    z_of_two = with_field(one[: cut[0]] + bytes(4), "z length", cut[1] - HEADER_BYTES)[:-4]
+    mixed = z_of_two[:HEADER_BYTES] + two[HEADER_BYTES : cut[1]] + one[cut[0] : -4]
+    assert one[HEADER_BYTES : cut[0]] != two[HEADER_BYTES : cut[1]]
+    with pytest.raises(BitstreamError):
+        decode(with_checksum(mixed))
+
+
+def test_sizes_that_the_payload_cannot_hold_are_refused_at_once():
+    for width, height in ((9_900, 9_900), (1, 1_500_000), (1_500_000, 1)):
+        data = with_field(with_field(small_file(), "width", width), "height", height)
+        start = time.perf_counter()
+        with pytest.raises(BitstreamError, match="cannot hold a picture of"):
+            decode(data)
+        assert time.perf_counter() - start < 0.5
+
+
+def test_a_thin_picture_counts_as_what_it_is_padded_to():
+    data = with_field(with_field(small_file(), "width", 1), "height", DEFAULT_MAX_PIXELS // 64 + 1)
+    with pytest.raises(BitstreamError, match="limit"):
+        decode(data)
+
+
+def test_the_strings_of_compressai_s_protocol_are_checked_too():
+    model = small_model()
+    out = model.compress(torch.rand(1, 3, 64, 64, generator=torch.manual_seed(0)), 4)
+    (y,), (z,) = out["strings"]
+    for strings, shape in (
+        ([[y], [z]], (1, 2)),
+        ([[y], [z]], (30_000, 30_000)),
+        ([[z], [y]], (1, 1)),
+        ([[y], []], (1, 1)),
+        ([[], []], (1, 1)),
+        ([[y[:6]], [z]], (1, 1)),
+        ([[b""], [b""]], (1, 1)),
+        ([[y + b"\0\0"], [z]], (1, 1)),
+    ):
+        with pytest.raises(BitstreamError):
+            model.decompress(strings, shape)
+
+
+def test_a_model_of_one_rate_takes_no_quality():
+    model = random_model(ONE_RATE)
+    data = cmamba_ref.encode(model, picture(30, 30))
+    with pytest.raises(BitstreamError, match="quality 4.0 is none"):
+        cmamba_ref.decode(with_field(data, "quality", 400), model)
+
+
+# Five hundred mutations, in a process whose memory is limited.
+
+
+def mutations() -> Iterator[bytes]:
+    """Files spoilt in every way, every second one with its checksum made right."""
+    rng = np.random.default_rng(2025)
+    files = [
+        small_file(50, 70, 4, 0),
+        small_file(64, 64, 8, 1),
+        small_file(1, 1, 1, 2),
+        small_file(130, 100, 6.3, 3),
+    ]
+    sizes = [0, 1, 63, 64, 65, 500, 9_999, 10_000, 65_535, 2**20, 2**31 - 1, 2**31, 2**32 - 1]
+    for k in range(500):
+        data = files[rng.integers(len(files))]
+        kind = k // 2 % 6
+        if kind == 0:  # flipped bits, from one to dozens
+            changed = np.frombuffer(data, np.uint8).copy()
+            for bit in rng.integers(0, 8 * len(data), rng.integers(1, 40)):
+                changed[bit // 8] ^= 1 << bit % 8
+            data = changed.tobytes()
+        elif kind == 1:  # truncated
+            data = data[: rng.integers(len(data))]
+        elif kind == 2:  # another file's header, or its tail
+            other = files[rng.integers(len(files))]
+            cut = int(rng.integers(min(len(data), len(other))))
+            data = other[:cut] + data[cut:]
+        elif kind == 3:  # sizes
+            data = with_field(data, "width", int(rng.choice(sizes)))
+            data = with_field(data, "height", int(rng.choice(sizes)))
+        elif kind == 4:  # bytes overwritten behind the model's id, where damage goes deepest
+            changed = np.frombuffer(data, np.uint8).copy()
+            places = rng.integers(14, len(data), rng.integers(1, 8))
+            changed[places] = rng.integers(0, 256, len(places))
+            data = changed.tobytes()
+        else:  # pieces taken out or put in
+            cut, end = sorted(rng.integers(HEADER_BYTES, len(data), 2))
+            data = data[:cut] + rng.bytes(int(rng.integers(0, 50))) + data[end:]
+        yield with_checksum(data[:-4]) if k % 2 else data
+
+
+def decode_mutations(report: Path) -> None:
+    """Runs in the other process, with a limit of 1 GiB on what it allocates beyond the model."""
+    torch.set_num_threads(1)
+    decode(small_file())
+    files = list(mutations())
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + GIB
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcomes, slowest = [], 0.0
+    for data in files:
+        start = time.perf_counter()
+        try:
+            decoded = decode(data)
+        except BitstreamError:
+            outcomes.append("error")
+        except Exception as error:  # noqa: BLE001  # any other is what this is about
+            outcomes.append(f"{type(error).__name__}: {error}")
+        else:
+            grey = field_of(data, "flags") & 1
+            shape = (field_of(data, "height"), field_of(data, "width"), *(() if grey else (3,)))
+            good = decoded.shape == shape and decoded.dtype == np.uint8
+            outcomes.append("picture" if good else f"{decoded.dtype}{decoded.shape}")
+        slowest = max(slowest, time.perf_counter() - start)
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    unit = 1 if sys.platform == "darwin" else 1024
+    report.write_text(
+        json.dumps({"outcomes": outcomes, "slowest": slowest, "growth": growth * unit})
+    )
+
+
+def test_five_hundred_mutated_files_are_errors_or_pictures(tmp_path):
+    run_elsewhere("test_hostile_files.decode_mutations", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    outcomes = report["outcomes"]
+    print({k: outcomes.count(k) for k in set(outcomes)}, report["slowest"], report["growth"])
+    assert len(outcomes) == 500 and set(outcomes) == {"error", "picture"}
+    assert report["slowest"] < 5
+    assert report["growth"] < GIB
+
+
+def test_mutations_reach_every_check():
+    """What the test above rests on: its files get past the checksum, and fail for many reasons."""
+    reasons = set()
+    for data in mutations():
+        try:
+            decode(data)
+        except BitstreamError as error:
+            reasons.update(
+                reason
+                for reason in (
+                    "signature", "version", "checksum", "malformed", "made by model", "limit",
+                    "cannot hold", "quality", "escape", "ends before", "left over", "check",
+                )
+                if reason in str(error)
+            )  # fmt: skip
+    assert len(reasons) == 12
+
+
+# Weights.
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    small_model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def rewrite(saved: Path, change) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    change(tensors)
+    save_file(tensors, saved / "model.safetensors")
+
+
+def refused(saved: Path, match: str | None = None) -> None:
+    start = time.perf_counter()
+    with pytest.raises(WeightsError, match=match):
+        CMamba.from_pretrained(saved)
+    assert time.perf_counter() - start < 2
+
+
+def test_truncated_weights_are_refused(saved):
+    data = (saved / "model.safetensors").read_bytes()
+    for length in (0, 4, 8, 100, 5000, len(data) // 2, len(data) - 1):
+        (saved / "model.safetensors").write_bytes(data[:length])
+        refused(saved, "cannot read")
+
+
+def test_a_pickle_is_no_weights_file(saved):
+    torch.save({"a": torch.zeros(1)}, saved / "model.safetensors")
+    refused(saved, "cannot read")
+
+
+def transposed(tensors):
+    name = "context.cae.0.w_sq.weight"
+    tensors[name] = tensors[name].T.contiguous()
+
+
+def half(tensors):
+    tensors["g_a.0.weight"] = tensors["g_a.0.weight"].half()
+
+
+def missing(tensors):
+    del tensors["h_s.mean.0.weight"]
+
+
+def extra(tensors):
+    tensors["g_a.99.weight"] = torch.zeros(1)
+
+
+def not_a_number(tensors):
+    tensors["g_s.0.weight"].view(-1)[7] = torch.nan
+
+
+def falling(tensors):
+    start = tensors["gaussian_conditional.stored.starts"][40]
+    tensors["gaussian_conditional.stored.cdf"][start + 3] = 0
+
+
+def short(tensors):
+    tensors["entropy_bottleneck.stored.cdf"] = tensors["entropy_bottleneck.stored.cdf"][:-1].clone()
+
+
+def wild_starts(tensors):
+    tensors["gaussian_conditional.stored.starts"][3] = 2**31 - 1
+
+
+def too_few_tables(tensors):
+    prefix = "gaussian_conditional.stored."
+    end = int(tensors[prefix + "starts"][-2])
+    tensors[prefix + "cdf"] = tensors[prefix + "cdf"][:end].clone()
+    for name in ("starts", "offsets"):
+        tensors[prefix + name] = tensors[prefix + name][:-1].clone()
+
+
+def two_dimensional(tensors):
+    name = "gaussian_conditional.stored.offsets"
+    tensors[name] = tensors[name][None]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (transposed, "context.cae.0.w_sq.weight is"),
+        (half, "g_a.0.weight is torch.float16"),
+        (missing, "h_s.mean.0.weight"),
+        (extra, "no such tensor"),
+        (not_a_number, "NaN"),
+        (falling, "not strictly increasing"),
+        (short, "starts"),
+        (wild_starts, "tables"),
+        (too_few_tables, "64 tables, got 63"),
+        (two_dimensional, "one-dimensional"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(saved, change, reason):
+    CMamba.from_pretrained(saved)
+    rewrite(saved, change)
+    refused(saved, reason)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"widths": [65536, 65536, 65536]},
+        {"latent_channels": 65536, "slices": 65536},
+        {"depths": [1024, 1024, 1024]},
+        {"d_state": 65536},
+        {"slices": 10**30},
+        {"latent_channels": -16},
+        {"ssm_ratio": 1e-9},
+        {"ssm_ratio": float("nan")},
+        {"ssm_ratio": "2"},
+        {"lmbdas": ["a", "b"]},
+        {"lmbdas": None},
+        {"lmbdas": [0.01] * 100_000},
+        {"widths": "abc"},
+        {"unheard_of": 1},
+        {"name": None},
+    ],
+    ids=str,
+)
+def test_absurd_configurations_are_refused_quickly(saved, change):
+    values = json.loads((saved / "config.json").read_text()) | change
+    (saved / "config.json").write_text(json.dumps(values))
+    refused(saved)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe{}",
+        b"[" * 200_000,
+        b'{"widths": ' + b"9" * 10_000 + b"}",
+    ],
+    ids=["empty", "cut", "list", "null", "utf-16", "deep", "long-number"],
+)
+def test_what_is_no_configuration_is_refused_quickly(saved, text):
+    (saved / "config.json").write_bytes(text)
+    refused(saved)
+
+
+def test_a_directory_without_a_model_says_what_to_give(tmp_path):
+    with pytest.raises(WeightsError, match="no config.json"):
+        CMamba.from_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="save_pretrained"):
+        CMamba.from_pretrained("no-such-model")
+
+
+def test_the_weights_that_ship_refuse_a_file_of_another_model():
+    with pytest.raises(BitstreamError, match=f"'tiny' {shipped_model().model_id.hex()}"):
+        cmamba_ref.decode(small_file(), shipped_model())
