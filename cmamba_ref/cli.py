@@ -1,0 +1,360 @@
+"""The command `cmamba`: encode, decode, info, demo.
+
+What goes wrong on purpose (a `CMambaError`, an `OSError`) becomes one line on stderr and exit code
+1; usage errors exit with 2, Ctrl-C with 130. Every output is written whole or not at all, and
+replaces an existing file only with `--force`.
+
+This module imports nothing heavy: torch and Pillow come in with the command that needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cmamba_ref.errors import BitstreamError, CMambaError, InvalidArgumentError
+from cmamba_ref.files import write_atomically
+
+if TYPE_CHECKING:
+    from cmamba_ref.bitstream import Container
+    from cmamba_ref.model import CMamba
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments after the program's name; `None` for those of the process.
+
+    Returns:
+        the exit code: 0, 1 after an error, 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: from argparse: 2 after a usage error, 0 after `--help` and `--version`.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except (CMambaError, OSError, MemoryError) as error:
+        return _fail(error)
+    except RuntimeError as error:
+        # On the CPU torch reports exhausted memory by a plain RuntimeError.
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        return _fail(MemoryError())
+    except KeyboardInterrupt:
+        print("cmamba: interrupted", file=sys.stderr)
+        return 130
+
+
+# ---------------------------------------------------------------- commands
+
+
+def _encode(args: argparse.Namespace) -> int:
+    target = args.output or args.input.with_suffix(".cmb")
+    _check_target(target, args.input, args.force)
+    with _stages(4) as begin:
+        begin("reading")
+        from cmamba_ref.codec import DEFAULT_MAX_PIXELS, encode
+        from cmamba_ref.images import read_image
+
+        max_pixels = args.max_pixels or DEFAULT_MAX_PIXELS
+        picture = read_image(args.input, max_pixels=max_pixels)
+        begin("loading the model")
+        model = _load_model(args)
+        begin("encoding")
+        start = time.perf_counter()
+        data = encode(model, picture, args.quality, max_pixels=max_pixels)
+        seconds = time.perf_counter() - start
+        begin("writing")
+        write_atomically(target, data)
+    height, width = picture.shape[:2]
+    print(
+        f"{target}: {len(data)} bytes, {_bpp(data, width, height):.3f} bpp, {width}x{height}, "
+        f"encoded in {seconds:.2f} s"
+    )
+    return 0
+
+
+def _decode(args: argparse.Namespace) -> int:
+    target = args.output or args.input.with_suffix(".png")
+    if target.suffix.lower() != ".png":
+        raise InvalidArgumentError(
+            f"`-o` must be a .png file, got {str(target)!r}; "
+            "decode to PNG, which loses nothing, and convert that"
+        )
+    _check_target(target, args.input, args.force)
+    with _stages(4) as begin:
+        begin("reading")
+        from cmamba_ref.codec import DEFAULT_MAX_PIXELS, decode
+        from cmamba_ref.images import write_png
+
+        data = args.input.read_bytes()
+        begin("loading the model")
+        model = _load_model(args)
+        begin("decoding")
+        start = time.perf_counter()
+        with _naming(args.input):
+            picture = decode(data, model, max_pixels=args.max_pixels or DEFAULT_MAX_PIXELS)
+        seconds = time.perf_counter() - start
+        begin("writing")
+        write_png(target, picture)
+    height, width = picture.shape[:2]
+    colours = "grey" if picture.ndim == 2 else "RGB"
+    print(f"{target}: {width}x{height} {colours}, decoded in {seconds:.2f} s")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    """Describe every file that can be read, also after one that cannot."""
+    worst = 0
+    for path in args.files:
+        try:
+            with _naming(path):
+                print(_describe(path))
+        except (CMambaError, OSError) as error:
+            worst = _fail(error)
+    return worst
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from cmamba_ref import demo
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    encoded, decoded = (args.output / f"coffee{suffix}" for suffix in (".cmb", ".png"))
+    for target in (encoded, decoded):
+        _check_target(target, demo.PHOTOGRAPH, force=True)
+    with _stages(4) as begin:
+        begin("loading the model")
+        start = time.perf_counter()
+        model = _load_model(args)
+        loading = time.perf_counter() - start
+        report = demo.run(model, args.quality, encoded, decoded, begin)
+    print(report)
+    print(f"The model was loaded in {loading:.2f} s. Wrote {encoded} and {decoded}.")
+    return 0
+
+
+# ---------------------------------------------------------------- what they share
+
+
+def _load_model(args: argparse.Namespace) -> CMamba:
+    from cmamba_ref.codec import DEFAULT_MODEL
+    from cmamba_ref.model import CMamba
+
+    _check_device(args.device)
+    return CMamba.from_pretrained(args.model or DEFAULT_MODEL, args.device)
+
+
+def _check_device(name: str) -> None:
+    """Try the device; torch has its own type of error for each way in which one can be missing."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = textwrap.shorten(str(error).partition("\n")[0], 120)
+        raise InvalidArgumentError(
+            f"`--device` must be one that PyTorch can use here, got {name!r} ({reason}); use cpu"
+        ) from error
+
+
+def _check_target(target: Path, source: Path, force: bool) -> None:
+    """Refuse before the work what could not, or should not, be written after it.
+
+    Raises:
+        InvalidArgumentError: `target` exists, is the input, or lies in no directory.
+    """
+    if not target.parent.is_dir():
+        raise InvalidArgumentError(
+            f"`-o` must lie in an existing directory, got {str(target)!r}; make it first"
+        )
+    if not target.exists():
+        return
+    if not target.is_file():
+        raise InvalidArgumentError(f"`-o` must be a file, got {str(target)!r}; choose another name")
+    if source.exists() and target.samefile(source):
+        raise InvalidArgumentError(
+            f"`-o` must differ from the input, got {str(target)!r} for both; choose another name"
+        )
+    if not force:
+        raise InvalidArgumentError(
+            f"`-o` must not exist yet, got {str(target)!r}; "
+            "choose another name, or replace it with --force"
+        )
+
+
+def _describe(path: Path) -> str:
+    """What stands in a file, as lines of text; its checksum is verified on the way."""
+    from cmamba_ref import bitstream
+    from cmamba_ref.entropy.rans import lane_count
+    from cmamba_ref.model import QUALITY_UNITS
+
+    data = path.read_bytes()
+    container = bitstream.Container.unpack(data)
+    prefix, y_stream = bitstream.unpack_latent(container.y)
+    quality = f"{prefix.quality / QUALITY_UNITS:g}" if prefix.quality else "the model has one rate"
+    colours = "grey" if container.grey else "colour"
+    bpp = _bpp(data, container.width, container.height)
+    rows = {
+        "format": f"version {bitstream.VERSION}, checksum correct",
+        "model": _name_model(container),
+        "picture": f"{container.width}x{container.height}, {colours}",
+        "quality": quality,
+        "size": f"{len(data)} bytes, {bpp:.3f} bits per pixel",
+        "y": f"{len(container.y)} bytes, lanes: {lane_count(y_stream)}, shift: {prefix.shift}",
+        "z": f"{len(container.z)} bytes, lanes: {lane_count(container.z)}",
+    }
+    return "\n".join([str(path), *(f"  {name:<8}  {value}" for name, value in rows.items())])
+
+
+def _name_model(container: Container) -> str:
+    """The model's id, and its name if it ships."""
+    from cmamba_ref.model import CMamba
+    from cmamba_ref.weights import pretrained_names
+
+    for name in pretrained_names():
+        if CMamba.from_pretrained(name).model_id == container.model_id:
+            return f"{container.model_id.hex()} ({name})"
+    return f"{container.model_id.hex()} (does not ship with this version)"
+
+
+def _bpp(data: bytes, width: int, height: int) -> float:
+    return 8 * len(data) / (width * height)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say in which file the damage is: the codec sees bytes and cannot know."""
+    try:
+        yield
+    except BitstreamError as error:
+        raise BitstreamError(f"{path}: {error}") from error
+
+
+@contextmanager
+def _stages(count: int) -> Iterator[Callable[[str], None]]:
+    """A line on stderr, if that is a terminal, that names the stage at work; gone at the end."""
+    from tqdm import tqdm
+
+    form = "cmamba: {desc} (stage {n} of {total})"
+    # The delay, however short, keeps tqdm from drawing a stage 0 without a name.
+    shown = {"leave": False, "disable": None, "mininterval": 0, "delay": 1e-6}
+    with tqdm(total=count, bar_format=form, **shown) as bar:
+
+        def begin(stage: str) -> None:
+            bar.set_description_str(stage, refresh=False)
+            bar.update()
+
+        yield begin
+
+
+def _fail(error: Exception) -> int:
+    """Report an expected error in one line."""
+    if isinstance(error, MemoryError):
+        text = "not enough memory for this picture; encode a smaller one or use another --device"
+    elif isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = " ".join(str(error).split())
+    print(f"cmamba: error: {text}", file=sys.stderr)
+    return 1
+
+
+# ---------------------------------------------------------------- arguments
+
+
+class _Version(argparse.Action):
+    """`--version`, which imports the package only when asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from cmamba_ref import __version__
+
+        print(f"cmamba {__version__}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cmamba", description="Photographs to small files and back, with a learned codec."
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    encode = commands.add_parser("encode", help="picture to .cmb", parents=[_model_options()])
+    _add_files(encode, "a picture in any format that Pillow reads", ".cmb")
+    _add_quality(encode)
+    encode.set_defaults(command=_encode)
+
+    decode = commands.add_parser("decode", help=".cmb to PNG", parents=[_model_options()])
+    _add_files(decode, "a .cmb file", ".png")
+    decode.set_defaults(command=_decode)
+
+    info = commands.add_parser("info", help="describe .cmb files and verify their checksums")
+    info.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a .cmb file")
+    info.set_defaults(command=_info)
+
+    demo = commands.add_parser(
+        "demo",
+        help="encode the photograph that ships, beside JPEG, WebP and AVIF",
+        parents=[_model_options()],
+    )
+    demo.add_argument(
+        "-o",
+        dest="output",
+        type=Path,
+        default=Path("cmamba-demo"),
+        metavar="DIR",
+        help="where coffee.cmb and coffee.png go, replacing earlier ones (default: cmamba-demo)",
+    )
+    _add_quality(demo)
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+def _model_options() -> argparse.ArgumentParser:
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument(
+        "--model",
+        metavar="NAME|DIR",
+        help="a model that ships, or a directory with one (default: tiny, which ships)",
+    )
+    parent.add_argument(
+        "--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, mps, ... (default: cpu)"
+    )
+    return parent
+
+
+def _add_files(parser: argparse.ArgumentParser, source: str, suffix: str) -> None:
+    parser.add_argument("input", type=Path, metavar="IN", help=source)
+    parser.add_argument(
+        "-o", dest="output", type=Path, metavar="OUT", help=f"default: IN with the suffix {suffix}"
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--max-pixels",
+        type=_positive,
+        metavar="N",
+        help="refuse larger pictures (default: 100 million)",
+    )
+
+
+def _add_quality(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quality",
+        type=float,
+        metavar="Q",
+        help="1 (small) to 8 (good), also in between, such as 3.5 (default: 4)",
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)

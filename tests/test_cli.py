@@ -1,0 +1,572 @@
+"""The command `cmamba`: what it writes, what it says, and what it refuses."""
+
+import dataclasses
+import errno
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cmamba_ref
+from cmamba_ref import CMamba, codec, demo, files, weights
+from cmamba_ref.cli import main
+from cmamba_ref.config import TINY
+from cmamba_ref.images import read_image
+from cmamba_ref.metrics import psnr
+
+HEIGHT, WIDTH = 70, 90
+SMALL = {
+    "widths": (8, 8, 8),
+    "latent_channels": 16,
+    "hyper_widths": (8, 8),
+    "slices": 2,
+    "cae_width": 8,
+    "lrp_widths": (8, 8),
+}
+
+
+def make_model(directory: Path, seed: int = 0, **changes: object) -> str:
+    """An untrained model of few channels, on disk."""
+    torch.manual_seed(seed)
+    model = CMamba(dataclasses.replace(TINY, **SMALL, **changes))
+    model.update()
+    model.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Generator[None, None, None]:
+    """Two threads that wait for each other on a busy machine take many times as long as one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: str) -> CMamba:
+    return CMamba.from_pretrained(model_dir)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A picture whose sides are no multiples of 64, in a directory of its own."""
+    picture = Image.open(demo.PHOTOGRAPH).crop((100, 100, 100 + WIDTH, 100 + HEIGHT))
+    picture.save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def encoded(photo: Path, model: CMamba) -> Path:
+    path = photo.with_suffix(".cmb")
+    path.write_bytes(cmamba_ref.encode(model, read_image(photo)))
+    return path
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What followed `cmamba: error: ` on the only line that was printed."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("cmamba: error: ")
+    return line.removeprefix("cmamba: error: ")
+
+
+def run(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`python -m cmamba_ref` in a process of its own."""
+    root = str(Path(cmamba_ref.__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, "-m", "cmamba_ref", *args],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+
+
+# ---------------------------------------------------------------- encode and decode
+
+
+def test_encode_writes_what_the_api_returns(
+    photo: Path, model: CMamba, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["encode", str(photo), "--model", model_dir, "--quality", "2.5"]) == 0
+    data = photo.with_suffix(".cmb").read_bytes()
+    assert data == cmamba_ref.encode(model, read_image(photo), 2.5)
+    out, err = capsys.readouterr()
+    assert err == ""
+    (line,) = out.splitlines()
+    bpp = 8 * len(data) / (WIDTH * HEIGHT)
+    assert f"photo.cmb: {len(data)} bytes, {bpp:.3f} bpp, {WIDTH}x{HEIGHT}, encoded in" in line
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_decode_writes_what_the_api_returns(
+    photo: Path, model: CMamba, model_dir: str, grey: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = read_image(photo)
+    data = cmamba_ref.encode(model, picture[..., 0] if grey else picture)
+    encoded = photo.with_name("a.cmb")
+    encoded.write_bytes(data)
+    assert main(["decode", str(encoded), "--model", model_dir]) == 0
+    decoded = read_image(photo.with_name("a.png"))
+    np.testing.assert_array_equal(decoded, cmamba_ref.decode(data, model))
+    assert decoded.ndim == (2 if grey else 3)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"a.png: {WIDTH}x{HEIGHT} {'grey' if grey else 'RGB'}, decoded in" in line
+
+
+def test_named_outputs_and_nothing_else_in_the_directory(photo: Path, model_dir: str) -> None:
+    middle, back = photo.with_name("x.y.cmb"), photo.with_name("back.PNG")
+    assert main(["encode", str(photo), "-o", str(middle), "--model", model_dir]) == 0
+    assert main(["decode", str(middle), "-o", str(back), "--model", model_dir]) == 0
+    assert names(photo.parent) == ["back.PNG", "photo.png", "x.y.cmb"]
+
+
+def test_the_default_quality_is_that_of_the_api(photo: Path, encoded: Path, model_dir: str) -> None:
+    out = photo.with_name("a.cmb")
+    assert main(["encode", str(photo), "-o", str(out), "--model", model_dir]) == 0
+    assert out.read_bytes() == encoded.read_bytes()
+
+
+def test_a_model_of_one_rate(tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture) -> None:
+    fixed = make_model(tmp_path / "fixed", lmbdas=())
+    assert main(["encode", str(photo), "--model", fixed]) == 0
+    assert main(["info", str(photo.with_suffix(".cmb"))]) == 0
+    assert "the model has one rate" in capsys.readouterr().out
+    assert main(["encode", str(photo), "--model", fixed, "--force", "--quality", "4"]) == 1
+    assert "`quality` must be None" in error_line(capsys)
+
+
+# ---------------------------------------------------------------- refused before the work
+
+
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_an_existing_file_needs_force(
+    photo: Path,
+    encoded: Path,
+    model_dir: str,
+    command: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, target = (photo, encoded) if command == "encode" else (encoded, photo)
+    before = target.read_bytes()
+    args = [command, str(source), "--model", model_dir]
+    assert main(args) == 1
+    assert "must not exist yet" in (message := error_line(capsys)) and "--force" in message
+    assert target.read_bytes() == before
+
+    os.utime(target, (0, 0))
+    assert main([*args, "--force"]) == 0
+    assert target.stat().st_mtime > 0
+    assert names(photo.parent) == ["photo.cmb", "photo.png"]
+
+
+def test_the_input_is_never_replaced(
+    photo: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = photo.read_bytes()
+    link = photo.with_name("link")
+    link.symlink_to(photo)
+    for target in (photo, link):
+        args = ["encode", str(photo), "-o", str(target), "--model", model_dir, "--force"]
+        assert main(args) == 1
+        assert "must differ from the input" in error_line(capsys)
+    assert photo.read_bytes() == before
+
+
+def test_targets_that_are_no_files(
+    photo: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["encode", str(photo), "--force", "--model", model_dir, "-o"]
+    assert main([*args, str(photo.parent)]) == 1
+    assert "must be a file" in error_line(capsys)
+    assert main([*args, os.devnull]) == 1  # a rename onto a device would replace the device
+    assert "must be a file" in error_line(capsys)
+    assert main([*args, str(photo.parent / "missing" / "a.cmb")]) == 1
+    assert "must lie in an existing directory" in error_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a", "a.png.tif"])
+def test_decode_writes_png_only(
+    encoded: Path, model_dir: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = encoded.with_name(name)
+    assert main(["decode", str(encoded), "-o", str(target), "--model", model_dir]) == 1
+    assert "`-o` must be a .png file, got" in error_line(capsys)
+    assert not target.exists()
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_a_missing_input(
+    tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "missing"
+    for command in ("encode", "decode"):
+        assert main([command, str(missing), "--model", model_dir]) == 1
+        assert error_line(capsys) == f"{missing}: No such file or directory"
+    assert main(["encode", str(tmp_path), "-o", str(tmp_path / "a"), "--model", model_dir]) == 1
+    assert error_line(capsys) == f"{tmp_path}: Is a directory"
+
+
+def test_a_picture_that_is_refused(
+    photo: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("CMYK", (8, 8)).save(photo.with_name("ink.jpg"))
+    assert main(["encode", str(photo.with_name("ink.jpg")), "--model", model_dir]) == 1
+    assert error_line(capsys).endswith("ink.jpg is in CMYK colours; convert it to RGB first")
+    assert names(photo.parent) == ["ink.jpg", "photo.png"]
+
+
+@pytest.mark.parametrize("quality", ["0", "0.99", "8.01", "nan", "inf", "-1"])
+def test_a_quality_out_of_range(
+    photo: Path, model_dir: str, quality: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["encode", str(photo), "--model", model_dir, f"--quality={quality}"]) == 1
+    assert "`quality` must be a number from 1 to 8, got" in error_line(capsys)
+    assert names(photo.parent) == ["photo.png"]
+
+
+def test_a_damaged_file_is_named(
+    encoded: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = encoded.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(damaged) // 2] ^= 1
+    target = encoded.with_name("back.png")
+    for data in (b"", b"hello", whole[: len(whole) // 2], bytes(damaged)):
+        encoded.write_bytes(data)
+        assert main(["decode", str(encoded), "-o", str(target), "--model", model_dir]) == 1
+        assert error_line(capsys).startswith(f"{encoded}: ")
+        assert not target.exists()
+
+
+def test_a_file_of_another_model(
+    tmp_path: Path, encoded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_model(tmp_path / "other", seed=1)
+    assert main(["decode", str(encoded), "-o", str(tmp_path / "a.png"), "--model", other]) == 1
+    assert "was made by model" in error_line(capsys)
+
+
+def test_a_model_that_does_not_exist(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["encode", str(photo), "--model", "no-such-model"]) == 1
+    assert "no config.json in 'no-such-model'" in error_line(capsys)
+
+
+def test_the_pixel_limit(
+    photo: Path, encoded: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = ["--model", model_dir, "--force", "--max-pixels"]
+    for path in (photo, encoded):
+        command = "encode" if path == photo else "decode"
+        assert main([command, str(path), *limit, str(WIDTH * HEIGHT - 1)]) == 1
+        assert "max_pixels" in (message := error_line(capsys)) and str(path) in message
+    enough = str(128 * 128)  # the codec counts the sides padded to multiples of 64
+    assert main(["encode", str(photo), *limit, enough]) == 0
+    assert main(["decode", str(encoded), *limit, enough]) == 0
+
+
+@pytest.mark.parametrize("device", ["meta", "no-such-device", "cuda:99", "cpu:x"])
+def test_a_device_that_is_not_there(
+    photo: Path, model_dir: str, device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["encode", str(photo), "--model", model_dir, "--device", device]) == 1
+    message = error_line(capsys)
+    assert message.startswith(f"`--device` must be one that PyTorch can use here, got '{device}' (")
+    assert message.endswith("); use cpu")
+    assert names(photo.parent) == ["photo.png"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("CUDA out of memory. Tried to allocate 2 TiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
+def test_too_little_memory(
+    photo: Path,
+    model_dir: str,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> bytes:
+        raise error
+
+    monkeypatch.setattr(codec, "encode", fail)
+    assert main(["encode", str(photo), "--model", model_dir]) == 1
+    assert error_line(capsys).startswith("not enough memory")
+
+
+def test_a_programming_error_is_not_hidden(
+    photo: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> bytes:
+        raise RuntimeError("a mistake in this package")
+
+    monkeypatch.setattr(codec, "encode", fail)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        main(["encode", str(photo), "--model", model_dir])
+
+
+def test_ctrl_c(
+    photo: Path,
+    model_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", interrupt)
+    assert main(["encode", str(photo), "--model", model_dir]) == 130
+    assert capsys.readouterr().err == "cmamba: interrupted\n"
+    assert names(photo.parent) == ["photo.png"]
+
+
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_a_failed_write_leaves_the_old_file(
+    photo: Path,
+    encoded: Path,
+    model_dir: str,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(path: Path, data: bytes) -> int:
+        with open(path, "wb") as file:
+            file.write(data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    source, target = (photo, encoded) if command == "encode" else (encoded, photo)
+    before = target.read_bytes()
+    assert main([command, str(source), "--model", model_dir, "--force"]) == 1
+    assert error_line(capsys).endswith(": No space left on device")
+    assert target.read_bytes() == before
+    assert names(photo.parent) == ["photo.cmb", "photo.png"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["squash"],
+        ["encode"],
+        ["encode", "a.png", "--quality", "good"],
+        ["encode", "a.png", "--max-pixels", "0"],
+        ["decode", "a.cmb", "--max-pixels", "1e6"],
+        ["decode", "a.cmb", "--quality", "4"],
+        ["info"],
+    ],
+)
+def test_usage_errors_exit_with_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert caught.value.code == 2
+    assert "usage: cmamba" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- progress
+
+
+def test_progress_is_shown_on_a_terminal_only(
+    photo: Path,
+    model_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = ["encode", str(photo), "--force", "--model", model_dir]
+    assert main(args) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert main(args) == 0
+    err = capsys.readouterr().err
+    assert "stage 0" not in err
+    shown = re.findall(r"cmamba: ([a-z ]+) \(stage (\d) of 4\)", err)
+    assert shown == [
+        ("reading", "1"),
+        ("loading the model", "2"),
+        ("encoding", "3"),
+        ("writing", "4"),
+    ]
+
+
+# ---------------------------------------------------------------- info
+
+
+def test_info(encoded: Path, model: CMamba, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(encoded)]) == 0
+    out = capsys.readouterr().out
+    size = encoded.stat().st_size
+    assert out.startswith(f"{encoded}\n")
+    for line in (
+        r"format    version 0, checksum correct",
+        rf"model     {model.model_id.hex()} \(does not ship with this version\)",
+        rf"picture   {WIDTH}x{HEIGHT}, colour",
+        r"quality   4",
+        rf"size      {size} bytes, {8 * size / (WIDTH * HEIGHT):.3f} bits per pixel",
+        r"y         \d+ bytes, lanes: 1, shift: 0",
+        r"z         \d+ bytes, lanes: 1",
+    ):
+        assert re.search(f"^  {line}$", out, re.MULTILINE), (line, out)
+
+
+def test_info_names_a_model_that_ships(
+    encoded: Path,
+    model_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(weights, "PRETRAINED", Path(model_dir).parent)
+    assert main(["info", str(encoded)]) == 0
+    assert f"({Path(model_dir).name})" in capsys.readouterr().out
+
+
+def test_info_goes_on_after_a_bad_file(
+    tmp_path: Path, encoded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.cmb"
+    bad.write_bytes(encoded.read_bytes()[:-1])
+    missing = tmp_path / "missing.cmb"
+    assert main(["info", str(bad), str(missing), str(encoded)]) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        f"cmamba: error: {bad}: the file is damaged or truncated: its checksum does not match",
+        f"cmamba: error: {missing}: No such file or directory",
+    ]
+    assert out.startswith(str(encoded))
+
+
+# ---------------------------------------------------------------- demo
+
+
+def test_demo_with_a_model_of_ones_own(
+    tmp_path: Path,
+    model: CMamba,
+    model_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "RIVALS", demo.RIVALS[:1])  # AVIF takes seconds
+    (tmp_path / "cmamba-demo").mkdir()
+    for name in ("coffee.cmb", "coffee.png"):  # as if from an earlier run
+        (tmp_path / "cmamba-demo" / name).write_bytes(b"old")
+    assert main(["demo", "--model", model_dir, "--quality", "3"]) == 0
+    assert names(tmp_path / "cmamba-demo") == ["coffee.cmb", "coffee.png"]
+    data = (tmp_path / "cmamba-demo" / "coffee.cmb").read_bytes()
+    original = read_image(demo.PHOTOGRAPH)
+    assert data == cmamba_ref.encode(model, original, 3)
+    decoded = read_image(tmp_path / "cmamba-demo" / "coffee.png")
+    np.testing.assert_array_equal(decoded, cmamba_ref.decode(data, model))
+    out = capsys.readouterr().out
+    ours = rf"CMamba quality 3 +{len(data)} +[\d.]+ +{psnr(original, decoded):.2f} +[\d.]+ +1\.00"
+    assert re.search(ours, out), out
+    assert re.search(r"^JPEG quality \d+ +\d+ ", out, re.MULTILINE)
+
+
+def test_demo_never_replaces_the_photograph(
+    model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = demo.PHOTOGRAPH.read_bytes()
+    assert main(["demo", "-o", str(demo.PHOTOGRAPH.parent), "--model", model_dir]) == 1
+    assert "must differ from the input" in error_line(capsys)
+    assert demo.PHOTOGRAPH.read_bytes() == before
+
+
+def test_demo_with_the_weights_that_ship(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the README's first command runs."""
+    assert main(["demo", "-o", str(tmp_path)]) == 0
+    original, decoded = read_image(demo.PHOTOGRAPH), read_image(tmp_path / "coffee.png")
+    assert psnr(original, decoded) > 26
+    size = (tmp_path / "coffee.cmb").stat().st_size
+    assert size < demo.PHOTOGRAPH.stat().st_size / 10
+    out = capsys.readouterr().out
+    assert f"CMamba quality 4 {size:>11}" in out
+    for rival in demo.RIVALS:
+        row = re.search(rf"^{rival.name} quality \d+ +(\d+) .* ([\d.]+)$", out, re.MULTILINE)
+        assert row is not None, out
+        assert float(row[2]) == round(int(row[1]) / size, 2)
+    assert main(["info", str(tmp_path / "coffee.cmb")]) == 0
+    assert "(tiny)" in capsys.readouterr().out
+
+
+def test_a_match_is_the_lowest_quality_that_reaches_the_psnr() -> None:
+    original = read_image(demo.PHOTOGRAPH)[:200, :200]
+    jpeg = demo.RIVALS[0]
+    assert jpeg.name == "JPEG"
+    found = demo.match(jpeg, original, 30.0)
+    assert found is not None
+    assert psnr(original, found.picture) >= 30
+    below = demo._try(jpeg, original, found.quality - 1)
+    assert psnr(original, below.picture) < 30
+    lower = demo.match(jpeg, original, 29.0)
+    assert lower is not None
+    assert lower.quality < found.quality and len(lower.data) < len(found.data)
+
+
+def test_the_demo_says_where_a_rival_falls_short() -> None:
+    original = read_image(demo.PHOTOGRAPH)[:200, :200]
+    assert demo.match(demo.RIVALS[0], original, 99.0) is None
+    line = demo._rival_line(demo.RIVALS[0], original, 99.0, ours=1)
+    assert re.fullmatch(r"JPEG +does not reach 99\.00 dB even at quality 100", line)
+    line = demo._rival_line(demo.Rival("NoSuchFormat"), original, 30.0, ours=1)
+    assert "not compared: this Pillow cannot write it" in line
+
+
+# ---------------------------------------------------------------- as a program
+
+
+def test_as_a_program(encoded: Path, model_dir: str) -> None:
+    """In processes of their own: success, and an error without a traceback."""
+    args = ("decode", "photo.cmb", "--model", model_dir)
+    refused = run(*args, cwd=encoded.parent)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert re.fullmatch(r"cmamba: error: `-o` must not exist yet, .*\n", refused.stderr)
+    decoded = run(*args, "-o", "back.png", cwd=encoded.parent)
+    assert (decoded.returncode, decoded.stderr) == (0, "")
+    assert read_image(encoded.with_name("back.png")).shape == (HEIGHT, WIDTH, 3)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"cmamba {cmamba_ref.__version__}\n"
+
+
+def test_help_says_what_the_defaults_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["encode", "--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"1 (small) to 8 (good), also in between, such as 3.5 (default: {codec.DEFAULT_QUALITY:g})"
+        in text
+    )
+    assert f"(default: {codec.DEFAULT_MODEL}, which ships)" in text
+    assert f"(default: {codec.DEFAULT_MAX_PIXELS // 1_000_000} million)" in text

@@ -1,0 +1,355 @@
+"""Pictures from disk: read as one sees them, or refused with the way out."""
+
+import re
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from cmamba_ref import ImageError
+from cmamba_ref import files as files_module
+from cmamba_ref.files import write_atomically
+from cmamba_ref.images import read_image, write_png
+
+HEIGHT, WIDTH = 12, 20
+
+
+@pytest.fixture
+def rgb() -> np.ndarray:
+    """Smooth in x and y, with every channel of its own."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    return np.stack([x * 12, y * 20, (x + y) * 8], axis=-1).astype(np.uint8)
+
+
+def save(picture: Image.Image | np.ndarray, path: Path, **options: Any) -> Path:
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture)
+    picture.save(path, **options)
+    return path
+
+
+def refusal(path: Path, **options: int) -> str:
+    """The message of the ImageError, which is one line and begins with the file's name."""
+    with pytest.raises(ImageError) as caught:
+        read_image(path, **options)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    return message.removeprefix(str(path)).strip()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, depth: int, colour_type: int, *chunks: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    return b"".join(
+        [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *chunks, chunk(b"IEND", b"")],
+    )
+
+
+# ---------------------------------------------------------------- read
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "ppm", "webp"])
+def test_colour_is_read_exactly(tmp_path: Path, rgb: np.ndarray, suffix: str) -> None:
+    options = {"lossless": True} if suffix == "webp" else {}
+    image = read_image(save(rgb, tmp_path / f"a.{suffix}", **options))
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, rgb)
+
+
+def test_grey_has_two_dimensions(tmp_path: Path, rgb: np.ndarray) -> None:
+    grey = rgb[..., 0]
+    np.testing.assert_array_equal(read_image(save(grey, tmp_path / "a.png")), grey)
+    np.testing.assert_array_equal(read_image(save(grey, tmp_path / "a.jpg", quality=95)).ndim, 2)
+
+
+def test_one_bit_becomes_black_and_white(tmp_path: Path, rgb: np.ndarray) -> None:
+    bits = rgb[..., 0] > 100
+    image = read_image(save(Image.fromarray(bits), tmp_path / "a.png"))
+    np.testing.assert_array_equal(image, np.where(bits, 255, 0))
+
+
+def test_a_palette_becomes_rgb(tmp_path: Path, rgb: np.ndarray) -> None:
+    indexed = Image.fromarray(rgb).quantize(16)
+    expected = np.array(indexed.convert("RGB"))
+    for name in ("a.png", "a.gif"):
+        np.testing.assert_array_equal(read_image(save(indexed, tmp_path / name)), expected)
+
+
+def test_an_opaque_alpha_channel_is_dropped(tmp_path: Path, rgb: np.ndarray) -> None:
+    opaque = Image.fromarray(rgb).convert("RGBA")
+    np.testing.assert_array_equal(read_image(save(opaque, tmp_path / "rgba.png")), rgb)
+    grey = Image.fromarray(rgb[..., 0]).convert("LA")
+    np.testing.assert_array_equal(read_image(save(grey, tmp_path / "la.png")), rgb[..., 0])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(tmp_path: Path, rgb: np.ndarray, orientation: int) -> None:
+    stored = {
+        1: rgb,
+        2: rgb[:, ::-1],
+        3: rgb[::-1, ::-1],
+        4: rgb[::-1],
+        5: rgb.swapaxes(0, 1),
+        6: np.rot90(rgb, 1),  # EXIF 6: the viewer turns by 90 degrees clockwise
+        7: rgb[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(rgb, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("a.png", "a.tif"):
+        path = save(np.ascontiguousarray(stored), tmp_path / name, exif=exif)
+        np.testing.assert_array_equal(read_image(path), rgb)
+
+
+def test_of_a_multi_picture_jpeg_the_main_picture_is_read(tmp_path: Path, rgb: np.ndarray) -> None:
+    """Phones put a preview or a gain map behind the photograph."""
+    preview = [Image.fromarray(rgb[::2, ::2])]
+    both = save(rgb, tmp_path / "a.mpo", save_all=True, append_images=preview, quality=95)
+    assert read_image(both).shape == rgb.shape
+
+
+# ---------------------------------------------------------------- colour profiles
+
+
+def profile(gamma: float) -> bytes:
+    """sRGB's profile with its tone curves replaced by one power law."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    (count,) = struct.unpack_from(">I", data, 128)
+    for i in range(count):
+        name, offset, size = struct.unpack_from(">4sII", data, 132 + 12 * i)
+        if name in (b"rTRC", b"gTRC", b"bTRC"):
+            curve = b"curv" + struct.pack(">IIH", 0, 1, round(gamma * 256))
+            assert len(curve) <= size
+            data[offset : offset + len(curve)] = curve
+    return bytes(data)
+
+
+def test_a_colour_profile_is_converted_to_srgb(tmp_path: Path, rgb: np.ndarray) -> None:
+    """Linear light: the value that sRGB gives it is known in closed form."""
+    light = rgb / 255
+    expected = 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    image = read_image(save(rgb, tmp_path / "a.png", icc_profile=profile(1.0)))
+    assert np.abs(image - expected).max() <= 2
+    assert np.abs(image.astype(int) - rgb).max() > 40
+
+
+def test_an_srgb_profile_changes_nothing(tmp_path: Path, rgb: np.ndarray) -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    np.testing.assert_array_equal(read_image(save(rgb, tmp_path / "a.png", icc_profile=srgb)), rgb)
+
+
+def test_a_profile_and_a_rotation_and_alpha_together(tmp_path: Path, rgb: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    linear = profile(1.0)
+    upright = read_image(save(rgb, tmp_path / "a.png", icc_profile=linear))
+    turned = Image.fromarray(rgb[::-1, ::-1].copy()).convert("RGBA")
+    path = save(turned, tmp_path / "b.png", icc_profile=linear, exif=exif)
+    np.testing.assert_array_equal(read_image(path), upright)
+
+
+@pytest.mark.parametrize("grey", [True, False])
+def test_a_profile_that_cannot_be_applied(tmp_path: Path, rgb: np.ndarray, grey: bool) -> None:
+    """Broken, or of another kind of picture: sRGB's on grey."""
+    icc = profile(1.0) if grey else b"no profile at all"
+    path = save(rgb[..., 0] if grey else rgb, tmp_path / "a.png", icc_profile=icc)
+    assert "colour profile that cannot be applied" in refusal(path)
+    assert "convert it to sRGB first" in refusal(path)
+
+
+# ---------------------------------------------------------------- refused
+
+
+def test_transparency_is_refused(tmp_path: Path, rgb: np.ndarray) -> None:
+    glass = Image.fromarray(rgb).convert("RGBA")
+    glass.putpixel((3, 4), (1, 2, 3, 254))
+    grey_glass = Image.fromarray(rgb[..., 0]).convert("LA")
+    grey_glass.putpixel((3, 4), (1, 0))
+    indexed = Image.fromarray(rgb).quantize(16)
+    paths = [
+        save(glass, tmp_path / "rgba.png"),
+        save(glass, tmp_path / "rgba.webp", lossless=True),
+        save(grey_glass, tmp_path / "la.png"),
+        save(indexed, tmp_path / "palette.png", transparency=3),
+        save(indexed, tmp_path / "palette.gif", transparency=3),
+        save(rgb, tmp_path / "colour_key.png", transparency=tuple(rgb[2, 5].tolist())),
+        save(rgb[..., 0], tmp_path / "grey_key.png", transparency=12),
+    ]
+    for path in paths:
+        assert refusal(path) == "has transparency; flatten it onto a background first"
+
+
+def test_a_transparent_colour_that_no_pixel_has_is_opaque(tmp_path: Path, rgb: np.ndarray) -> None:
+    path = save(rgb, tmp_path / "a.png", transparency=(1, 1, 1))
+    np.testing.assert_array_equal(read_image(path), rgb)
+
+
+def test_cmyk_is_refused(tmp_path: Path, rgb: np.ndarray) -> None:
+    for name in ("a.jpg", "a.tif"):
+        path = save(Image.fromarray(rgb).convert("CMYK"), tmp_path / name)
+        assert refusal(path) == "is in CMYK colours; convert it to RGB first"
+
+
+def test_more_than_8_bits_are_refused(tmp_path: Path, rgb: np.ndarray) -> None:
+    """Pillow would cut 16-bit RGB down to 8 bits without a word."""
+    deep = rgb[..., 0].astype(np.uint16) * 257
+    rows = b"".join(b"\0" + row.tobytes() for row in (rgb.astype(">u2") * 257))
+    (tmp_path / "rgb.png").write_bytes(
+        png(WIDTH, HEIGHT, 16, 2, chunk(b"IDAT", zlib.compress(rows)))
+    )
+    (tmp_path / "rgb.ppm").write_bytes(
+        b"P6 %d %d 65535\n" % (WIDTH, HEIGHT) + (rgb.astype(">u2") * 257).tobytes()
+    )
+    paths = [
+        save(deep, tmp_path / "I16.png"),
+        save(deep, tmp_path / "I16.tif"),
+        save(deep.astype(np.int32), tmp_path / "I.tif"),
+        save(deep.astype(np.float32), tmp_path / "F.tif"),
+        tmp_path / "rgb.png",
+        tmp_path / "rgb.ppm",
+    ]
+    for path in paths:
+        assert refusal(path).startswith("has more than 8 bits per channel")
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
+def test_several_frames_are_refused(tmp_path: Path, rgb: np.ndarray, name: str) -> None:
+    more = [Image.fromarray(255 - rgb), Image.fromarray(rgb // 2)]
+    path = save(rgb, tmp_path / name, save_all=True, append_images=more)
+    assert refusal(path).startswith("has 3 frames or pages")
+
+
+# ---------------------------------------------------------------- damaged, missing, hostile
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.tif", "a.webp", "a.bmp"])
+def test_a_truncated_file(tmp_path: Path, name: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = save(noise, tmp_path / name)
+    whole = path.read_bytes()
+    for length in (len(whole) // 2, len(whole) * 9 // 10, 20, 3):
+        path.write_bytes(whole[:length])
+        message = refusal(path)
+        assert "damaged or truncated" in message or "no picture" in message
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.tif", "a.webp"])
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # damaged metadata, no pixels
+def test_damaged_bytes_never_crash(tmp_path: Path, rgb: np.ndarray, name: str) -> None:
+    """Any byte wrong: a picture or an ImageError, nothing else."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(rgb, tmp_path / name, exif=exif, icc_profile=profile(1.0))
+    whole = path.read_bytes()
+    rng = np.random.default_rng(1)
+    for position in rng.integers(0, len(whole), 60):
+        damaged = bytearray(whole)
+        damaged[position] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        try:
+            image = read_image(path, max_pixels=10_000)
+        except ImageError:
+            continue
+        assert image.dtype == np.uint8
+
+
+def test_no_picture(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    for content in (b"", b"hello"):
+        path.write_bytes(content)
+        assert refusal(path) == "is no picture in a format that Pillow reads"
+
+
+def test_a_missing_file_and_a_directory_are_os_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_image(tmp_path / "missing.png")
+    with pytest.raises(IsADirectoryError):
+        read_image(tmp_path)
+
+
+def test_the_pixel_limit(tmp_path: Path, rgb: np.ndarray) -> None:
+    path = save(rgb, tmp_path / "a.png")
+    before = Image.MAX_IMAGE_PIXELS
+    assert read_image(path, max_pixels=WIDTH * HEIGHT).shape == rgb.shape
+    for limit in (
+        WIDTH * HEIGHT - 1,
+        10,
+    ):  # where Pillow alone would warn, and where it would raise
+        assert refusal(path, max_pixels=limit).startswith(f"has more than {limit} pixels")
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_a_decompression_bomb(tmp_path: Path) -> None:
+    """A hundred bytes that declare 2.5 gigapixels."""
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png(50_000, 50_000, 8, 2, chunk(b"IDAT", zlib.compress(b"\0"))))
+    assert refusal(path).startswith("has more than 100000000 pixels")
+
+
+# ---------------------------------------------------------------- write
+
+
+def test_png_round_trip(tmp_path: Path, rgb: np.ndarray) -> None:
+    for image in (rgb, rgb[..., 0], rgb[:1, :1], rgb[:, ::-1]):
+        write_png(tmp_path / "a.png", image)
+        np.testing.assert_array_equal(read_image(tmp_path / "a.png"), image)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 4), (4,), (4, 4, 1)])
+def test_write_png_refuses_other_shapes(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ImageError, match=re.escape(f"got uint8{list(shape)}")):
+        write_png(tmp_path / "a.png", np.zeros(shape, dtype=np.uint8))
+    with pytest.raises(ImageError, match="got float64"):
+        write_png(tmp_path / "a.png", np.zeros((4, 4)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["write", "rename"])
+def test_a_failed_write_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    target = tmp_path / "a.cmb"
+    target.write_bytes(b"before")
+
+    def half(path: Path, data: bytes) -> int:
+        with open(path, "wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    def broken(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        if fault == "write":
+            patch.setattr(Path, "write_bytes", half)
+        else:
+            patch.setattr(files_module.os, "replace", broken)
+        with pytest.raises(OSError):
+            write_atomically(target, b"after" * 100)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.cmb"]
+    assert target.read_bytes() == b"before"
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").write_bytes(b"before")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real")
+    write_atomically(link, b"after")
+    assert link.is_symlink()
+    assert (tmp_path / "real").read_bytes() == b"after"
+
+
+def test_reading_leaves_warning_filters_alone(tmp_path: Path, rgb: np.ndarray) -> None:
+    path = save(rgb, tmp_path / "a.png")
+    before = list(warnings.filters)
+    read_image(path)
+    assert list(warnings.filters) == before
