@@ -62,11 +62,16 @@ def check_elsewhere(pictures: dict[str, tuple[np.ndarray, float]], folder: Path)
             decoded = cmamba_ref.decode(data, model)
         here[name] = decoded, seen[0]
     run_elsewhere("test_determinism.decode_all", folder, OMP_NUM_THREADS="1")
+    worst, changed = 0.0, 0
     for name, (decoded, seen) in here.items():
         assert json.loads((folder / f"{name}.json").read_text()) == fingerprint(seen), name
         with np.load(folder / f"{name}.npz") as there:
-            assert np.abs(there["y_bar"] - seen.y_bar).max() <= 1e-9, name
-            assert np.abs(there["decoded"].astype(int) - decoded.astype(int)).max() <= 1, name
+            worst = max(worst, float(np.abs(there["y_bar"] - seen.y_bar).max()))
+            difference = np.abs(there["decoded"].astype(int) - decoded.astype(int))
+        assert worst <= 1e-9, name
+        assert difference.max() <= 1, name
+        changed += int(difference.sum())
+    print(f"y_bar differs by at most {worst:.1e}, {changed} pixel values by 1")
 
 
 def test_kodak_decodes_the_same_in_another_process(kodak_paths, tmp_path):

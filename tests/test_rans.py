@@ -114,7 +114,7 @@ SMALL = CdfTables(
 
 
 def scalar_decode(tables: CdfTables, data: bytes, blocks: list[np.ndarray]) -> list[list[int]]:
-    """`docs/rans.md` in plain integers, without a look at the package's coder."""
+    """`docs/format.md` in plain integers, without a look at the package's coder."""
 
     def varint(position: int) -> tuple[int, int]:
         value = 0

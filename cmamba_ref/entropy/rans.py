@@ -14,7 +14,7 @@ word back when its state has become too small.
 One state is inherently serial. As in Giesen 2014 (arXiv:1402.3392), L states (*lanes*) take turns
 instead: symbol j of a block belongs to lane j % L, so that a *row* of L symbols is one step of
 array arithmetic. All lanes share one sequence of words, in the order in which the decoder needs
-them. `docs/rans.md` specifies the stream byte by byte.
+them. `docs/format.md` specifies the stream byte by byte.
 """
 
 import threading
