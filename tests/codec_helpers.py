@@ -125,12 +125,12 @@ def recording() -> Iterator[list[Recording]]:
         return symbols
 
     def seen_index(scales, shift):
-        log_scales.append(scales.flatten().numpy())
+        log_scales.append(scales.flatten().cpu().numpy())
         return scale_index(scales, shift)
 
     def seen_module(module, args, output):
         if isinstance(module, ContextModel):
-            y_bars.append(output.detach().numpy())
+            y_bars.append(output.detach().cpu().numpy())
 
     hook = register_module_forward_hook(seen_module)
     try:

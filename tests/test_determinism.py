@@ -1,5 +1,6 @@
 """Decoding elsewhere gives the same symbols; the margin that makes it a guarantee."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from codec_helpers import (
     QUALITIES,
     Recording,
+    assert_same_coding,
     digest,
     load_picture,
     picture,
@@ -106,9 +108,22 @@ def test_symbols_do_not_depend_on(circumstance):
         data = cmamba_ref.encode(model, picture(100, 130), 4)
     with recording() as decoded, circumstance():
         cmamba_ref.decode(data, model)
-    assert np.array_equal(decoded[0].symbols, encoded[0].symbols)
-    assert np.array_equal(decoded[0].indexes, encoded[0].indexes)
-    assert np.abs(decoded[0].y_bar - encoded[0].y_bar).max() <= 1e-9
+    assert_same_coding(decoded[0], encoded[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_and_a_processor_read_each_other_s_files():
+    on_processor, on_gpu = shipped_model(), copy.deepcopy(shipped_model()).to("cuda")
+    image = picture(300, 500)
+    for writer, reader in ((on_processor, on_gpu), (on_gpu, on_processor)):
+        with recording() as encoded:
+            data = cmamba_ref.encode(writer, image, 4)
+        with recording() as decoded:
+            there = cmamba_ref.decode(data, reader)
+        assert_same_coding(decoded[0], encoded[0])
+        here = cmamba_ref.decode(data, writer)
+        assert np.abs(there.astype(int) - here.astype(int)).max() <= 1
 
 
 def test_encoding_under_autocast_makes_a_file_that_decodes_without():

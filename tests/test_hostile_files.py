@@ -182,7 +182,7 @@ def test_sizes_that_the_payload_cannot_hold_are_refused_at_once():
         start = time.perf_counter()
         with pytest.raises(BitstreamError, match="cannot hold a picture of"):
             decode(data)
-        assert time.perf_counter() - start < 0.5
+        assert time.perf_counter() - start < 2
 
 
 def test_a_thin_picture_counts_as_what_it_is_padded_to():
@@ -204,6 +204,7 @@ def test_the_strings_of_compressai_s_protocol_are_checked_too():
         ([[y[:6]], [z]], (1, 1)),
         ([[b""], [b""]], (1, 1)),
         ([[y + b"\0\0"], [z]], (1, 1)),
+        ([[y], [z + b"\0\0"]], (1, 1)),
     ):
         with pytest.raises(BitstreamError):
             model.decompress(strings, shape)
@@ -336,7 +337,7 @@ def refused(saved: Path, match: str | None = None) -> None:
     start = time.perf_counter()
     with pytest.raises(WeightsError, match=match):
         CMamba.from_pretrained(saved)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 5
 
 
 def test_truncated_weights_are_refused(saved):
