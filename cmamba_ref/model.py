@@ -279,7 +279,6 @@ class CMamba(nn.Module):
                 return torch.stack(symbols).to(device, torch.float64) + means
 
             y_bar = coding["context"](coding["h_s"](z_symbols + self._medians(device)), read)
-            _check_finite(y_bar, BitstreamError, NOT_FINITE_STRING)
         for prefix, blocks, decoder in zip(prefixes, seen, y_decoders, strict=True):
             decoder.finish()
             if symbols_crc(blocks) != prefix.crc:

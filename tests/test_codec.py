@@ -386,13 +386,30 @@ def test_a_nan_in_any_weight_makes_an_error_or_no_difference():
     assert harmless <= {"gain", "entropy_bottleneck"}
 
 
-@pytest.mark.parametrize("part", ["h_s", "context", "h_a", "g_a"])
-def test_a_nan_among_the_encoder_s_weights_makes_no_file(part):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "g_a.0.weight",
+        "h_a.0.weight",
+        "h_s.mean.0.weight",
+        "context.cae.1.head.bias",  # its last element is a log-scale
+        "context.lrp.1.layers.4.bias",  # nothing but y_bar comes after it
+        "gain.log_gain",
+    ],
+)
+def test_a_nan_on_the_encoder_s_way_makes_no_file(name):
     model = random_model()
-    for parameter in getattr(model, part).parameters():
-        parameter.data.view(-1)[-1] = math.nan
-    with pytest.raises(CMambaError):
-        cmamba_ref.encode(model, picture(64, 64), 4)
+    model.get_parameter(name).data.view(-1)[-1] = math.nan
+    with pytest.raises(CMambaError, match="NaN"):
+        cmamba_ref.encode(model, picture(130, 130), 8)
+
+
+def test_a_nan_among_the_scales_is_an_error_when_decoding():
+    model = random_model()
+    out = model.compress(as_input(picture(64, 64)), 4)
+    model.context.cae[1].head.bias.data[-1] = math.nan
+    with pytest.raises(BitstreamError, match="not finite"):
+        model.decompress(out["strings"], out["shape"])
 
 
 def test_tables_cannot_be_made_of_nan():
