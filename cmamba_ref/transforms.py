@@ -60,10 +60,9 @@ class Analysis(nn.Sequential):
         super().__init__(down1, *stage1, down2, *stage2, down3, *stage3, down4)
         for conv, level in zip(halvings, _levels(config), strict=True):
             walsh.init_downsample(conv, level)
+        walsh.subtract_mid_grey(down1)
         with torch.no_grad():
             down4.weight.mul_(LATENT_SCALE)
-            # The first layer sees 0...1; its coefficients should be those of a zero-mean picture.
-            down1.bias.copy_(-0.5 * down1.weight.sum((1, 2, 3)))  # type: ignore[union-attr]
 
 
 class Synthesis(nn.Sequential):

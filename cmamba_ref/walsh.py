@@ -10,11 +10,12 @@ reconstructs pictures at once, and training refines it.  The architecture is unt
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 # Orthonormal opponent colours (rows) over RGB, and the energy that each has in photographs.
 COLOURS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
@@ -49,6 +50,7 @@ class Carrier:
         return COLOUR_ENERGY[self.colour] * _energy(self.rows) * _energy(self.columns)
 
 
+@functools.cache
 def _energy(signs: tuple[float, ...]) -> float:
     distance = np.abs(np.subtract.outer(np.arange(len(signs)), np.arange(len(signs))))
     return float(np.array(signs) @ CORRELATION**distance @ np.array(signs)) / len(signs)
@@ -102,37 +104,46 @@ def walsh_levels(widths: tuple[int, ...]) -> list[Level]:
 
 def init_downsample(conv: nn.Conv2d, level: Level) -> None:
     """Make a strided convolution one level of the transform."""
+    finer, coarser, row, column, value = zip(*level.taps, strict=True)
     centre = conv.kernel_size[0] // 2
-    transform = torch.zeros_like(conv.weight)
-    for finer, coarser, row, column, value in level.taps:
-        transform[coarser, finer, centre + row, centre + column] = value
+    transform = np.zeros(conv.weight.shape)
+    transform[coarser, finer, np.add(row, centre), np.add(column, centre)] = value
     _install(conv, transform, level.coarser, dim=0)
 
 
 def init_upsample(deconv: nn.ConvTranspose2d, level: Level) -> None:
     """Make a strided transposed convolution the inverse of one level."""
+    finer, coarser, row, column, value = zip(*level.taps, strict=True)
     centre = deconv.kernel_size[0] // 2
-    transform = torch.zeros_like(deconv.weight)
-    for finer, coarser, row, column, value in level.taps:
-        transform[coarser, finer, centre + row, centre + column] = value
+    transform = np.zeros(deconv.weight.shape)
+    transform[coarser, finer, np.add(row, centre), np.add(column, centre)] = value
     _install(deconv, transform, level.finer, dim=1)
 
 
 def init_pixel_shuffle(conv: nn.Conv2d, level: Level) -> None:
     """Make a convolution before `PixelShuffle(2)` the inverse of the first level."""
+    finer, coarser, row, column, value = (np.array(tap) for tap in zip(*level.taps, strict=True))
     centre = conv.kernel_size[0] // 2
-    transform = torch.zeros_like(conv.weight)
-    for finer, coarser, row, column, value in level.taps:
-        transform[4 * finer + 2 * row + column, coarser, centre, centre] = value
+    transform = np.zeros(conv.weight.shape)
+    transform[4 * finer + 2 * row + column, coarser, centre, centre] = value
     _install(conv, transform, 4 * level.finer, dim=0)
 
 
 @torch.no_grad()
+def subtract_mid_grey(conv: nn.Conv2d) -> None:
+    """Let a layer that sees 0...1 give the coefficients of -0.5...0.5."""
+    if conv.bias is not None and not conv.weight.is_meta:
+        conv.bias.copy_(-0.5 * conv.weight.sum((1, 2, 3)))
+
+
+@torch.no_grad()
 def _install(
-    layer: nn.Conv2d | nn.ConvTranspose2d, transform: Tensor, carriers: int, dim: int
+    layer: nn.Conv2d | nn.ConvTranspose2d, transform: np.ndarray, carriers: int, dim: int
 ) -> None:
     """Give the outputs that carry coefficients the transform, under reduced noise."""
+    if layer.weight.is_meta:
+        return  # no values to set
     ours = layer.weight.narrow(dim, 0, carriers)
-    ours.mul_(NOISE).add_(transform.narrow(dim, 0, carriers))
+    ours.mul_(NOISE).add_(torch.from_numpy(transform).to(ours).narrow(dim, 0, carriers))
     if layer.bias is not None:
         layer.bias[:carriers] = 0

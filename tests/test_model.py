@@ -1,0 +1,273 @@
+"""The model: published totals, shapes, training and evaluation modes, initial weights, rates."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from cmamba_ref import CMamba, CMambaConfig, InvalidArgumentError
+from cmamba_ref.blocks import CASSM, ResBlock, VSSBlock
+from cmamba_ref.config import BASE, CONFIGS, SMALL, TINY
+from cmamba_ref.context import CAE
+from cmamba_ref.losses import bits, rate_distortion_loss
+from tools import complexity
+
+MINI = dataclasses.replace(
+    TINY,
+    name="mini",
+    widths=(16, 20, 24),
+    latent_channels=32,
+    hyper_widths=(24, 16),
+    cae_width=24,
+    lrp_widths=(24, 16),
+)
+
+
+@pytest.fixture
+def model() -> CMamba:
+    torch.manual_seed(0)
+    return CMamba(MINI)
+
+
+def pictures(*shape: int) -> torch.Tensor:
+    """Smooth random pictures, so that a codec has something to predict."""
+    torch.manual_seed(1)
+    coarse = torch.rand(shape[0], 3, 4, 4)
+    return torch.nn.functional.interpolate(coarse, shape[1:], mode="bicubic").clamp(0, 1)
+
+
+def test_base_lands_on_the_published_totals():
+    """56.26 M parameters +-1 %, 362.7 GMACs +-2 % at 768x512, scan at 4.5 MACs per element."""
+    total = complexity.count("base", 768, 512)["total"]
+    assert total.params == pytest.approx(complexity.PUBLISHED["params"], rel=0.01)
+    assert total.total("4.5") == pytest.approx(complexity.PUBLISHED["macs"], rel=0.02)
+    # The derivation, part by part: 332.5 G without the scan, 30.0 G of scan.
+    assert total.macs / 1e9 == pytest.approx(332.5, abs=0.1)
+    assert 18 * total.scan / 1e9 == pytest.approx(30.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "macs", "scan"),
+    [("small", 14.596e6, 67.958e9, 11.325e9), ("tiny", 4.328e6, 19.00e9, 0.08847e9)],
+)
+def test_totals_of_the_other_configurations(name, params, macs, scan):
+    total = complexity.count(name, 768, 512)["total"]
+    assert total.params == pytest.approx(params, rel=1e-3)
+    assert total.macs == pytest.approx(macs, rel=1e-3)
+    assert 18 * total.scan == pytest.approx(scan, rel=5e-3)
+
+
+def test_scan_elements_are_counted_by_hand():
+    """L D N summed over the scans of tiny, from its sizes alone."""
+    positions = 768 * 512
+    per_picture = (
+        2 * positions // 16 * 32 * 2  # g_a and g_s at H/4: D = 64 / 2, N = 2
+        + 2 * positions // 64 * 48 * 2
+        + 4 * positions // 256 * 48 * 2  # four slices of the CAE
+    )
+    assert complexity.count("tiny", 768, 512)["total"].scan == per_picture
+
+
+def test_complexity_table_names_every_convention(capsys):
+    assert complexity.main(["tiny"]) == 0
+    printed = capsys.readouterr().out
+    for convention in complexity.CONVENTIONS:
+        assert convention in printed
+    with pytest.raises(SystemExit):
+        complexity.main(["huge"])
+    with pytest.raises(SystemExit):
+        complexity.main(["--size", "wide"])
+
+
+def test_literal_cae_width():
+    """`cae_width=None` is the paper's equation: Phi_i itself is means and log-scales."""
+    literal = dataclasses.replace(BASE, cae_width=None)
+    cae = CAE(literal, context_channels=640)
+    assert cae.w_sq.out_features == 2 * literal.slice_channels == 128
+    assert not list(cae.head.parameters())
+    assert CAE(BASE, context_channels=640).head.out_features == 128
+    small = CMamba(dataclasses.replace(MINI, cae_width=None)).eval()
+    with torch.no_grad():
+        assert small(pictures(1, 64, 64), 3.0)["x_hat"].shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (1, 1), (65, 127), (1, 200), (130, 64)])
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_takes_any_size(model, size, training):
+    model.train(training)
+    x = pictures(2, *size)
+    output = model(x, 4.0)
+    assert output["x_hat"].shape == x.shape
+    padded = [-(-side // 64) * 64 for side in size]
+    assert output["likelihoods"]["y"].shape == (2, 32, padded[0] // 16, padded[1] // 16)
+    assert output["likelihoods"]["z"].shape == (2, 16, padded[0] // 64, padded[1] // 64)
+    for likelihood in output["likelihoods"].values():
+        assert (likelihood > 0).all() and (likelihood <= 1).all()
+
+
+def test_training_is_noisy_and_evaluation_is_not(model):
+    x = pictures(1, 64, 64)
+    model.eval()
+    with torch.no_grad():
+        first, second = model(x, 4.0), model(x, 4.0)
+    for key in ("y", "z"):
+        assert torch.equal(first["likelihoods"][key], second["likelihoods"][key])
+    model.train()
+    first, second = model(x, 4.0), model(x, 4.0)
+    # Noise is in the rate alone: the reconstruction is of rounded latents in both modes.
+    assert not torch.equal(first["likelihoods"]["y"], second["likelihoods"]["y"])
+    assert torch.equal(first["x_hat"], second["x_hat"])
+
+
+def test_every_parameter_is_trained(model):
+    """The loss reaches every parameter; quantiles have a loss of their own."""
+    x = pictures(2, 64, 64)
+    quality = torch.tensor([2.5, 7.0])
+    output = model.train()(x, quality)
+    loss = rate_distortion_loss(output, x, model.gain.lmbda(quality))["loss"].sum()
+    (loss + model.aux_loss()).backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None]
+    assert missing == []
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+def test_aux_loss_moves_only_the_quantiles(model):
+    model.aux_loss().backward()
+    touched = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert touched == ["entropy_bottleneck.quantiles"]
+
+
+def test_quantiles_find_the_density(model):
+    """After training the auxiliary loss alone, the middle quantile is the density's median."""
+    prior = model.entropy_bottleneck
+    optimizer = torch.optim.Adam([prior.quantiles], lr=0.05)
+    for _ in range(600):
+        optimizer.zero_grad()
+        model.aux_loss().backward()
+        optimizer.step()
+    values = torch.linspace(-400, 400, 16001)
+    with torch.no_grad():
+        mass = prior.likelihood(values.view(1, 1, -1, 1).expand(1, 16, -1, 1))[0, :, :, 0]
+    cumulative = (mass * (values[1] - values[0])).cumsum(1)
+    index = (cumulative < 0.5).sum(1)
+    assert torch.allclose(values[index], prior.medians[:, 0, 0], atol=0.2)
+
+
+def test_a_fresh_model_already_reconstructs():
+    """g_a and g_s start as a transform and its inverse, see cmamba_ref.walsh."""
+    torch.manual_seed(0)
+    fresh = CMamba("tiny").eval()
+    x = pictures(1, 128, 128)
+    with torch.no_grad():
+        mse = (fresh.g_s(fresh.g_a(x)) - x).square().mean()
+    assert -10 * mse.log10() > 30
+    # With room for all 768 coefficients of a 16x16 block the transform is exact.
+    whole = dataclasses.replace(TINY, widths=(12, 48, 192), depths=(0, 0, 0), latent_channels=768)
+    full = CMamba(whole).eval()
+    with torch.no_grad():
+        mse = (full.g_s(full.g_a(x)) - x).square().mean()
+    assert -10 * mse.log10() > 42
+
+
+def test_fresh_blocks_are_the_identity():
+    x = torch.randn(2, 16, 9, 7)
+    sizes = {"d_state": 2, "ssm_ratio": 1.0}
+    for block in (ResBlock(16), VSSBlock(16, **sizes), CASSM(16, **sizes, fusion_reduction=4)):
+        assert torch.allclose(block(x), x, atol=1e-6), type(block).__name__
+
+
+def test_fusion_weights_follow_the_content():
+    """alpha + beta = 1 per channel, and both depend on the picture."""
+    torch.manual_seed(0)
+    block = CASSM(16, d_state=2, ssm_ratio=1.0, fusion_reduction=4)
+    f_ssm, f_cnn = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8)
+    alpha, beta = block.fusion_weights(f_ssm, f_cnn)
+    assert alpha.shape == beta.shape == (2, 16, 1, 1)
+    assert torch.allclose(alpha + beta, torch.ones_like(alpha))
+    assert not torch.allclose(alpha[0], alpha[1])
+
+
+def test_ssm_sees_the_whole_map():
+    """One pixel in a corner reaches the opposite corner through the global path, not the local."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 24, 24)
+    moved = x.clone()
+    moved[:, 0, 0, 0] += 1
+    ssm, cnn = VSSBlock(8, d_state=4, ssm_ratio=2.0), ResBlock(8)
+    torch.nn.init.normal_(ssm.ss2d.out_proj.weight)
+    torch.nn.init.normal_(cnn.conv2.weight)
+    assert (ssm(moved) - ssm(x))[..., -1, -1].abs().max() > 0
+    assert (cnn(moved) - cnn(x))[..., -1, -1].abs().max() == 0
+
+
+def test_quality_scales_the_rate(model):
+    """More gain, more bits: already so in a fresh model."""
+    model.eval()
+    x = pictures(1, 64, 64)
+    with torch.no_grad():
+        rates = [
+            sum(float(bits(p)) for p in model(x, q)["likelihoods"].values()) for q in (1, 4.5, 8)
+        ]
+    assert rates[0] < rates[1] < rates[2]
+
+
+def test_gain_is_interpolated_geometrically(model):
+    with torch.no_grad():
+        model.gain.log_gain.copy_(torch.randn_like(model.gain.log_gain))
+    low, high, middle = (model.gain(torch.tensor([q]))[0] for q in (3.0, 4.0, 3.5))
+    assert torch.allclose(middle, (low * high).sqrt())
+    top = model.gain(torch.tensor([8.0]))[0]
+    assert torch.allclose(top[0, :, 0, 0], model.gain.log_gain[-1].exp())
+
+
+def test_qualities_out_of_range_are_refused(model):
+    x = pictures(1, 64, 64)
+    for quality in (0.99, 8.01, None, float("nan")):
+        with pytest.raises(InvalidArgumentError, match="quality"):
+            model.compress(x, quality)
+    with pytest.raises(InvalidArgumentError, match="one rate"):
+        CMamba(dataclasses.replace(MINI, lmbdas=()))(x, 3.0)
+
+
+def test_pictures_of_wrong_shape_are_refused(model):
+    for x in (torch.rand(3, 64, 64), torch.rand(1, 1, 64, 64), torch.zeros(1, 3, 0, 64)):
+        with pytest.raises(InvalidArgumentError, match="`x`"):
+            model(x, 3.0)
+    with pytest.raises(InvalidArgumentError, match="`x`"):
+        model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 3.0)
+
+
+def test_unknown_configuration_lists_the_known():
+    with pytest.raises(InvalidArgumentError, match="base"):
+        CMamba("enormous")
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_configuration_survives_json(config):
+    assert CMambaConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        ({"widths": (1, 2)}, "widths"),
+        ({"widths": (0, 2, 3)}, "widths"),
+        ({"slices": 5}, "latent_channels"),
+        ({"d_state": 1.5}, "d_state"),
+        ({"depths": (-1, 1, 1)}, "depths"),
+        ({"ssm_ratio": 0.0}, "ssm_ratio"),
+        ({"ssm_stages": (1, 1, 1)}, "ssm_stages"),
+        ({"lmbdas": (0.01,)}, "lmbdas"),
+        ({"lmbdas": (0.01, -1.0)}, "lmbdas"),
+    ],
+)
+def test_impossible_sizes_are_refused(change, argument):
+    with pytest.raises(InvalidArgumentError, match=argument):
+        dataclasses.replace(SMALL, **change)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"name": "x"}', '{"colour": 1}', "{"])
+def test_broken_configuration_files_are_refused(text):
+    with pytest.raises(InvalidArgumentError):
+        CMambaConfig.from_json(text)
