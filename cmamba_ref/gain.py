@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -18,15 +20,15 @@ class GainUnits(nn.Module):
 
     def __init__(self, config: CMambaConfig) -> None:
         super().__init__()
-        lmbdas = torch.tensor(config.lmbdas)
+        # Numbers, no buffer: models are loaded on the meta device, where a buffer has no values.
+        self.log_lmbdas = [math.log(lmbda) for lmbda in config.lmbdas]
         # At high rate the best step size goes with lambda^(-1/2); start from there.
-        log_gain = 0.5 * (lmbdas.log() - lmbdas.log().mean())
-        shape = (len(config.lmbdas), config.latent_channels)
-        self.log_gain = nn.Parameter(log_gain[:, None].expand(shape).clone())
-        self.log_inverse_gain = nn.Parameter(-log_gain[:, None].expand(shape).clone())
-        self.lmbdas = (
-            config.lmbdas
-        )  # no buffer: models are loaded on `meta`, where it has no values
+        centre = sum(self.log_lmbdas) / len(self.log_lmbdas)
+        m = config.latent_channels
+        log_gain = [[0.5 * (value - centre)] * m for value in self.log_lmbdas]
+        log_inverse_gain = [[0.5 * (centre - value)] * m for value in self.log_lmbdas]
+        self.log_gain = nn.Parameter(torch.tensor(log_gain))
+        self.log_inverse_gain = nn.Parameter(torch.tensor(log_inverse_gain))
 
     def forward(self, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Gain and inverse gain, each `[B, M, 1, 1]`, for qualities `[B]` in 1...Q."""
@@ -36,7 +38,7 @@ class GainUnits(nn.Module):
 
     def lmbda(self, quality: Tensor) -> Tensor:
         """The trade-off that a quality was trained for, `[B]` to `[B]`."""
-        log_lmbdas = torch.tensor(self.lmbdas, device=quality.device).log()
+        log_lmbdas = torch.tensor(self.log_lmbdas, device=quality.device)
         return _interpolate(log_lmbdas[:, None], quality).exp()[:, 0]
 
 

@@ -80,7 +80,7 @@ class Synthesis(nn.Sequential):
             walsh.init_upsample(deconv, level)
         walsh.init_pixel_shuffle(last, first_level)
         with torch.no_grad():
-            up4.weight.div_(LATENT_SCALE)
+            up4.weight.mul_(1 / LATENT_SCALE)
         nn.init.constant_(last.bias, 0.5)  # type: ignore[arg-type]  # mid-grey
 
 

@@ -40,13 +40,12 @@ class FactorizedPrior(StoredPrecision):
         for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
             init = math.log(math.expm1(1 / scale / fan_out))
             self.matrices.append(nn.Parameter(torch.full((channels, fan_out, fan_in), init)))
-            self.biases.append(nn.Parameter(torch.rand(channels, fan_out, 1) - 0.5))
+            bias = torch.empty(channels, fan_out, 1).uniform_(-0.5, 0.5)
+            self.biases.append(nn.Parameter(bias))
         for width in FILTERS:
             self.factors.append(nn.Parameter(torch.zeros(channels, width, 1)))
         # Lower tail, median and upper tail of each channel, learned by `aux_loss` alone.
-        self.quantiles = nn.Parameter(
-            torch.tensor([-INIT_SCALE, 0.0, INIT_SCALE]).repeat(channels, 1)
-        )
+        self.quantiles = nn.Parameter(torch.tensor([[-INIT_SCALE, 0.0, INIT_SCALE]] * channels))
         self.stored = TableBuffers()
 
     @property
