@@ -6,17 +6,12 @@ The paper gives no layer sizes; see `cmamba_ref.config`.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from cmamba_ref import walsh
 from cmamba_ref.blocks import stage
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.entropy.precision import StoredPrecision
-
-# Initial step size: y counts coefficients of the Walsh-Hadamard transform in units of 16/255, which
-# is the middle of the useful range (our choice).
-LATENT_SCALE = 255 / 16
 
 
 def downsample(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
@@ -50,19 +45,12 @@ class Analysis(nn.Sequential):
     def __init__(self, config: CMambaConfig) -> None:
         c1, c2, c3 = config.widths
         stage1, stage2, stage3 = stages(config)
-        halvings = [
-            downsample(3, c1, 5),
-            downsample(c1, c2, 5),
-            downsample(c2, c3, 5),
-            downsample(c3, config.latent_channels, 3),
-        ]
-        down1, down2, down3, down4 = halvings
+        down1 = downsample(3, c1, 5)
+        down2 = downsample(c1, c2, 5)
+        down3 = downsample(c2, c3, 5)
+        down4 = downsample(c3, config.latent_channels, 3)
         super().__init__(down1, *stage1, down2, *stage2, down3, *stage3, down4)
-        for conv, level in zip(halvings, _levels(config), strict=True):
-            walsh.init_downsample(conv, level)
-        walsh.subtract_mid_grey(down1)
-        with torch.no_grad():
-            down4.weight.mul_(LATENT_SCALE)
+        walsh.init_analysis([down1, down2, down3, down4])
 
 
 class Synthesis(nn.Sequential):
@@ -71,21 +59,12 @@ class Synthesis(nn.Sequential):
     def __init__(self, config: CMambaConfig) -> None:
         c1, c2, c3 = config.widths
         stage1, stage2, stage3 = stages(config)
-        doublings = [upsample(config.latent_channels, c3), upsample(c3, c2), upsample(c2, c1)]
-        up4, up3, up2 = doublings
+        up4 = upsample(config.latent_channels, c3)
+        up3 = upsample(c3, c2)
+        up2 = upsample(c2, c1)
         last = nn.Conv2d(c1, 3 * 2 * 2, 3, padding=1)
         super().__init__(up4, *stage3, up3, *stage2, up2, *stage1, last, nn.PixelShuffle(2))
-        first_level, *other_levels = _levels(config)
-        for deconv, level in zip(doublings, reversed(other_levels), strict=True):
-            walsh.init_upsample(deconv, level)
-        walsh.init_pixel_shuffle(last, first_level)
-        with torch.no_grad():
-            up4.weight.mul_(1 / LATENT_SCALE)
-        nn.init.constant_(last.bias, 0.5)  # type: ignore[arg-type]  # mid-grey
-
-
-def _levels(config: CMambaConfig) -> list[walsh.Level]:
-    return walsh.walsh_levels((*config.widths, config.latent_channels))
+        walsh.init_synthesis([up4, up3, up2], last)
 
 
 class HyperAnalysis(nn.Sequential):

@@ -24,6 +24,8 @@ COLOUR_ENERGY = (1.0, 0.05, 0.02)
 CORRELATION = 0.95
 # The four children of a coefficient: signs of the second row and of the second column.
 CHILDREN = ((1, 1), (1, -1), (-1, 1), (-1, -1))
+# Initial step size: y counts coefficients in units of 16/255, the middle of the useful range.
+LATENT_SCALE = 255 / 16
 # Random weights are left at this share of PyTorch's own beside the transform.
 NOISE = 0.01
 
@@ -70,7 +72,7 @@ class Level:
     taps: list[tuple[int, int, int, int, float]]
 
 
-def walsh_levels(widths: tuple[int, ...]) -> list[Level]:
+def _levels(widths: list[int]) -> list[Level]:
     """The transform, from fine to coarse.
 
     Args:
@@ -102,48 +104,54 @@ def walsh_levels(widths: tuple[int, ...]) -> list[Level]:
     return levels
 
 
-def init_downsample(conv: nn.Conv2d, level: Level) -> None:
-    """Make a strided convolution one level of the transform."""
-    finer, coarser, row, column, value = zip(*level.taps, strict=True)
-    centre = conv.kernel_size[0] // 2
-    transform = np.zeros(conv.weight.shape)
-    transform[coarser, finer, np.add(row, centre), np.add(column, centre)] = value
-    _install(conv, transform, level.coarser, dim=0)
+@torch.no_grad()
+def init_analysis(halvings: list[nn.Conv2d]) -> None:
+    """Make the strided convolutions of g_a, from fine to coarse, the transform."""
+    if halvings[0].weight.is_meta:
+        return  # no values to set
+    for conv, level in zip(
+        halvings, _levels([conv.out_channels for conv in halvings]), strict=True
+    ):
+        finer, coarser, row, column, value = zip(*level.taps, strict=True)
+        centre = conv.kernel_size[0] // 2
+        transform = np.zeros(conv.weight.shape)
+        transform[coarser, finer, np.add(row, centre), np.add(column, centre)] = value
+        _install(conv, transform, level.coarser, dim=0)
+    # The first layer sees 0...1, its coefficients are those of -0.5...0.5.
+    halvings[0].bias.copy_(-0.5 * halvings[0].weight.sum((1, 2, 3)))  # type: ignore[union-attr]
+    halvings[-1].weight.mul_(LATENT_SCALE)
 
 
-def init_upsample(deconv: nn.ConvTranspose2d, level: Level) -> None:
-    """Make a strided transposed convolution the inverse of one level."""
-    finer, coarser, row, column, value = zip(*level.taps, strict=True)
-    centre = deconv.kernel_size[0] // 2
-    transform = np.zeros(deconv.weight.shape)
-    transform[coarser, finer, np.add(row, centre), np.add(column, centre)] = value
-    _install(deconv, transform, level.finer, dim=1)
+@torch.no_grad()
+def init_synthesis(doublings: list[nn.ConvTranspose2d], last: nn.Conv2d) -> None:
+    """Make the strided transposed convolutions of g_s, from coarse to fine, the inverse.
 
-
-def init_pixel_shuffle(conv: nn.Conv2d, level: Level) -> None:
-    """Make a convolution before `PixelShuffle(2)` the inverse of the first level."""
-    finer, coarser, row, column, value = (np.array(tap) for tap in zip(*level.taps, strict=True))
-    centre = conv.kernel_size[0] // 2
-    transform = np.zeros(conv.weight.shape)
+    Args:
+        last: the convolution before `PixelShuffle(2)`, which inverts the finest level.
+    """
+    if last.weight.is_meta:
+        return
+    widths = [last.in_channels, *(deconv.in_channels for deconv in reversed(doublings))]
+    finest, *others = _levels(widths)
+    for deconv, level in zip(reversed(doublings), others, strict=True):
+        finer, coarser, row, column, value = zip(*level.taps, strict=True)
+        centre = deconv.kernel_size[0] // 2
+        transform = np.zeros(deconv.weight.shape)
+        transform[coarser, finer, np.add(row, centre), np.add(column, centre)] = value
+        _install(deconv, transform, level.finer, dim=1)
+    finer, coarser, row, column, value = (np.array(tap) for tap in zip(*finest.taps, strict=True))
+    centre = last.kernel_size[0] // 2
+    transform = np.zeros(last.weight.shape)
     transform[4 * finer + 2 * row + column, coarser, centre, centre] = value
-    _install(conv, transform, 4 * level.finer, dim=0)
+    _install(last, transform, 4 * finest.finer, dim=0)
+    nn.init.constant_(last.bias, 0.5)  # type: ignore[arg-type]  # mid-grey
+    doublings[0].weight.div_(LATENT_SCALE)
 
 
-@torch.no_grad()
-def subtract_mid_grey(conv: nn.Conv2d) -> None:
-    """Let a layer that sees 0...1 give the coefficients of -0.5...0.5."""
-    if conv.bias is not None and not conv.weight.is_meta:
-        conv.bias.copy_(-0.5 * conv.weight.sum((1, 2, 3)))
-
-
-@torch.no_grad()
 def _install(
     layer: nn.Conv2d | nn.ConvTranspose2d, transform: np.ndarray, carriers: int, dim: int
 ) -> None:
     """Give the outputs that carry coefficients the transform, under reduced noise."""
-    if layer.weight.is_meta:
-        return  # no values to set
     ours = layer.weight.narrow(dim, 0, carriers)
     ours.mul_(NOISE).add_(torch.from_numpy(transform).to(ours).narrow(dim, 0, carriers))
-    if layer.bias is not None:
-        layer.bias[:carriers] = 0
+    nn.init.zeros_(layer.bias[:carriers])  # type: ignore[index]

@@ -26,7 +26,7 @@ ID_BYTES = 8
 
 
 def content_id(state: Mapping[str, Tensor]) -> bytes:
-    """The first 8 bytes of a SHA-256 over names, types, shapes and values of all tensors."""
+    """The first 8 bytes of a SHA-256 over names, types, shapes and values of a model's tensors."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -36,16 +36,30 @@ def content_id(state: Mapping[str, Tensor]) -> bytes:
 
 
 def save(model: CMamba, directory: str | os.PathLike) -> None:
-    """Write a model; each file replaces the old one only when it is whole."""
+    """Write a model; each file replaces the old one only when it is whole.
+
+    A float32 tensor whose values all fit float16 exactly is written as such: nothing is lost, and
+    weights that were rounded on purpose take half the room.
+    """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: _compact(tensor.cpu()) for name, tensor in model.state_dict().items()}
     temporary = target / (WEIGHTS_FILE + ".tmp")
     save_file(state, temporary, metadata={"format": "pt"})
     temporary.replace(target / WEIGHTS_FILE)
     temporary = target / (CONFIG_FILE + ".tmp")
     temporary.write_text(model.config.to_json())
     temporary.replace(target / CONFIG_FILE)
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    half = tensor.half()
+    exact = tensor.dtype == torch.float32 and torch.equal(half.float(), tensor)
+    return (half if exact else tensor).contiguous()
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
 def pretrained_names() -> list[str]:
@@ -70,7 +84,8 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
             )
     try:
         config = CMambaConfig.from_json((directory / CONFIG_FILE).read_text())
-        state = load_file(directory / WEIGHTS_FILE)
+        stored = load_file(directory / WEIGHTS_FILE)
+        state = {name: _widen(tensor) for name, tensor in stored.items()}
     # ValueError: InvalidArgumentError, and text that is not UTF-8; deep nesting ends in recursion.
     except (ValueError, RecursionError, SafetensorError, OSError) as error:
         raise WeightsError(f"cannot read the weights in {str(directory)!r}: {error}") from error

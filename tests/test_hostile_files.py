@@ -357,8 +357,8 @@ def transposed(tensors):
     tensors[name] = tensors[name].T.contiguous()
 
 
-def half(tensors):
-    tensors["g_a.0.weight"] = tensors["g_a.0.weight"].half()
+def bfloat16(tensors):
+    tensors["g_a.0.weight"] = tensors["g_a.0.weight"].bfloat16()
 
 
 def missing(tensors):
@@ -403,7 +403,7 @@ def two_dimensional(tensors):
     ("change", "reason"),
     [
         (transposed, "context.cae.0.w_sq.weight is"),
-        (half, "g_a.0.weight is torch.float16"),
+        (bfloat16, "g_a.0.weight is torch.bfloat16"),
         (missing, "h_s.mean.0.weight"),
         (extra, "no such tensor"),
         (not_a_number, "NaN"),

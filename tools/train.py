@@ -60,6 +60,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--validation", type=int, default=8, help="photographs held out (default: 8)")
     add("--save-every", type=float, default=5.0, help="minutes between checkpoints (default: 5)")
     add("--seed", type=int, default=0)
+    add(
+        "--round-transforms",
+        action="store_true",
+        help="export g_a, g_s and h_a rounded to float16, in a smaller file",
+    )
     add("--threads", type=int, help="torch threads (default: torch's choice)")
     args = parser.parse_args(argv)
     if args.crop % 64 or args.crop <= 0:
@@ -229,6 +234,12 @@ class Trainer:
 
     def export(self) -> None:
         """Write the model with its entropy tables into `model/`."""
+        if self.args.round_transforms:
+            # These decide what the picture looks like, but not how a decoder reads its symbols.
+            with torch.no_grad():
+                for module in (self.model.g_a, self.model.g_s, self.model.h_a):
+                    for parameter in module.parameters():
+                        parameter.copy_(parameter.half())
         self.model.update(force=True)
         self.model.save_pretrained(self.args.out / "model")
 
