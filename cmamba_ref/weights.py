@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.errors import WeightsError
+from cmamba_ref.files import write_atomically
 
 if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
@@ -44,12 +46,8 @@ def save(model: CMamba, directory: str | os.PathLike) -> None:
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     state = {name: _compact(tensor.cpu()) for name, tensor in model.state_dict().items()}
-    temporary = target / (WEIGHTS_FILE + ".tmp")
-    save_file(state, temporary, metadata={"format": "pt"})
-    temporary.replace(target / WEIGHTS_FILE)
-    temporary = target / (CONFIG_FILE + ".tmp")
-    temporary.write_text(model.config.to_json())
-    temporary.replace(target / CONFIG_FILE)
+    write_atomically(target / WEIGHTS_FILE, serialize(state, metadata={"format": "pt"}))
+    write_atomically(target / CONFIG_FILE, model.config.to_json().encode())
 
 
 def _compact(tensor: Tensor) -> Tensor:
