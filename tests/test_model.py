@@ -154,6 +154,37 @@ def test_quantiles_find_the_density(model):
     assert torch.allclose(values[index], prior.medians[:, 0, 0], atol=0.2)
 
 
+def test_tables_of_z_reach_as_far_as_its_density(model):
+    """Whatever the learned outer quantiles say: these lag behind in training."""
+    with torch.no_grad():
+        model.entropy_bottleneck.quantiles[:, 0] = -1.0
+        model.entropy_bottleneck.quantiles[:, 2] = 1.0
+    model.update()
+    tables = model.entropy_bottleneck.stored.tables()
+    integers = torch.arange(-500, 501).view(1, 1, -1, 1).expand(1, 16, -1, 1).float()
+    with torch.no_grad():
+        medians = model.entropy_bottleneck.medians
+        mass = model.entropy_bottleneck.likelihood(integers + medians)[0, :, :, 0]
+    for channel, (start, low) in enumerate(zip(tables.starts, tables.offsets, strict=False)):
+        cdf = tables.cdf[start : tables.starts[channel + 1]]
+        high = low + len(cdf) - 3  # the last entry is the escape
+        outside = 1 - mass[channel, 500 + low : 500 + high + 1].sum()
+        assert outside < 3e-5
+        frequencies = torch.from_numpy(cdf[1:-1] - cdf[:-2]) / 65536
+        assert torch.allclose(frequencies, mass[channel, 500 + low : 501 + high], atol=2e-4)
+
+
+def test_likelihood_is_whole_where_the_density_is_symmetric(model):
+    """No hole at the point where both logits cancel."""
+    prior = model.entropy_bottleneck
+    with torch.no_grad():
+        for bias in prior.biases:
+            bias.zero_()
+        at_centre = prior.likelihood(torch.zeros(1, 16, 1, 1))
+        beside = prior.likelihood(torch.full((1, 16, 1, 1), 1e-3))
+    assert torch.allclose(at_centre, beside, rtol=1e-3)
+
+
 def test_a_fresh_model_already_reconstructs():
     """g_a and g_s start as a transform and its inverse, see cmamba_ref.walsh."""
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from cmamba_ref.entropy.tables import tables_from_pmfs
 # Widths of the small monotone network that is each channel's cumulative distribution.
 FILTERS = (3, 3, 3)
 INIT_SCALE = 10.0
-# Mass left outside the outer quantiles; what falls there is coded as an escape.
+# Mass left outside a table, half on either side; what falls there is coded as an escape.
 TAIL_MASS = 1e-5
 # A table never spans more integers than this on either side of the median.
 MAX_REACH = 512
@@ -68,24 +68,28 @@ class FactorizedPrior(StoredPrecision):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Make the integer table of every channel from its density."""
-        reach_down = (self.quantiles[:, 1] - self.quantiles[:, 0]).ceil().clamp(1, MAX_REACH).int()
-        reach_up = (self.quantiles[:, 2] - self.quantiles[:, 1]).ceil().clamp(1, MAX_REACH).int()
+        """Make the integer table of every channel from its density.
+
+        A table reaches as far as the density has mass, and at least one integer to either side of
+        the median.  It does not rely on the learned outer quantiles, which lag behind in training.
+        """
         symbols = torch.arange(-MAX_REACH, MAX_REACH + 1, device=self.quantiles.device)
         mass = self._interval_mass(self.quantiles[:, 1:2, None] + symbols)[:, 0].double().cpu()
         pmfs = []
-        for channel, (down, up) in enumerate(
-            zip(reach_down.tolist(), reach_up.tolist(), strict=True)
-        ):
-            pmf: np.ndarray = mass[channel, MAX_REACH - down : MAX_REACH + up + 1].numpy()
-            pmfs.append((-down, pmf, max(0.0, 1.0 - float(pmf.sum()))))
+        for pmf in mass.numpy():
+            below = np.count_nonzero(np.cumsum(pmf) < TAIL_MASS / 2)
+            above = np.count_nonzero(np.cumsum(pmf[::-1]) < TAIL_MASS / 2)
+            first = min(below, MAX_REACH - 1)
+            last = max(len(pmf) - above, MAX_REACH + 2)
+            kept = pmf[first:last]
+            pmfs.append((first - MAX_REACH, kept, max(0.0, 1.0 - float(kept.sum()))))
         self.stored.store(tables_from_pmfs(pmfs))
 
     def _interval_mass(self, values: Tensor) -> Tensor:
         lower = self._logit_cdf(values - 0.5)
         upper = self._logit_cdf(values + 0.5)
         # sigmoid(a) - sigmoid(b) is accurate where both are small: mirror the upper half.
-        sign = -torch.sign(lower + upper).detach()
+        sign = torch.where(lower + upper > 0, -1.0, 1.0)
         return (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs()
 
     def _logit_cdf(self, values: Tensor, frozen: bool = False) -> Tensor:
