@@ -10,6 +10,7 @@ This module imports nothing heavy: torch and Pillow come in with the command tha
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import textwrap
 import time
@@ -39,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: from argparse: 2 after a usage error, 0 after `--help` and `--version`.
     """
     args = _parser().parse_args(argv)
+    # A file's name need not be text in the terminal's encoding.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return args.command(args)
     except (CMambaError, OSError, MemoryError) as error:
@@ -57,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _encode(args: argparse.Namespace) -> int:
-    target = args.output or args.input.with_suffix(".cmb")
+    target = args.output or _beside(args.input, ".cmb")
     _check_target(target, args.input, args.force)
     with _stages(4) as begin:
         begin("reading")
@@ -83,7 +88,7 @@ def _encode(args: argparse.Namespace) -> int:
 
 
 def _decode(args: argparse.Namespace) -> int:
-    target = args.output or args.input.with_suffix(".png")
+    target = args.output or _beside(args.input, ".png")
     if target.suffix.lower() != ".png":
         raise InvalidArgumentError(
             f"`-o` must be a .png file, got {str(target)!r}; "
@@ -163,6 +168,13 @@ def _check_device(name: str) -> None:
         raise InvalidArgumentError(
             f"`--device` must be one that PyTorch can use here, got {name!r} ({reason}); use cpu"
         ) from error
+
+
+def _beside(source: Path, suffix: str) -> Path:
+    """The default output: the input's name with another suffix."""
+    if source.is_dir():
+        raise InvalidArgumentError(f"`IN` must be a file, got the directory {str(source)!r}")
+    return source.with_suffix(suffix)
 
 
 def _check_target(target: Path, source: Path, force: bool) -> None:

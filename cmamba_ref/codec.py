@@ -12,7 +12,6 @@ from cmamba_ref.errors import BitstreamError, InvalidArgumentError
 from cmamba_ref.model import MULTIPLE, CMamba
 
 DEFAULT_MODEL = "tiny"
-DEFAULT_QUALITY = 4.0
 # Larger pictures are refused, when encoding and before anything is allocated when decoding.  What
 # counts is the size after padding: a line of 1x100,000 pixels takes the memory of 64x100,032.
 DEFAULT_MAX_PIXELS = 100_000_000
@@ -37,7 +36,7 @@ def encode(
         model: `None` for the model that ships.
         image: uint8 `[H, W, 3]` in sRGB, or `[H, W]` grey; any size up to `max_pixels`.
         quality: 1 (small) to 8 (good), any number in between in steps of 0.01; `None` for the
-            default of 4, or for a model of one rate.
+            default of 4, and for a model of one rate.
         max_pixels: refuse larger pictures; sides count as padded to multiples of 64.
 
     Returns:
@@ -63,8 +62,6 @@ def encode(
             f"`image` must have 1 to {max_pixels} pixels when its sides are padded to multiples of "
             f"{MULTIPLE}, got {width}x{height}; raise `max_pixels` if there is the memory"
         )
-    if quality is None and model.gain is not None:
-        quality = DEFAULT_QUALITY
     grey = image.ndim == 2
     rgb = np.stack([image] * 3, axis=-1) if grey else np.array(image)
     x = torch.from_numpy(rgb).permute(2, 0, 1)[None].float() / 255

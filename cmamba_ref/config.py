@@ -74,7 +74,12 @@ class CMambaConfig:
                 raise InvalidArgumentError(
                     f"`{arg}` must have {length} entries, got {len(value)}; see CMambaConfig"
                 )
-        object.__setattr__(self, "lmbdas", tuple(float(value) for value in self.lmbdas))
+        try:
+            object.__setattr__(self, "lmbdas", tuple(float(value) for value in self.lmbdas))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidArgumentError(
+                f"`lmbdas` must be numbers, got {self.lmbdas!r:.80}; see CMambaConfig"
+            ) from error
         sizes: dict[str, object] = {
             "widths": self.widths,
             "hyper_widths": self.hyper_widths,
@@ -111,13 +116,14 @@ class CMambaConfig:
                 f"`latent_channels` must be a multiple of `slices`, got {self.latent_channels} and "
                 f"{self.slices}; change one of them"
             )
-        if len(self.lmbdas) == 1 or not all(
-            math.isfinite(value) and value > 0 for value in self.lmbdas
-        ):
+        # Files store a quality in hundredths, in two bytes.
+        if not 2 <= len(self.lmbdas) <= 655 and self.lmbdas:
             raise InvalidArgumentError(
-                f"`lmbdas` must be empty or at least two positive numbers, got {self.lmbdas}; "
+                f"`lmbdas` must be empty or 2 to 655 numbers, got {len(self.lmbdas)}; "
                 "a model of one rate has no `lmbdas`"
             )
+        if not all(math.isfinite(value) and value > 0 for value in self.lmbdas):
+            raise InvalidArgumentError(f"`lmbdas` must be positive, got {self.lmbdas}")
 
     @property
     def slice_channels(self) -> int:

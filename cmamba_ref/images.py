@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,9 @@ DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 # applying it would only add rounding errors.
 SRGB_TOLERANCE = 2
 
+# Limit and warnings filter belong to the process: two readers must not restore each other's.
+_pillow_guard = threading.Lock()
+
 
 def read_image(path: str | os.PathLike, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
     """Read a picture as one sees it: upright, in sRGB.
@@ -41,7 +45,8 @@ def read_image(path: str | os.PathLike, *, max_pixels: int = DEFAULT_MAX_PIXELS)
     Args:
         path: a file in any format that Pillow reads.
         max_pixels: larger pictures are refused before they are decoded. While this runs, the limit
-            stands in Pillow's own, process-wide guard against decompression bombs.
+            stands in Pillow's own, process-wide guard against decompression bombs; threads take
+            turns.
 
     Returns:
         uint8 `[H, W, 3]`, or `[H, W]` where the file is grey or black-and-white.
@@ -89,14 +94,15 @@ def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
 @contextmanager
 def _pixel_limit(max_pixels: int) -> Iterator[None]:
     """Pillow's guard set to `max_pixels`, and strict: by itself it only warns up to twice that."""
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = max_pixels
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
+    with _pillow_guard:
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = max_pixels
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def _to_array(picture: Image.Image) -> np.ndarray:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cmamba_ref.errors import InvalidArgumentError
+from cmamba_ref.metrics import MS_SSIM_MIN_SIDE
 
 
 def bits(likelihoods: Tensor) -> Tensor:
@@ -35,6 +36,11 @@ def rate_distortion_loss(
     elif distortion == "ms-ssim":
         from pytorch_msssim import ms_ssim
 
+        if min(target.shape[-2:]) < MS_SSIM_MIN_SIDE:
+            raise InvalidArgumentError(
+                f"`target` must have sides of at least {MS_SSIM_MIN_SIDE} for MS-SSIM, got "
+                f"{list(target.shape)}; use larger crops"
+            )
         d = 1 - ms_ssim(output["x_hat"], target, data_range=1.0, size_average=False)
         weighted = lmbda * d
     else:

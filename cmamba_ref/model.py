@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from typing import TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,6 +39,10 @@ from cmamba_ref.transforms import Analysis, HyperAnalysis, HyperSynthesis, Synth
 MULTIPLE = 64
 # Qualities are stored as hundredths, so that every machine computes the same gain from a file.
 QUALITY_UNITS = 100
+# Used where no quality is given, or the model's best if that is lower.
+DEFAULT_QUALITY = 4.0
+# The part of their information that symbols take at the very least in a rANS string.
+RANS_LUCK = 0.95
 
 NOT_FINITE_INPUT = (
     "the entropy model gives values that are not finite; "
@@ -100,7 +105,8 @@ class CMamba(nn.Module):
         Args:
             x: pictures `[B, 3, H, W]` in 0...1, any H, W >= 1; padded inside, by replication, to a
                 multiple of 64 (likelihoods are those of the padded picture).
-            quality: for a variable-rate model, 1...Q, one number or one per picture `[B]`.
+            quality: for a variable-rate model, 1...Q, one number or one per picture `[B]`; None for
+                the default, 4.
         """
         _check_pictures(x)
         height, width = x.shape[-2:]
@@ -171,7 +177,7 @@ class CMamba(nn.Module):
         Args:
             x: pictures `[B, 3, H, W]` in 0...1, padded by replication to a multiple of 64; what
                 `decompress` returns has the padded size.
-            quality: for a variable-rate model, 1...Q.
+            quality: for a variable-rate model, 1...Q; None for the default, 4.
 
         Raises:
             InvalidArgumentError: wrong shape or quality.
@@ -242,6 +248,8 @@ class CMamba(nn.Module):
         self, strings: list[list[bytes]], shape: tuple[int, int]
     ) -> tuple[Tensor, Tensor | None]:
         """The first half of `decompress`: strings to y_bar in float64, and qualities `[B]`."""
+        if min(shape) < 1:
+            raise BitstreamError(f"the shape of z must be positive, got {tuple(shape)}")
         y_strings, z_strings = strings
         if len(y_strings) != len(z_strings) or not y_strings:
             raise BitstreamError(
@@ -298,16 +306,19 @@ class CMamba(nn.Module):
         device = self._device()
         inverse_gain = None
         if self.gain is not None and quality is not None:
-            _, inverse_gain = self.gain(quality.to(device))
-        x_hat = self._synthesise(y_bar.to(device), inverse_gain)
+            _, inverse_gain = self.gain(quality.float().to(device))
+        x_hat = self._synthesise(y_bar, inverse_gain)
         _check_finite(x_hat, BitstreamError, NOT_FINITE_STRING)
         return x_hat.clamp(0, 1)
 
     def check_quality(self, quality: float | None) -> float | None:
         """A quality as it is stored, in hundredths; None for a model of one rate.
 
+        Args:
+            quality: None for the default, 4.
+
         Raises:
-            InvalidArgumentError: out of range, missing, or given to a model of one rate.
+            InvalidArgumentError: out of range, or given to a model of one rate.
         """
         if self.gain is None:
             if quality is not None:
@@ -316,7 +327,9 @@ class CMamba(nn.Module):
                 )
             return None
         top = len(self.config.lmbdas)
-        if quality is None or not 1 <= quality <= top:
+        if quality is None:
+            return min(DEFAULT_QUALITY, top)
+        if not 1 <= quality <= top:
             raise InvalidArgumentError(
                 f"`quality` must be a number from 1 to {top}, got {quality}; "
                 "1 gives the smallest files"
@@ -329,8 +342,8 @@ class CMamba(nn.Module):
     def model_id(self) -> bytes:
         """Eight bytes that name these weights and tables; files carry them.
 
-        The id is that of the weights as loaded or trained: moving the model or casting its
-        transforms to a lower precision does not change it.
+        The id is that of the weights as loaded or trained: moving or casting the model, by `.to`,
+        `.half` or `.bfloat16`, does not change it; casting a part of it by itself does.
         """
         key = _fingerprint(self)
         if self._known_id is None or self._known_id[0] != key:
@@ -366,13 +379,25 @@ class CMamba(nn.Module):
         if self.gain is None:
             self.check_quality(quality)  # type: ignore[arg-type]
             return y, None
-        if not isinstance(quality, Tensor):
-            quality = torch.tensor(self.check_quality(quality), dtype=torch.float64)
-        gain, inverse_gain = self.gain(quality.to(y.device).expand(x.shape[0]))
+        if isinstance(quality, Tensor):
+            self._check_qualities(quality, x.shape[0])
+        else:
+            quality = torch.tensor(self.check_quality(quality))
+        gain, inverse_gain = self.gain(quality.float().to(y.device).expand(x.shape[0]))
         return y * gain, inverse_gain
 
+    def _check_qualities(self, quality: Tensor, batch: int) -> None:
+        top = len(self.config.lmbdas)
+        in_range = ((quality >= 1) & (quality <= top)).all()
+        if quality.shape not in ((), (1,), (batch,)) or not in_range:
+            raise InvalidArgumentError(
+                f"`quality` must be from 1 to {top}, one number or one for each of {batch} "
+                f"pictures, got {quality.tolist()}"
+            )
+
     def _synthesise(self, y_bar: Tensor, inverse_gain: Tensor | None) -> Tensor:
-        y_bar = y_bar.to(next(self.g_s.parameters()).dtype)
+        # In this order: MPS refuses to take a float64 tensor over.
+        y_bar = y_bar.to(next(self.g_s.parameters()).dtype).to(self._device())
         if inverse_gain is not None:
             y_bar = y_bar * inverse_gain
         return self.g_s(y_bar.contiguous(memory_format=torch.channels_last))
@@ -392,27 +417,29 @@ class CMamba(nn.Module):
     def _medians(self, device: torch.device) -> Tensor:
         return self.entropy_bottleneck.medians.to(device, torch.float64)
 
-    def _z_index(self, shape: tuple[int, int] | torch.Size):
+    def _z_index(self, shape: tuple[int, int] | torch.Size) -> np.ndarray:
         """The table of each element of z: its channel."""
         height, width = shape
-        channels = torch.arange(self.config.hyper_widths[-1], dtype=torch.int32)
-        return channels.repeat_interleave(height * width).numpy()
+        channels = np.arange(self.config.hyper_widths[-1], dtype=np.int32)
+        return np.repeat(channels, height * width)
 
     def _check_lengths(self, y_string: bytes, z_string: bytes, shape: tuple[int, int]) -> None:
         """Refuse strings too short for latents whose z is of `shape`, before allocating those.
 
-        Every symbol costs at least as much as the likeliest entry of its table.
+        Every symbol takes at least the information of the likeliest entry of its table, but for
+        rANS, which may undercut that by about 1 % where its rounding is lucky.
         """
         positions = shape[0] * shape[1]
         z_bits = positions * self.entropy_bottleneck.stored.tables().cheapest_bits().sum()
         y_elements = positions * (MULTIPLE // 16) ** 2 * self.config.latent_channels
         y_bits = y_elements * self.gaussian_conditional.stored.tables().cheapest_bits().min()
         for name, string, bits in (("y", y_string, y_bits), ("z", z_string, z_bits)):
-            if len(string) < int(bits / 8):
+            needed = int(RANS_LUCK * bits / 8)
+            if len(string) < needed:
                 raise BitstreamError(
                     f"a {name} string of {len(string)} bytes cannot hold a picture of "
                     f"{shape[1] * MULTIPLE}x{shape[0] * MULTIPLE} pixels, which needs at least "
-                    f"{int(bits / 8)}"
+                    f"{needed}"
                 )
 
     def _stored_quality(self, stored: list[int]) -> Tensor | None:
@@ -468,12 +495,18 @@ def _flat(values: Tensor):
 def _fingerprint(module: nn.Module) -> list[tuple]:
     """Changes whenever a parameter or buffer is replaced or written to.
 
-    The sum of the bits catches writes through `.data`, which leave no other trace, and memory that
-    was given back and holds another tensor by now.  It is exact, so it never changes by itself.
+    The sum of the bits is for writes that leave no other trace, through `.data` or in inference
+    mode, and for memory that was given back and holds another tensor by now.  It is exact, so it
+    never changes by itself; it does not notice values that such a write only put in another order.
     """
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     tensors = (*module.parameters(), *module.buffers())
     return [
-        (t.data_ptr(), t._version, t.dtype, int(t.detach().view(whole[t.element_size()]).sum()))
+        (
+            t.data_ptr(),
+            0 if t.is_inference() else t._version,
+            t.dtype,
+            int(t.detach().view(whole[t.element_size()]).sum()),
+        )
         for t in tensors
     ]

@@ -42,7 +42,16 @@ def save(model: CMamba, directory: str | os.PathLike) -> None:
 
     A float32 tensor whose values all fit float16 exactly is written as such: nothing is lost, and
     weights that were rounded on purpose take half the room.
+
+    Raises:
+        WeightsError: the model was cast to another precision than float32.
     """
+    cast = {str(p.dtype) for p in model.parameters()} - {"torch.float32"}
+    if cast:
+        raise WeightsError(
+            f"a model is saved in float32, this one holds {', '.join(sorted(cast))}; "
+            "save it before casting"
+        )
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     state = {name: _compact(tensor.cpu()) for name, tensor in model.state_dict().items()}
@@ -66,14 +75,15 @@ def pretrained_names() -> list[str]:
 
 
 def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
-    """Read a model from a directory or, by name, from the package.
+    """Read a model from the package, by name, or from a directory.
+
+    A name that ships comes first: write `./tiny` for a directory of that name.
 
     Raises:
         WeightsError: nothing there, damaged, or weights that do not fit the configuration.
     """
-    directory = Path(source)
-    if not directory.is_dir() and str(source) in pretrained_names():
-        directory = PRETRAINED / str(source)
+    ships = os.fspath(source) in pretrained_names()
+    directory = PRETRAINED / source if ships else Path(source)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise WeightsError(
@@ -93,7 +103,7 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
         raise WeightsError(f"{str(directory)!r}: tensors are missing: there are only {len(state)}")
     try:
         with torch.device("meta"):
-            model = model_class(config)
+            model = model_class(config).float()
     except (ValueError, RuntimeError) as error:
         raise WeightsError(
             f"no model can be built from the configuration in {str(directory)!r}: {error}"

@@ -20,6 +20,7 @@ from cmamba_ref.cli import main
 from cmamba_ref.config import TINY
 from cmamba_ref.images import read_image
 from cmamba_ref.metrics import psnr
+from cmamba_ref.model import DEFAULT_QUALITY
 
 HEIGHT, WIDTH = 70, 90
 SMALL = {
@@ -565,8 +566,14 @@ def test_help_says_what_the_defaults_are(capsys: pytest.CaptureFixture[str]) -> 
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert (
-        f"1 (small) to 8 (good), also in between, such as 3.5 (default: {codec.DEFAULT_QUALITY:g})"
+        f"1 (small) to 8 (good), also in between, such as 3.5 (default: {DEFAULT_QUALITY:g})"
         in text
     )
     assert f"(default: {codec.DEFAULT_MODEL}, which ships)" in text
     assert f"(default: {codec.DEFAULT_MAX_PIXELS // 1_000_000} million)" in text
+
+
+def test_a_directory_as_input_is_named(tmp_path, capsys):
+    for command in ("encode", "decode"):
+        assert main([command, str(tmp_path)]) == 1
+        assert "must be a file" in capsys.readouterr().err

@@ -24,7 +24,17 @@ from codec_helpers import (
 from torch.nn import functional as F
 
 import cmamba_ref
-from cmamba_ref import BitstreamError, CMamba, CMambaError, InvalidArgumentError, WeightsError
+from cmamba_ref import (
+    BitstreamError,
+    CMamba,
+    CMambaError,
+    InvalidArgumentError,
+    WeightsError,
+    weights,
+)
+from cmamba_ref.entropy import rans
+from cmamba_ref.entropy.tables import CdfTables
+from cmamba_ref.model import RANS_LUCK
 
 ODD_SIZES = [
     (1, 1), (1, 2), (2, 1), (1, 64), (65, 1), (1, 700), (700, 1), (2, 3), (7, 200), (31, 33),
@@ -438,3 +448,50 @@ def test_tables_cannot_be_made_of_nan():
         model.entropy_bottleneck.quantiles[0, 1] = math.nan
     with pytest.raises(CMambaError):
         model.update(force=True)
+
+
+def test_a_model_loaded_in_inference_mode_codes(tmp_path):
+    random_model().save_pretrained(tmp_path)
+    image = picture(64, 64)
+    with torch.inference_mode():
+        model = CMamba.from_pretrained(tmp_path)
+        data = cmamba_ref.encode(model, image, 3)
+    assert np.array_equal(cmamba_ref.decode(data, model), cmamba_ref.decode(data, random_model()))
+
+
+def test_cast_models_are_not_saved(tmp_path):
+    for cast in (torch.bfloat16, torch.float16, torch.float64):
+        with pytest.raises(WeightsError, match="float32"):
+            random_model().to(cast).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_does_not_shadow_a_model_that_ships(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "PRETRAINED", tmp_path / "package")
+    random_model(seed=1).save_pretrained(tmp_path / "package" / "tiny")
+    random_model(seed=2).save_pretrained(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert CMamba.from_pretrained("tiny").model_id == random_model(seed=1).model_id
+    assert CMamba.from_pretrained("./tiny").model_id == random_model(seed=2).model_id
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_loading_does_not_depend_on_the_default_dtype(tmp_path, dtype):
+    random_model().save_pretrained(tmp_path)
+    torch.set_default_dtype(dtype)
+    try:
+        model = CMamba.from_pretrained(tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.model_id == random_model().model_id
+
+
+def test_the_shortest_streams_pass_the_check_of_lengths():
+    """rANS may undercut the information of a skewed table; the bound on lengths allows for it."""
+    for frequency in (40_000, 60_000, 65_000):
+        cdf = np.array([0, frequency, 65_535, 65_536], np.int32)
+        tables = CdfTables(cdf, np.array([0, 4], np.int32), np.array([0], np.int32))
+        zeros = np.zeros(300_000, np.int32)
+        string = rans.encode(tables, [(zeros, zeros)], lanes=1)
+        bits = rans.ideal_bits(tables, zeros, zeros)
+        assert len(string) > RANS_LUCK * bits / 8

@@ -4,6 +4,7 @@ import re
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -353,3 +354,21 @@ def test_reading_leaves_warning_filters_alone(tmp_path: Path, rgb: np.ndarray) -
     before = list(warnings.filters)
     read_image(path)
     assert list(warnings.filters) == before
+
+
+def test_readers_in_threads_restore_pillows_state(tmp_path: Path, rgb: np.ndarray) -> None:
+    path = save(rgb, tmp_path / "a.png")
+    limit, filters = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: read_image(path, max_pixels=10_000 + i), range(400)))
+    assert limit == Image.MAX_IMAGE_PIXELS
+    assert warnings.filters == filters
+
+
+def test_long_names_are_written_and_modes_kept(tmp_path: Path) -> None:
+    path = tmp_path / ("\u4e00" * 83 + ".cmb")  # 253 bytes, of 255 that a name may have
+    write_atomically(path, b"1")
+    path.chmod(0o640)
+    write_atomically(path, b"2")
+    assert path.read_bytes() == b"2"
+    assert path.stat().st_mode & 0o777 == 0o640

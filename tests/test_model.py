@@ -254,11 +254,38 @@ def test_gain_is_interpolated_geometrically(model):
 
 def test_qualities_out_of_range_are_refused(model):
     x = pictures(1, 64, 64)
-    for quality in (0.99, 8.01, None, float("nan")):
+    for quality in (0.99, 8.01, float("nan")):
         with pytest.raises(InvalidArgumentError, match="quality"):
             model.compress(x, quality)
     with pytest.raises(InvalidArgumentError, match="one rate"):
         CMamba(dataclasses.replace(MINI, lmbdas=()))(x, 3.0)
+
+
+def test_no_quality_means_the_default(model):
+    x = pictures(1, 64, 64)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(x)["x_hat"], model(x, 4.0)["x_hat"])
+
+
+@pytest.mark.parametrize(
+    "quality", [[0.0, 3.0], [3.0, 8.5], [3.0, float("nan")], [3.0, 3.0, 3.0], [[3.0, 3.0]]]
+)
+def test_tensors_of_qualities_are_checked(model, quality):
+    with pytest.raises(InvalidArgumentError, match="quality"):
+        model(pictures(2, 64, 64), torch.tensor(quality))
+
+
+def test_scales_beyond_the_table_find_their_way_back(model):
+    """Likelihoods are those of the table's ends, and gradients point inwards from outside."""
+    log_scales = torch.tensor([-5.0, 7.0], requires_grad=True)
+    distance = torch.tensor([30.0, 0.0])
+    likelihood = model.gaussian_conditional.likelihood(distance, torch.zeros(2), log_scales)
+    (-likelihood.log()).sum().backward()
+    assert log_scales.grad[1] > 0
+    ends = torch.tensor([0.11, 256.0]).log()
+    at_ends = model.gaussian_conditional.likelihood(distance, torch.zeros(2), ends)
+    assert torch.allclose(likelihood, at_ends)
 
 
 def test_pictures_of_wrong_shape_are_refused(model):
@@ -291,6 +318,9 @@ def test_configuration_survives_json(config):
         ({"ssm_stages": (1, 1, 1)}, "ssm_stages"),
         ({"lmbdas": (0.01,)}, "lmbdas"),
         ({"lmbdas": (0.01, -1.0)}, "lmbdas"),
+        ({"lmbdas": ("x", 1.0)}, "lmbdas"),
+        ({"lmbdas": (10**400, 1)}, "lmbdas"),
+        ({"lmbdas": (0.01,) * 700}, "lmbdas"),
     ],
 )
 def test_impossible_sizes_are_refused(change, argument):

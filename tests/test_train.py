@@ -130,6 +130,37 @@ def test_a_folder_without_photographs_is_named(tmp_path):
         train.main(arguments(tmp_path / "empty", tmp_path / "run", "--steps", "1"))
 
 
+@pytest.mark.parametrize(
+    "more",
+    [["--steps", "0"], ["--steps", "1", "--validation", "0"], ["--steps", "1", "--crop", "70"]],
+)
+def test_impossible_arguments_are_refused(photographs, tmp_path, more, capsys):
+    with pytest.raises(SystemExit):
+        train.main(arguments(photographs, tmp_path / "run", *more))
+    assert "must be" in capsys.readouterr().err
+
+
+def test_too_few_photographs_are_refused(photographs, tmp_path):
+    args = arguments(photographs, tmp_path / "run", "--steps", "1", "--validation", "2")
+    with pytest.raises(SystemExit, match="nothing is left"):
+        train.main(args)
+
+
+def test_training_starts_from_given_weights(photographs, tmp_path):
+    args = arguments(photographs, tmp_path / "run", "--steps", "1", "--round-transforms")
+    assert train.main(args) == 0
+    model = tmp_path / "run" / "model"
+    assert (model / "model.safetensors").stat().st_size < 16e6
+    args = train.parse_args(arguments(photographs, tmp_path, "--steps", "1", "--init", str(model)))
+    started = train.Trainer(args).model.state_dict()
+    for name, tensor in cmamba_ref.CMamba.from_pretrained(model).state_dict().items():
+        assert torch.equal(started[name], tensor), name
+    with pytest.raises(SystemExit, match="--init"):
+        train.main(
+            arguments(photographs, tmp_path, "--steps", "1", "--init", str(tmp_path / "none"))
+        )
+
+
 def test_a_photograph_smaller_than_the_crop_is_refused():
     with pytest.raises(SystemExit, match="smaller"):
         train.random_crop(np.zeros((40, 90, 3), np.uint8), 64, np.random.default_rng(0))

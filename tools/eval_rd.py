@@ -17,6 +17,7 @@ import datetime
 import io
 import json
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +34,7 @@ import cmamba_ref
 from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.files import write_atomically
 from cmamba_ref.images import read_image
-from cmamba_ref.metrics import ms_ssim, psnr
+from cmamba_ref.metrics import MS_SSIM_MIN_SIDE, ms_ssim, psnr
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 JPEG_QUALITIES = (5, 10, 20, 30, 40, 50, 60, 70, 80, 90)
@@ -97,6 +98,9 @@ def bd_rate(anchor: dict[str, list[float]], test: dict[str, list[float]]) -> flo
     """Bjontegaard delta rate of `test` against `anchor` in per cent, negative where it saves.
 
     Needs the package `bjontegaard` (extra `eval`).
+
+    Raises:
+        ValueError: fewer than four points, or no PSNR that both reach.
     """
     from bjontegaard import bd_rate as bjontegaard_delta_rate
 
@@ -104,6 +108,11 @@ def bd_rate(anchor: dict[str, list[float]], test: dict[str, list[float]]) -> flo
     for results in (anchor, test):
         pairs = sorted(zip(results["bpp"], results["psnr-rgb"], strict=True))
         points += [np.array(column) for column in zip(*pairs, strict=True)]
+    ranges = [(curve.min(), curve.max()) for curve in points[1::2]]
+    if min(len(curve) for curve in points) < 4:
+        raise ValueError("it takes four points of each codec")
+    if max(low for low, _ in ranges) >= min(high for _, high in ranges):
+        raise ValueError("there is no PSNR that both codecs reach")
     percent = bjontegaard_delta_rate(
         *points, method="pchip", require_matching_points=False, min_overlap=0
     )
@@ -111,9 +120,13 @@ def bd_rate(anchor: dict[str, list[float]], test: dict[str, list[float]]) -> flo
     return percent
 
 
-def provenance(folder: Path, names: list[str], model: CMamba) -> dict[str, object]:
+def provenance(
+    folder: Path, names: list[str], model: CMamba, command: list[str]
+) -> dict[str, object]:
     """What the numbers were measured with."""
     return {
+        "command": " ".join(["python", "tools/eval_rd.py", *command]),
+        "commit": _commit(),
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {_processor()}",
         "threads": torch.get_num_threads(),
@@ -127,6 +140,19 @@ def provenance(folder: Path, names: list[str], model: CMamba) -> dict[str, objec
         "model": {"name": model.config.name, "id": model.model_id.hex()},
         "pictures": {"folder": folder.resolve().name, "names": names},
     }
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    try:
+        return subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _processor() -> str:
@@ -148,7 +174,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--qualities", type=float, nargs="+", help="default: every whole quality of the model")
     add("--limit", type=int, help="only the first so many pictures")
     add("-o", "--output", type=Path, help="write the JSON here")
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    if args.output and not args.output.parent.is_dir():
+        parser.error(f"-o must lie in an existing directory, got {str(args.output)!r}")
 
     paths = sorted(p for p in args.folder.glob("*") if p.suffix.lower() in SUFFIXES)[: args.limit]
     if not paths:
@@ -156,8 +185,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         pictures = [read_image(path) for path in paths]
         model = CMamba.from_pretrained(args.model)
+        for quality in args.qualities or ():
+            model.check_quality(quality)
     except (CMambaError, OSError) as error:
         parser.error(str(error))
+    for path, picture in zip(paths, pictures, strict=True):
+        if min(picture.shape[:2]) < MS_SSIM_MIN_SIDE:
+            parser.error(f"{path} has a side of less than {MS_SSIM_MIN_SIDE} pixels")
     # A grey picture is measured as three equal planes, by every codec.
     pictures = [p if p.ndim == 3 else np.stack([p] * 3, axis=-1) for p in pictures]
 
@@ -179,6 +213,8 @@ def main(argv: list[str] | None = None) -> int:
             ("jpeg420", "JPEG 4:2:0, optimised tables"),
         )
     }
+    # The first call of a model sets things up; that is not the time of a picture.
+    cmamba_ref.decode(cmamba_ref.encode(model, pictures[0], qualities[0]), model)
     with tempfile.TemporaryDirectory() as scratch, tqdm(runs, disable=None) as progress:
         for name, quality, code in progress:
             rows = measure(code, pictures, Path(scratch) / "file")
@@ -189,9 +225,12 @@ def main(argv: list[str] | None = None) -> int:
             report[name]["per_picture"].append(rows)
             means = "  ".join(f"{key} {results[key][-1]:8.4f}" for key in MEASURES)
             tqdm.write(f"{name:<8} quality {str(quality):<5} {means}", file=sys.stdout)
-    report["meta"] = provenance(args.folder, [path.name for path in paths], model)
-    if len(qualities) > 2:
+    report["meta"] = provenance(args.folder, [path.name for path in paths], model, argv)
+    try:
         rate = bd_rate(report["jpeg420"]["results"], report["cmamba"]["results"])
+    except (ImportError, ValueError) as error:
+        print(f"no BD-rate: {error}")
+    else:
         report["meta"]["bd_rate_vs_jpeg420_percent"] = round(rate, 2)
         print(f"BD-rate against JPEG 4:2:0 by PSNR: {rate:+.1f} %")
     if args.output:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from cmamba_ref import CMamba
+from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.config import CONFIGS
 from cmamba_ref.losses import rate_distortion_loss
 
@@ -42,8 +42,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder of photographs, searched recursively")
     add("--out", type=Path, required=True, help="folder for checkpoint, log and model")
-    add("--config", default="tiny", choices=sorted(CONFIGS), help="which model (default: tiny)")
-    add("--init", type=Path, help="directory of weights to start from")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
+        "--config", default="tiny", choices=sorted(CONFIGS), help="which model (default: tiny)"
+    )
+    start.add_argument("--init", type=Path, help="directory of weights to start from instead")
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", type=int, help="length of training in steps")
     length.add_argument("--minutes", type=float, help="length of training in minutes of run time")
@@ -69,6 +72,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.crop % 64 or args.crop <= 0:
         parser.error(f"--crop must be a positive multiple of 64, got {args.crop}")
+    if (args.steps or args.minutes or 0) <= 0:
+        parser.error("--steps or --minutes must be above 0")
+    if args.validation < 1:
+        parser.error(f"--validation must be at least 1, got {args.validation}")
     return args
 
 
@@ -190,8 +197,8 @@ class Trainer:
         for quality in qualities:
             bpp, psnr = [], []
             for photo in photos:
-                top = (photo.shape[0] - VALIDATION_CROP) // 2
-                left = (photo.shape[1] - VALIDATION_CROP) // 2
+                top = max(0, photo.shape[0] - VALIDATION_CROP) // 2
+                left = max(0, photo.shape[1] - VALIDATION_CROP) // 2
                 x = to_batch([photo[top : top + VALIDATION_CROP, left : left + VALIDATION_CROP]])
                 output = self.model(x, quality)
                 output["x_hat"] = (output["x_hat"].clamp(0, 1) * 255).round() / 255
@@ -250,10 +257,18 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     photos = load_photographs(args.data)
-    held_out = photos[:: max(1, len(photos) // max(1, args.validation))][: args.validation]
+    if len(photos) <= args.validation:
+        raise SystemExit(
+            f"{len(photos)} photographs, of which --validation holds {args.validation} back: "
+            "nothing is left to train on"
+        )
+    held_out = photos[:: len(photos) // args.validation][: args.validation]
     kept = {id(photo) for photo in held_out}
     photos = [photo for photo in photos if id(photo) not in kept]
-    trainer = Trainer(args)
+    try:
+        trainer = Trainer(args)
+    except CMambaError as error:
+        raise SystemExit(f"--init: {error}") from error
     if (args.out / "checkpoint.pt").exists():
         trainer.resume(args.out / "checkpoint.pt")
 
@@ -261,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     saved = trainer.seconds
-    totals: dict[str, float] = {}
+    recent: list[dict[str, float]] = []
     with (
         open(args.out / "log.jsonl", "a") as log,
         tqdm(
@@ -280,13 +295,12 @@ def main(argv: list[str] | None = None) -> int:
             write({"event": "start", "args": {k: str(v) for k, v in vars(args).items()}})
         while trainer.progress < 1 and not stop:
             began = time.monotonic()
-            for name, value in trainer.train_step(photos).items():
-                totals[name] = totals.get(name, 0.0) + value
+            recent.append(trainer.train_step(photos))
             trainer.seconds += time.monotonic() - began
             bar.update(min(1.0, trainer.progress) - bar.n)
             if trainer.step % 50 == 0:
-                record = {name: value / 50 for name, value in totals.items()}
-                totals.clear()
+                record = {key: float(np.mean([r[key] for r in recent])) for key in recent[0]}
+                recent.clear()
                 bar.set_postfix_str(f"step {trainer.step} loss {record['loss']:.4f}")
                 write(
                     {

@@ -15,7 +15,8 @@ from cmamba_ref.errors import BitstreamError
 # The field's scale table: 64 levels, log-spaced from 0.11 to 256.
 SCALE_LEVELS = 64
 LOG_SCALE_MIN = math.log(0.11)
-LOG_SCALE_STEP = (math.log(256.0) - LOG_SCALE_MIN) / (SCALE_LEVELS - 1)
+LOG_SCALE_MAX = math.log(256.0)
+LOG_SCALE_STEP = (LOG_SCALE_MAX - LOG_SCALE_MIN) / (SCALE_LEVELS - 1)
 
 # The encoder shifts the decision boundaries between levels until every scale keeps this distance
 # (in ln units) from all of them; float64 evaluations differ by about 1e-13 between machines.
@@ -34,7 +35,9 @@ class GaussianConditional(nn.Module):
 
     def likelihood(self, y: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
         """Probability mass of the unit interval around `y`, at least 1e-9, shape of `y`."""
-        scales = torch.exp(lower_bound(log_scales, LOG_SCALE_MIN).clamp_max(math.log(256.0)))
+        bounded = lower_bound(log_scales, LOG_SCALE_MIN)
+        bounded = -lower_bound(-bounded, -LOG_SCALE_MAX)
+        scales = torch.exp(bounded)
         distance = (y - means).abs()
         # In the tails both terms are small, so their difference keeps its precision.
         upper = _normal_cdf((0.5 - distance) / scales)
