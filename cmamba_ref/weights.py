@@ -103,22 +103,21 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
         raise WeightsError(f"{str(directory)!r}: tensors are missing: there are only {len(state)}")
     try:
         with torch.device("meta"):
-            model = model_class(config).float()
+            model = model_class(config)
     except (ValueError, RuntimeError) as error:
         raise WeightsError(
             f"no model can be built from the configuration in {str(directory)!r}: {error}"
         ) from error
-    expected = {name: tensor for name, tensor in model.state_dict().items()}
+    expected = model.state_dict()
     for name, tensor in state.items():
-        wanted = expected.get(name)
-        table = wanted is not None and wanted.numel() == 0
-        if (
-            wanted is None
-            or (wanted.dtype != tensor.dtype)
-            or (not table and wanted.shape != tensor.shape)
-        ):
-            found = f"{tensor.dtype}{list(tensor.shape)}"
-            need = "no such tensor" if wanted is None else f"{wanted.dtype}{list(wanted.shape)}"
+        found, need = f"{tensor.dtype}{list(tensor.shape)}", "no such tensor"
+        if (wanted := expected.get(name)) is not None:
+            # Weights are float32, whatever torch's default type is at the moment.
+            dtype = torch.float32 if wanted.is_floating_point() else wanted.dtype
+            # Tables, empty before they are loaded, are as long as the file says.
+            shape = tensor.shape if wanted.numel() == 0 else wanted.shape
+            need = f"{dtype}{list(shape)}"
+        if found != need:
             raise WeightsError(
                 f"{str(directory)!r}: {name} is {found}, the configuration has {need}"
             )
