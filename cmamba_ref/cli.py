@@ -68,6 +68,7 @@ def _encode(args: argparse.Namespace) -> int:
         begin("reading")
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS, encode
         from cmamba_ref.images import read_image
+        from cmamba_ref.metrics import bits_per_pixel
 
         max_pixels = args.max_pixels or DEFAULT_MAX_PIXELS
         picture = read_image(args.input, max_pixels=max_pixels)
@@ -80,9 +81,9 @@ def _encode(args: argparse.Namespace) -> int:
         begin("writing")
         write_atomically(target, data)
     height, width = picture.shape[:2]
+    bpp = bits_per_pixel(len(data), width, height)
     print(
-        f"{target}: {len(data)} bytes, {_bpp(data, width, height):.3f} bpp, {width}x{height}, "
-        f"encoded in {seconds:.2f} s"
+        f"{target}: {len(data)} bytes, {bpp:.3f} bpp, {width}x{height}, encoded in {seconds:.2f} s"
     )
     return 0
 
@@ -206,6 +207,7 @@ def _describe(path: Path) -> str:
     """What stands in a file, as lines of text; its checksum is verified on the way."""
     from cmamba_ref import bitstream
     from cmamba_ref.entropy.rans import lane_count
+    from cmamba_ref.metrics import bits_per_pixel
     from cmamba_ref.model import QUALITY_UNITS
 
     data = path.read_bytes()
@@ -213,7 +215,7 @@ def _describe(path: Path) -> str:
     prefix, y_stream = bitstream.unpack_latent(container.y)
     quality = f"{prefix.quality / QUALITY_UNITS:g}" if prefix.quality else "the model has one rate"
     colours = "grey" if container.grey else "colour"
-    bpp = _bpp(data, container.width, container.height)
+    bpp = bits_per_pixel(len(data), container.width, container.height)
     rows = {
         "format": f"version {bitstream.VERSION}, checksum correct",
         "model": _name_model(container),
@@ -235,10 +237,6 @@ def _name_model(container: Container) -> str:
         if CMamba.from_pretrained(name).model_id == container.model_id:
             return f"{container.model_id.hex()} ({name})"
     return f"{container.model_id.hex()} (does not ship with this version)"
-
-
-def _bpp(data: bytes, width: int, height: int) -> float:
-    return 8 * len(data) / (width * height)
 
 
 @contextmanager

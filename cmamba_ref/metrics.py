@@ -1,4 +1,4 @@
-"""PSNR and MS-SSIM as the field reports them: on 8-bit pictures."""
+"""Rate, PSNR and MS-SSIM as the field reports them: of whole files and on 8-bit pictures."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from cmamba_ref.errors import InvalidArgumentError
 
 # pytorch-msssim halves the picture four times under an 11-pixel window.
 MS_SSIM_MIN_SIDE = 161
+
+
+def bits_per_pixel(file_bytes: int, width: int, height: int) -> float:
+    """The rate of a file, its header included."""
+    return 8 * file_bytes / (width * height)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

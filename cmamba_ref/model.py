@@ -113,7 +113,7 @@ class CMamba(nn.Module):
         y, inverse_gain = self._analyse(pad(x), quality)
         z = self.h_a(y)
         with without_autocast(y.device):
-            stored = self.context.lrp[0].layers[0].weight.dtype  # type: ignore[union-attr, index]
+            stored = next(self.context.parameters()).dtype
             y, z = y.to(stored), z.to(stored)
             medians = self.entropy_bottleneck.medians
             z_hat = ste_round(z - medians) + medians

@@ -109,14 +109,9 @@ def init_analysis(halvings: list[nn.Conv2d]) -> None:
     """Make the strided convolutions of g_a, from fine to coarse, the transform."""
     if halvings[0].weight.is_meta:
         return  # no values to set
-    for conv, level in zip(
-        halvings, _levels([conv.out_channels for conv in halvings]), strict=True
-    ):
-        finer, coarser, row, column, value = zip(*level.taps, strict=True)
-        centre = conv.kernel_size[0] // 2
-        transform = np.zeros(conv.weight.shape)
-        transform[coarser, finer, np.add(row, centre), np.add(column, centre)] = value
-        _install(conv, transform, level.coarser, dim=0)
+    levels = _levels([conv.out_channels for conv in halvings])
+    for conv, level in zip(halvings, levels, strict=True):
+        _install(conv, _kernel(conv, level), level.coarser, dim=0)
     # The first layer sees 0...1, its coefficients are those of -0.5...0.5.
     halvings[0].bias.copy_(-0.5 * halvings[0].weight.sum((1, 2, 3)))  # type: ignore[union-attr]
     halvings[-1].weight.mul_(LATENT_SCALE)
@@ -134,11 +129,7 @@ def init_synthesis(doublings: list[nn.ConvTranspose2d], last: nn.Conv2d) -> None
     widths = [last.in_channels, *(deconv.in_channels for deconv in reversed(doublings))]
     finest, *others = _levels(widths)
     for deconv, level in zip(reversed(doublings), others, strict=True):
-        finer, coarser, row, column, value = zip(*level.taps, strict=True)
-        centre = deconv.kernel_size[0] // 2
-        transform = np.zeros(deconv.weight.shape)
-        transform[coarser, finer, np.add(row, centre), np.add(column, centre)] = value
-        _install(deconv, transform, level.finer, dim=1)
+        _install(deconv, _kernel(deconv, level), level.finer, dim=1)
     finer, coarser, row, column, value = (np.array(tap) for tap in zip(*finest.taps, strict=True))
     centre = last.kernel_size[0] // 2
     transform = np.zeros(last.weight.shape)
@@ -146,6 +137,15 @@ def init_synthesis(doublings: list[nn.ConvTranspose2d], last: nn.Conv2d) -> None
     _install(last, transform, 4 * finest.finer, dim=0)
     nn.init.constant_(last.bias, 0.5)  # type: ignore[arg-type]  # mid-grey
     doublings[0].weight.div_(LATENT_SCALE)
+
+
+def _kernel(layer: nn.Conv2d | nn.ConvTranspose2d, level: Level) -> np.ndarray:
+    """A level as the weight of a layer; either way the first axis is the coarser map's channels."""
+    finer, coarser, row, column, value = zip(*level.taps, strict=True)
+    centre = layer.kernel_size[0] // 2
+    kernel = np.zeros(layer.weight.shape)
+    kernel[coarser, finer, np.add(row, centre), np.add(column, centre)] = value
+    return kernel
 
 
 def _install(

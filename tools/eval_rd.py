@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import io
 import json
 import platform
 import subprocess
@@ -32,9 +31,10 @@ from tqdm import tqdm
 
 import cmamba_ref
 from cmamba_ref import CMamba, CMambaError
+from cmamba_ref.demo import JPEG
 from cmamba_ref.files import write_atomically
 from cmamba_ref.images import read_image
-from cmamba_ref.metrics import MS_SSIM_MIN_SIDE, ms_ssim, psnr
+from cmamba_ref.metrics import MS_SSIM_MIN_SIDE, bits_per_pixel, ms_ssim, psnr
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 JPEG_QUALITIES = (5, 10, 20, 30, 40, 50, 60, 70, 80, 90)
@@ -62,11 +62,7 @@ def jpeg_codec(quality: int) -> Codec:
 
     def code(picture: np.ndarray, path: Path) -> tuple[np.ndarray, float, float]:
         start = time.perf_counter()
-        buffer = io.BytesIO()
-        Image.fromarray(picture).save(
-            buffer, "JPEG", quality=quality, subsampling="4:2:0", optimize=True
-        )
-        write_atomically(path, buffer.getvalue())
+        write_atomically(path, JPEG.encode(picture, quality))
         encoded = time.perf_counter()
         with Image.open(path) as image:
             decoded = np.array(image.convert("RGB"))
@@ -80,16 +76,15 @@ def measure(code: Codec, pictures: list[np.ndarray], path: Path) -> list[dict[st
     rows = []
     for picture in pictures:
         decoded, encoding, decoding = code(picture, path)
-        pixels = picture.shape[0] * picture.shape[1]
-        values = (8 * path.stat().st_size / pixels, psnr(picture, decoded))
+        height, width = picture.shape[:2]
         rows.append(
-            dict(
-                zip(
-                    MEASURES,
-                    (*values, ms_ssim(picture, decoded), encoding, decoding),
-                    strict=True,
-                )
-            )
+            {
+                "bpp": bits_per_pixel(path.stat().st_size, width, height),
+                "psnr-rgb": psnr(picture, decoded),
+                "ms-ssim-rgb": ms_ssim(picture, decoded),
+                "encoding_time": encoding,
+                "decoding_time": decoding,
+            }
         )
     return rows
 

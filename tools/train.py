@@ -10,6 +10,7 @@ end of training `model/` with config.json and model.safetensors.  The same comma
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.config import CONFIGS
+from cmamba_ref.files import write_atomically
 from cmamba_ref.losses import rate_distortion_loss
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -222,9 +224,9 @@ class Trainer:
             "seconds": self.seconds,
             "skipped": self.skipped,
         }
-        temporary = self.args.out / "checkpoint.pt.tmp"
-        torch.save(state, temporary)
-        temporary.replace(self.args.out / "checkpoint.pt")
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomically(self.args.out / "checkpoint.pt", buffer.getvalue())
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint of the same configuration."""
@@ -291,6 +293,16 @@ def main(argv: list[str] | None = None) -> int:
             log.write(json.dumps(record) + "\n")
             log.flush()
 
+        def write_validation(event: str) -> None:
+            write(
+                {
+                    "event": event,
+                    "step": trainer.step,
+                    "minutes": round(trainer.seconds / 60, 3),
+                    "qualities": trainer.validate(held_out),
+                }
+            )
+
         if trainer.step == 0:
             write({"event": "start", "args": {k: str(v) for k, v in vars(args).items()}})
         while trainer.progress < 1 and not stop:
@@ -314,24 +326,10 @@ def main(argv: list[str] | None = None) -> int:
             if trainer.seconds - saved > 60 * args.save_every:
                 saved = trainer.seconds
                 trainer.save()
-                write(
-                    {
-                        "event": "validation",
-                        "step": trainer.step,
-                        "minutes": round(trainer.seconds / 60, 3),
-                        "qualities": trainer.validate(held_out),
-                    }
-                )
+                write_validation("validation")
         trainer.save()
         if not stop:
-            write(
-                {
-                    "event": "end",
-                    "step": trainer.step,
-                    "minutes": round(trainer.seconds / 60, 3),
-                    "qualities": trainer.validate(held_out),
-                }
-            )
+            write_validation("end")
             trainer.export()
     return 0
 
