@@ -32,7 +32,7 @@ __all__ = [
 def _implementation(name: str):
     """The module that holds a backend's `selective_scan` and `selective_scan_2d`."""
     if name == "triton":
-        return importlib.import_module("cmamba_ref.kernels")
+        return importlib.import_module("cmamba_ref.kernels.scan")
     return reference if name == "reference" else eager
 
 
@@ -140,7 +140,7 @@ def selective_scan(
         BackendUnavailableError: the backend asked for by name cannot run here.
     """
     validation.check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    name = dispatch.choose(backend, u.device.type)
+    name = dispatch.choose(backend, u.device.type, A.shape[1])
     with without_autocast(u.device):
         y, last_state = _implementation(name).selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state
@@ -189,6 +189,6 @@ def selective_scan_2d(
         BackendUnavailableError: the backend asked for by name cannot run here.
     """
     validation.check_scan_2d(x, proj, A, dt_weight, dt_bias, D)
-    name = dispatch.choose(backend, x.device.type)
+    name = dispatch.choose(backend, x.device.type, A.shape[2], dt_weight.shape[2])
     with without_autocast(x.device):
         return _implementation(name).selective_scan_2d(x, proj, A, dt_weight, dt_bias, D)

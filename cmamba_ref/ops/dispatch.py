@@ -65,17 +65,21 @@ def scan_backend(name: str) -> Iterator[None]:
         set_default_backend(previous)
 
 
-def triton_unavailable_reason(device_type: str) -> str | None:
-    """Why the Triton kernels cannot run on this kind of device, or None when they can."""
+def triton_unavailable_reason(device_type: str, n: int = 1, rank: int = 0) -> str | None:
+    """Why the Triton kernels cannot run such a scan on this kind of device, or None when they can.
+
+    n: states N; rank: columns R of dt_weight, 0 for the 1-D scan.
+    """
     try:
         kernels = importlib.import_module("cmamba_ref.kernels")
     except ModuleNotFoundError as error:
         if error.name == "cmamba_ref.kernels":
-            return "the Triton kernels are not part of this version yet"
+            return "cmamba_ref was not installed, and its kernels are found only then; pip install -e ."
         return f"the Triton kernels need the module {error.name!r}, which is not installed"
     except ImportError as error:
         return f"the Triton kernels cannot be imported ({error})"
-    return kernels.unavailable_reason(device_type)
+    support = kernels.is_supported(device_type, n, rank)
+    return None if support else support.reason
 
 
 # What torch.compiler.assume_constant_result does: a compiler asks once and does not trace into it.
@@ -97,8 +101,11 @@ def _log_once(reason: str) -> None:
         _logger.info("scans on CUDA tensors use the backend 'chunked': %s", reason)
 
 
-def choose(backend: str, device_type: str) -> str:
-    """The backend that runs a call: `reference`, `chunked` or `triton`.
+def choose(backend: str, device_type: str, n: int = 1, rank: int = 0) -> str:
+    """The backend that runs a scan of N states and R columns of dt_weight (1-D: 0).
+
+    Returns:
+        `reference`, `chunked` or `triton`.
 
     Raises:
         InvalidArgumentError: unknown name.
@@ -108,16 +115,16 @@ def choose(backend: str, device_type: str) -> str:
     if name == "auto":
         name = get_default_backend()
     if name == "triton":
-        reason = triton_unavailable_reason(device_type)
+        reason = triton_unavailable_reason(device_type, n, rank)
         if reason is not None:
             raise BackendUnavailableError(
-                f"`backend` must be one that runs on {device_type}, got 'triton': {reason}; "
+                f"`backend` must be one that runs this scan on {device_type}, got 'triton': {reason}; "
                 "use backend='auto' or 'chunked'"
             )
     if name == "auto":
         if device_type != "cuda":
             return "chunked"
-        reason = triton_unavailable_reason(device_type)
+        reason = triton_unavailable_reason(device_type, n, rank)
         if reason is None:
             return "triton"
         _log_once(reason)

@@ -1,0 +1,340 @@
+"""Backward kernels: adjoints between chunks, checkpoints within them, and the gradients.
+
+With g the adjoint that arrives from the steps after t, the recurrence is read backwards:
+
+    dh_t = g + C_t dy_t            g <- exp(dt_t A) dh_t
+
+`scan_chunk_adjoints` and `carry` (with ADJOINT) find the adjoint that enters each chunk.
+`scan_checkpoints` repeats the forward and keeps the state at every PIECE-th step; `scan_gradients`
+goes through the pieces last to first, repeats each with its states in registers and reads it
+backwards. Sums over channels and over chunks are left in partial results, one per program, that the
+caller adds: no atomics, so two runs give the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+from .forward import SIZES
+from .pieces import (
+    LN_2,
+    LOG2_E,
+    channels_of,
+    load_channels,
+    load_dt_weight,
+    load_projection,
+    load_states,
+    sigmoid,
+    split_program,
+    start_walk,
+    store_states,
+    time_step,
+    time_step_before_softplus,
+    walk,
+)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def scan_chunk_adjoints(
+    dt_ptr,  # projections [images, H, W, 4, RANK + 2N], or delta [images, H, W, D]
+    C_ptr,  # projections, [images, H, W, groups, N], or with C_CONSTANT [N, D]
+    z_ptr,  # gate [images, H, W, D], read with GATE
+    dy_ptr,  # [images, H, W, D]
+    A_ptr,  # [directions, N, D]
+    weight_ptr,  # [directions, RANK, D]
+    bias_ptr,  # [directions, D]
+    ends_ptr,  # out: [images, directions, chunks, N, D]
+    sums_ptr,  # out: [images, directions, chunks, D]
+    H,
+    W,
+    per_group,
+    groups,
+    directions,
+    chunks,
+    chunk_length,
+    blocks,
+    N: tl.constexpr,
+    STATES: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    GATE: tl.constexpr,
+    C_CONSTANT: tl.constexpr,
+):
+    """The adjoint that each chunk passes to the one before it when none arrives, and sum of dt."""
+    real: tl.constexpr = A_ptr.dtype.element_ty
+    image_direction, chunk, group, block = split_program(chunks, groups, blocks)
+    image, direction = image_direction // directions, image_direction % directions
+    D = groups * per_group
+    channels, exists = channels_of(group, block, per_group, BLOCK)
+    base = image.to(tl.int64) * H * W
+
+    A = load_states(A_ptr, direction, channels, exists, D, N, STATES) * LOG2_E
+    bias = load_channels(bias_ptr, direction, channels, exists, D, real)
+    weight = bias
+    if RANK > 0:
+        weight = load_dt_weight(weight_ptr, direction, channels, exists, D, RANK, RANKS)
+    if C_CONSTANT:
+        C = load_states(C_ptr, 0, channels, exists, D, N, STATES)
+
+    g = tl.zeros((STATES, BLOCK), real)
+    total = tl.zeros((BLOCK,), real)
+    steps = tl.minimum(chunk_length, H * W - chunk * chunk_length)
+    position, left = start_walk(steps - 1, chunk, chunk_length, H, W, direction)
+    for _ in tl.range(0, steps):
+        row = base + position
+        dy = load_channels(dy_ptr, row, channels, exists, D, real)
+        if GATE:
+            z = load_channels(z_ptr, row, channels, exists, D, real)
+            dy = dy * z * sigmoid(z)
+        before = time_step_before_softplus(
+            dt_ptr, row, direction, channels, exists, D, weight, bias, RANK, RANKS, N
+        )
+        dt = time_step(before, SOFTPLUS)
+        if not C_CONSTANT:
+            C = load_projection(
+                C_ptr, row, direction, group, groups, RANK + N, RANK, N, STATES, real
+            )[:, None]
+        g = tl.exp2(dt[None, :] * A) * (g + dy[None, :] * C)
+        total += dt
+        position, left = walk(position, left, H, W, direction, True)
+
+    index = image_direction * chunks + chunk
+    store_states(ends_ptr, index, g, channels, exists, D, N, STATES)
+    tl.store(sums_ptr + index.to(tl.int64) * D + channels, total, mask=exists)
+
+
+@triton.jit(do_not_specialize=(*SIZES, "first_direction", "images"))
+def scan_gradients(
+    x_ptr,  # [images, H, W, D]
+    dt_ptr,  # projections [images, H, W, 4, RANK + 2N], or delta [images, H, W, D]
+    B_ptr,  # projections, [images, H, W, groups, N], or with B_CONSTANT [N, D]
+    C_ptr,  # as B
+    z_ptr,  # gate [images, H, W, D], read with GATE
+    dy_ptr,  # [images, H, W, D]
+    A_ptr,  # [directions, N, D]
+    weight_ptr,  # [directions, RANK, D]
+    bias_ptr,  # [directions, D]
+    skip_ptr,  # [D]
+    starts_ptr,  # [images, directions, chunks, N, D]
+    checkpoints_ptr,  # scratch [images, chunks, pieces, N, D]
+    adjoints_ptr,  # entering each chunk [images, directions, chunks, N, D]
+    sum_ptr,  # in and out: sum of dx over directions [images, H, W, D] in A's type
+    dx_ptr,  # out: [images, H, W, D], written by the last direction
+    dbefore_ptr,  # out: gradient before softplus [pair, images, H, W, D]
+    dB_ptr,  # out: [blocks, pair, images, H, W, groups, N], or [images, chunks, N, D]
+    dC_ptr,  # out: as dB
+    dz_ptr,  # out: [images, H, W, D], with GATE
+    dA_ptr,  # out: [images, directions, chunks, N, D]
+    dbias_ptr,  # out: [images, directions, chunks, D]
+    dskip_ptr,  # out: [images, chunks, D], written by the first direction
+    dfirst_ptr,  # out: gradient of the initial state [images, N, D], with RANK 0
+    H,
+    W,
+    per_group,
+    groups,
+    directions,
+    chunks,
+    chunk_length,
+    blocks,
+    first_direction,
+    images,
+    N: tl.constexpr,
+    STATES: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    GATE: tl.constexpr,
+    B_CONSTANT: tl.constexpr,
+    C_CONSTANT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """All gradients of a direction and of its reverse, over the same chunk, one after the other."""
+    real: tl.constexpr = A_ptr.dtype.element_ty
+    if ALIGNED:
+        # Lets the compiler see a multiple of 16. A lane may then own four neighbouring channels,
+        # and fewer lanes take part in a sum over channels.
+        per_group = per_group // 16 * 16
+    image, chunk, group, block = split_program(chunks, groups, blocks)
+    D = groups * per_group
+    channels, exists = channels_of(group, block, per_group, BLOCK)
+    n = tl.arange(0, STATES)
+    base = image.to(tl.int64) * H * W
+    skip = load_channels(skip_ptr, 0, channels, exists, D, real)
+    if B_CONSTANT:
+        B = load_states(B_ptr, 0, channels, exists, D, N, STATES)
+        dB_sum = tl.zeros((STATES, BLOCK), real)
+    if C_CONSTANT:
+        C = load_states(C_ptr, 0, channels, exists, D, N, STATES)
+        dC_sum = tl.zeros((STATES, BLOCK), real)
+
+    for direction in tl.range(first_direction, directions, 2):
+        is_first = direction == 0
+        pair_image = direction // 2 * images + image
+        pair_base = pair_image.to(tl.int64) * H * W
+        shares = ((block * ((directions + 1) // 2 * images)) + pair_image).to(tl.int64) * H * W
+        A = load_states(A_ptr, direction, channels, exists, D, N, STATES) * LOG2_E
+        bias = load_channels(bias_ptr, direction, channels, exists, D, real)
+        weight = bias
+        if RANK > 0:
+            weight = load_dt_weight(weight_ptr, direction, channels, exists, D, RANK, RANKS)
+        index = (image * directions + direction) * chunks + chunk
+        steps = tl.minimum(chunk_length, H * W - chunk * chunk_length)
+
+        # Forward once more: the state before every PIECE-th step, and time steps before softplus.
+        h = load_states(starts_ptr, index, channels, exists, D, N, STATES)
+        checkpoint = (image * chunks + chunk) * tl.cdiv(chunk_length, PIECE)
+        position, left = start_walk(0, chunk, chunk_length, H, W, direction)
+        for first in tl.range(0, steps, PIECE):
+            store_states(checkpoints_ptr, checkpoint, h, channels, exists, D, N, STATES)
+            checkpoint += 1
+            for _ in tl.range(0, tl.minimum(PIECE, steps - first)):
+                row = base + position
+                x = load_channels(x_ptr, row, channels, exists, D, real)
+                before = time_step_before_softplus(
+                    dt_ptr, row, direction, channels, exists, D, weight, bias, RANK, RANKS, N
+                )
+                if RANK > 0:
+                    tl.store(
+                        dbefore_ptr + (pair_base + position) * D + channels, before, mask=exists
+                    )
+                dt = time_step(before, SOFTPLUS)
+                if not B_CONSTANT:
+                    B = load_projection(
+                        B_ptr, row, direction, group, groups, RANK, RANK, N, STATES, real
+                    )[:, None]
+                h = tl.exp2(dt[None, :] * A) * h + (dt * x)[None, :] * B
+                position, left = walk(position, left, H, W, direction, False)
+
+        g = load_states(adjoints_ptr, index, channels, exists, D, N, STATES)
+        dA = tl.zeros((STATES, BLOCK), real)
+        dbias = tl.zeros((BLOCK,), real)
+        dskip = tl.zeros((BLOCK,), real)
+        pieces = tl.cdiv(steps, PIECE)
+        for i in tl.range(0, pieces):
+            piece = pieces - 1 - i
+            checkpoint -= 1
+            h = load_states(checkpoints_ptr, checkpoint, channels, exists, D, N, STATES)
+            position, left = start_walk(piece * PIECE, chunk, chunk_length, H, W, direction)
+            positions = ()
+            befores = ()
+            states = ()
+            for j in tl.static_range(PIECE):
+                # Steps beyond the end of the chunk stand at its last position, with dt and dy 0.
+                inside = piece * PIECE + j < steps
+                row = base + position
+                if RANK > 0:
+                    before = load_channels(
+                        dbefore_ptr, pair_base + position, channels, exists, D, real
+                    )
+                else:
+                    before = load_channels(dt_ptr, row, channels, exists, D, real) + bias
+                positions = positions + (position,)
+                befores = befores + (before,)
+                states = states + (h,)
+                if j < PIECE - 1:
+                    dt = tl.where(inside, time_step(before, SOFTPLUS), 0.0)
+                    x = load_channels(x_ptr, row, channels, exists, D, real)
+                    if not B_CONSTANT:
+                        B = load_projection(
+                            B_ptr, row, direction, group, groups, RANK, RANK, N, STATES, real
+                        )[:, None]
+                    h = tl.exp2(dt[None, :] * A) * h + (dt * x)[None, :] * B
+                    next_position, next_left = walk(position, left, H, W, direction, False)
+                    goes_on = piece * PIECE + j + 1 < steps
+                    position = tl.where(goes_on, next_position, position)
+                    left = tl.where(goes_on, next_left, left)
+
+            for j in tl.static_range(PIECE - 1, -1, -1):
+                inside = piece * PIECE + j < steps
+                position, before = positions[j], befores[j]
+                row = base + position
+                dt = tl.where(inside, time_step(before, SOFTPLUS), 0.0)
+                x = load_channels(x_ptr, row, channels, exists, D, real)
+                dy = load_channels(dy_ptr, row, channels, exists & inside, D, real)
+                if not B_CONSTANT:
+                    B = load_projection(
+                        B_ptr, row, direction, group, groups, RANK, RANK, N, STATES, real
+                    )[:, None]
+                if not C_CONSTANT:
+                    C = load_projection(
+                        C_ptr, row, direction, group, groups, RANK + N, RANK, N, STATES, real
+                    )[:, None]
+                decay = tl.exp2(dt[None, :] * A)
+                decayed = decay * states[j]
+                input = dt * x
+                h = decayed + input[None, :] * B
+                if GATE:
+                    z = load_channels(z_ptr, row, channels, exists, D, real)
+                    gate = sigmoid(z)
+                    y = tl.sum(h * C, 0) + skip * x
+                    dz = dy * y * gate * (1.0 + z * (1.0 - gate))
+                    tl.store(
+                        dz_ptr + row * D + channels,
+                        dz.to(dz_ptr.dtype.element_ty),
+                        mask=exists & inside,
+                    )
+                    dy = dy * z * gate
+
+                dh = g + dy[None, :] * C
+                dinput = tl.sum(dh * B, 0)
+                ddecay = dh * decayed
+                dA += ddecay * dt[None, :]
+                ddt = dinput * x + tl.sum(ddecay * A, 0) * LN_2
+                if SOFTPLUS:
+                    ddt *= sigmoid(before)
+                ddt = tl.where(inside, ddt, 0.0)
+                dbias += ddt
+                tl.store(
+                    dbefore_ptr + (pair_base + position) * D + channels,
+                    ddt.to(dbefore_ptr.dtype.element_ty),
+                    mask=exists & inside,
+                )
+
+                dx = dinput * dt + tl.where(is_first, skip, 0.0) * dy
+                dskip += dy * x
+                dx += load_channels(
+                    sum_ptr, row, channels, exists & inside & (direction > 0), D, real
+                )
+                not_last = inside & (direction < directions - 1)
+                tl.store(sum_ptr + row * D + channels, dx, mask=exists & not_last)
+                last = inside & (direction == directions - 1)
+                tl.store(
+                    dx_ptr + row * D + channels,
+                    dx.to(dx_ptr.dtype.element_ty),
+                    mask=exists & last,
+                )
+
+                if B_CONSTANT:
+                    dB_sum += dh * input[None, :]
+                else:
+                    tl.store(
+                        dB_ptr + ((shares + position) * groups + group) * N + n,
+                        tl.sum(dh * input[None, :], 1),
+                        mask=(n < N) & inside,
+                    )
+                if C_CONSTANT:
+                    dC_sum += h * dy[None, :]
+                else:
+                    tl.store(
+                        dC_ptr + ((shares + position) * groups + group) * N + n,
+                        tl.sum(h * dy[None, :], 1),
+                        mask=(n < N) & inside,
+                    )
+                g = decay * dh
+
+        store_states(dA_ptr, index, dA, channels, exists, D, N, STATES)
+        tl.store(dbias_ptr + index.to(tl.int64) * D + channels, dbias, mask=exists)
+        tl.store(
+            dskip_ptr + (image * chunks + chunk).to(tl.int64) * D + channels,
+            dskip,
+            mask=exists & is_first,
+        )
+        if RANK == 0:
+            store_states(dfirst_ptr, image, g, channels, exists & (chunk == 0), D, N, STATES)
+    if B_CONSTANT:
+        store_states(dB_ptr, image * chunks + chunk, dB_sum, channels, exists, D, N, STATES)
+    if C_CONSTANT:
+        store_states(dC_ptr, image * chunks + chunk, dC_sum, channels, exists, D, N, STATES)

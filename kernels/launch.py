@@ -1,0 +1,305 @@
+"""Whole scans, forward and backward: the kernels in their order, on prepared tensors.
+
+Both scans are one problem here. A map with its projections has K = 4 directions and forms dt in the
+kernels (R > 0); a sequence is a map of one row with K = 1 direction whose delta is given (R = 0).
+A and the states have channels last, so that the lanes of a warp read neighbours.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backward import scan_chunk_adjoints, scan_gradients
+from .forward import CARRY_CHUNKS, carry, scan_chunk_states, scan_outputs
+from .plan import CARRY_BLOCK, PIECE, Plan, block_count, plan
+
+
+class Scan(NamedTuple):
+    """A scan to be done. "C" marks the compute type, fp32 or fp64; all else has the I/O type.
+
+    Tensors are contiguous and start at a multiple of 16 bytes. The batch is not empty.
+    """
+
+    x: Tensor  # [B, H, W, D]
+    dt: Tensor  # projections [B, H, W, 4, R + 2N], or delta [B, H, W, D]
+    B: Tensor  # the projections, [B, H, W, G, N], or constant [N, D] (C)
+    C: Tensor  # as B
+    z: Tensor | None  # gate [B, H, W, D]
+    A: Tensor  # [K, N, D] (C)
+    dt_weight: Tensor | None  # [K, R, D] (C), or None where delta is given
+    dt_bias: Tensor  # [K, D] (C)
+    skip: Tensor  # sum over directions [D] (C)
+    softplus: bool
+    groups: int
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.dt_weight is None else self.dt_weight.shape[1]
+
+    @property
+    def pairs(self) -> int:
+        """Launches of a kernel that does a direction and its reverse."""
+        return (self.A.shape[0] + 1) // 2
+
+    def plan(self) -> Plan:
+        images, height, width, channels = self.x.shape
+        return plan(
+            images,
+            height * width,
+            channels,
+            self.groups,
+            self.A.shape[1],
+            self.rank,
+            self.A.dtype,
+        )
+
+
+class Gradients(NamedTuple):
+    """Gradients of a scan's arguments, with their shapes and types."""
+
+    x: Tensor
+    dt: Tensor  # of the projections, B and C among them, or of delta
+    B: Tensor | None  # None where they lie in the projections
+    C: Tensor | None
+    z: Tensor | None
+    A: Tensor
+    dt_weight: Tensor | None
+    dt_bias: Tensor
+    skip: Tensor
+    first: Tensor  # of the state before the first position
+
+
+def _arguments(scan: Scan, plan: Plan, block: int) -> dict[str, Any]:
+    """What every scanning kernel takes: parameters, run-time sizes, compile-time sizes."""
+    _, height, width, channels = scan.x.shape
+    per_group = channels // scan.groups
+    return {
+        "dt_ptr": scan.dt,
+        "A_ptr": scan.A,
+        "weight_ptr": scan.dt_bias if scan.dt_weight is None else scan.dt_weight,
+        "bias_ptr": scan.dt_bias,
+        "H": height,
+        "W": width,
+        "per_group": per_group,
+        "groups": scan.groups,
+        "directions": scan.A.shape[0],
+        "chunks": plan.chunks,
+        "chunk_length": plan.chunk_length,
+        "blocks": block_count(per_group, block),
+        "N": scan.A.shape[1],
+        "STATES": plan.states,
+        "RANK": scan.rank,
+        "RANKS": plan.ranks,
+        "BLOCK": block,
+        "SOFTPLUS": scan.softplus,
+        **LAUNCH_OPTIONS,
+    }
+
+
+# One warp per program, so that a lane keeps its channels; products are added in one rounding.
+LAUNCH_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
+
+
+def _gate(scan: Scan) -> dict[str, Any]:
+    return {"z_ptr": scan.x if scan.z is None else scan.z, "GATE": scan.z is not None}
+
+
+def _constant(matrix: Tensor) -> bool:
+    return matrix.dim() == 2
+
+
+def _carried(ends: Tensor, sums: Tensor, A: Tensor, first: Tensor, adjoint: bool) -> Tensor:
+    """State or adjoint that enters each chunk `[B, K, chunks, N, D]`, from those of `first`."""
+    images, directions, chunks, n, channels = ends.shape
+    starts = torch.empty_like(ends)
+    blocks = block_count(n * channels, CARRY_BLOCK)
+    carry[(images * directions * blocks,)](
+        ends,
+        sums,
+        A,
+        first,
+        starts,
+        channels,
+        directions,
+        chunks,
+        blocks,
+        N=n,
+        CHUNKS=CARRY_CHUNKS,
+        BLOCK=CARRY_BLOCK,
+        ADJOINT=adjoint,
+        **LAUNCH_OPTIONS,
+    )
+    return starts
+
+
+def forward(scan: Scan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs a scan.
+
+    Args:
+        first: state before the first position `[B, K, N, D]`, compute type.
+
+    Returns:
+        y `[B, H, W, D]`, I/O type; the last state of a sequence `[B, N, D]`; the state before each
+        chunk `[B, K, chunks, N, D]`, which the backward needs.
+    """
+    images, height, width, channels = scan.x.shape
+    directions, n = scan.A.shape[:2]
+    real, plan = scan.A.dtype, scan.plan()
+    arguments = _arguments(scan, plan, plan.block)
+    programs = images * plan.chunks * scan.groups * arguments["blocks"]
+    inputs = {"x_ptr": scan.x, "B_ptr": scan.B, "B_CONSTANT": _constant(scan.B)}
+
+    starts = first.unsqueeze(2)
+    if plan.chunks > 1:
+        ends = first.new_empty(images, directions, plan.chunks, n, channels)
+        sums = first.new_empty(images, directions, plan.chunks, channels)
+        scan_chunk_states[(programs * directions,)](
+            ends_ptr=ends, sums_ptr=sums, **inputs, **arguments
+        )
+        starts = _carried(ends, sums, scan.A, first, adjoint=False)
+
+    y = torch.empty_like(scan.x)
+    total = y if y.dtype == real else torch.empty_like(y, dtype=real)
+    last = first.new_zeros(images, n, channels)  # of a map it stays zero
+    for first_direction in range(scan.pairs):
+        scan_outputs[(programs,)](
+            C_ptr=scan.C,
+            C_CONSTANT=_constant(scan.C),
+            skip_ptr=scan.skip,
+            starts_ptr=starts,
+            sum_ptr=total,
+            y_ptr=y,
+            last_ptr=last,
+            first_direction=first_direction,
+            **inputs,
+            **_gate(scan),
+            **arguments,
+        )
+    return y, last, starts
+
+
+def _entering_adjoints(scan: Scan, plan: Plan, grad_y: Tensor, grad_last: Tensor) -> Tensor:
+    """Adjoint that enters each chunk from the steps after it `[B, K, chunks, N, D]`."""
+    if plan.chunks == 1:
+        return grad_last.unsqueeze(2)
+    images, directions, n, channels = grad_last.shape
+    arguments = _arguments(scan, plan, plan.block)
+    ends = grad_last.new_empty(images, directions, plan.chunks, n, channels)
+    sums = grad_last.new_empty(images, directions, plan.chunks, channels)
+    programs = images * directions * plan.chunks * scan.groups * arguments["blocks"]
+    scan_chunk_adjoints[(programs,)](
+        C_ptr=scan.C,
+        C_CONSTANT=_constant(scan.C),
+        dy_ptr=grad_y,
+        ends_ptr=ends,
+        sums_ptr=sums,
+        **_gate(scan),
+        **arguments,
+    )
+    return _carried(ends, sums, scan.A, grad_last, adjoint=True)
+
+
+def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> Gradients:
+    """Gradients of a scan.
+
+    Args:
+        starts: the third result of `forward`.
+        grad_y: gradient of y `[B, H, W, D]`, prepared like the arguments of the scan.
+        grad_last: gradient of the state after the last position `[B, K, N, D]`, compute type.
+    """
+    images, height, width, channels = scan.x.shape
+    directions, n = scan.A.shape[:2]
+    real, plan = scan.A.dtype, scan.plan()
+    arguments = _arguments(scan, plan, plan.backward_block)
+    blocks, position = arguments["blocks"], (images, height, width)
+    in_pair = (directions + 1) // 2
+    pieces = block_count(plan.chunk_length, PIECE)
+
+    checkpoints = starts.new_empty(images, plan.chunks, pieces, n, channels)
+    grad_x = torch.empty_like(scan.x)
+    total = grad_x if grad_x.dtype == real else torch.empty_like(grad_x, dtype=real)
+    grad_z = None if scan.z is None else torch.empty_like(scan.z)
+    per_chunk = starts.new_empty(images, directions, plan.chunks, n, channels)
+    bias_per_chunk = starts.new_empty(images, directions, plan.chunks, channels)
+    skip_per_chunk = starts.new_empty(images, plan.chunks, channels)
+    grad_first = starts.new_zeros(images, n, channels)  # of a map it stays zero
+    of_projection = (blocks, in_pair, *position, scan.groups, n)
+    of_constant = (images, plan.chunks, n, channels)
+    grad_B = starts.new_empty(of_constant if _constant(scan.B) else of_projection)
+    grad_C = starts.new_empty(of_constant if _constant(scan.C) else of_projection)
+    grad_before = starts.new_empty(
+        in_pair, *position, channels, dtype=real if scan.rank else scan.dt.dtype
+    )
+    grad_dt = torch.empty_like(scan.dt) if scan.rank else grad_before[0]
+    grad_weight = None if scan.dt_weight is None else torch.empty_like(scan.dt_weight)
+
+    adjoints = _entering_adjoints(scan, plan, grad_y, grad_last)
+    for first_direction in range(scan.pairs):
+        scan_gradients[(images * plan.chunks * scan.groups * blocks,)](
+            x_ptr=scan.x,
+            B_ptr=scan.B,
+            C_ptr=scan.C,
+            dy_ptr=grad_y,
+            skip_ptr=scan.skip,
+            starts_ptr=starts,
+            checkpoints_ptr=checkpoints,
+            adjoints_ptr=adjoints,
+            sum_ptr=total,
+            dx_ptr=grad_x,
+            dbefore_ptr=grad_before,
+            dB_ptr=grad_B,
+            dC_ptr=grad_C,
+            dz_ptr=scan.x if grad_z is None else grad_z,
+            dA_ptr=per_chunk,
+            dbias_ptr=bias_per_chunk,
+            dskip_ptr=skip_per_chunk,
+            dfirst_ptr=grad_first,
+            first_direction=first_direction,
+            images=images,
+            B_CONSTANT=_constant(scan.B),
+            C_CONSTANT=_constant(scan.C),
+            PIECE=PIECE,
+            ALIGNED=plan.aligned,
+            **_gate(scan),
+            **arguments,
+        )
+        if grad_weight is not None:
+            pair = slice(first_direction, None, 2)
+            grad_dt[:, :, :, pair], grad_weight[pair] = _projection_gradients(
+                scan, pair, grad_before, grad_B, grad_C
+            )
+
+    return Gradients(
+        grad_x,
+        grad_dt,
+        None if scan.rank else _summed(grad_B, scan.B),
+        None if scan.rank else _summed(grad_C, scan.C),
+        grad_z,
+        per_chunk.sum((0, 2)),
+        grad_weight,
+        bias_per_chunk.sum((0, 2)),
+        skip_per_chunk.sum((0, 1)),
+        grad_first,
+    )
+
+
+def _summed(partial: Tensor, like: Tensor) -> Tensor:
+    """Gradient of B or C of a sequence from what the programs left."""
+    total = partial.sum((0, 1))
+    return total.to(like.dtype)
+
+
+def _projection_gradients(
+    scan: Scan, pair: slice, grad_before: Tensor, grad_B: Tensor, grad_C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the projections `[B, H, W, P, R + 2N]` and dt_weight `[P, R, D]` of a pair."""
+    assert scan.dt_weight is not None
+    weight = scan.dt_weight[pair]
+    r = scan.dt[:, :, :, pair, : scan.rank].movedim(3, 0).to(weight.dtype)
+    grad_r = torch.einsum("pbhwd,prd->bhwpr", grad_before, weight)
+    # One product per line, then a sum: a product over all positions would round more.
+    grad_weight = (r.flatten(1, 2).mT @ grad_before.flatten(1, 2)).sum(1)
+    grad_B = grad_B.sum(0).squeeze(-2).movedim(0, 3)
+    grad_C = grad_C.sum(0).squeeze(-2).movedim(0, 3)
+    return torch.cat((grad_r, grad_B, grad_C), dim=-1).to(scan.dt.dtype), grad_weight

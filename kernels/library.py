@@ -1,0 +1,178 @@
+"""The operator `cmamba::triton_scan`: registration with torch.library, autograd, fake tensors.
+
+A compiler or an exporter sees a scan as one opaque operator. Besides its arguments it keeps for the
+backward only the state before each chunk.
+"""
+
+import torch
+from torch import Tensor
+
+from .launch import Scan, backward, forward
+from .plan import plan
+
+
+def _prepared(x: Tensor) -> Tensor:
+    """Contiguous and at a multiple of 16 bytes, for which the kernels are compiled."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _scan(
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
+    z: Tensor | None,
+    A: Tensor,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor,
+    skip: Tensor,
+    softplus: bool,
+    groups: int,
+) -> Scan:
+    """The arguments of the operator as the kernels take them."""
+    dt = _prepared(dt)
+    return Scan(
+        _prepared(x),
+        dt,
+        dt if B is None else _prepared(B),
+        dt if C is None else _prepared(C),
+        None if z is None else _prepared(z),
+        _prepared(A),
+        None if dt_weight is None else _prepared(dt_weight),
+        _prepared(dt_bias),
+        _prepared(skip),
+        softplus,
+        groups,
+    )
+
+
+def _states(of_sequence: Tensor | None, A: Tensor, images: int) -> Tensor:
+    """States `[B, K, N, D]` of their own, zero where none are given."""
+    if of_sequence is None:
+        return A.new_zeros(images, *A.shape)
+    return of_sequence.unsqueeze(1).clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("cmamba::triton_scan", mutates_args=())
+def triton_scan(
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
+    z: Tensor | None,
+    A: Tensor,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor,
+    skip: Tensor,
+    first: Tensor | None,
+    softplus: bool,
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A scan of a map in four directions, or of a sequence in one; `launch.Scan` has the shapes.
+
+    B and C are None where they lie in the projections. `first` is the state before the first
+    position `[B, N, D]`, only for a sequence.
+
+    Returns:
+        y `[B, H, W, D]`; last state `[B, N, D]`, of a map zero; state before each chunk
+        `[B, K, chunks, N, D]`.
+    """
+    if len(x) == 0:
+        return _results(x, A, dt_weight, groups)
+    scan = _scan(x, dt, B, C, z, A, dt_weight, dt_bias, skip, softplus, groups)
+    return forward(scan, _states(first, A, len(x)))
+
+
+@torch.library.custom_op("cmamba::triton_scan_backward", mutates_args=())
+def triton_scan_backward(
+    grad_y: Tensor,
+    grad_last: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
+    z: Tensor | None,
+    A: Tensor,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor,
+    skip: Tensor,
+    starts: Tensor,
+    softplus: bool,
+    groups: int,
+) -> list[Tensor]:
+    """Gradients of the tensors from x to skip that are given, in this order, and of `first`."""
+    if len(x) == 0:
+        likes = _gradients(x, dt, B, C, z, A, dt_weight, dt_bias, skip)
+        return [torch.zeros_like(like) for like in likes]
+    scan = _scan(x, dt, B, C, z, A, dt_weight, dt_bias, skip, softplus, groups)
+    gradients = backward(scan, starts, _prepared(grad_y), _states(grad_last, A, len(x)))
+    return [grad for grad in gradients if grad is not None]
+
+
+def _results(
+    x: Tensor, A: Tensor, dt_weight: Tensor | None, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors like the results of `triton_scan`; the sizes of x may be symbolic."""
+    images, height, width, channels = x.shape
+    directions, n, _ = A.shape
+    rank = 0 if dt_weight is None else dt_weight.shape[1]
+    chunks = plan(images, height * width, channels, groups, n, rank, A.dtype).chunks
+    return (
+        x.new_empty(x.shape),
+        A.new_empty(images, n, channels),
+        A.new_empty(images, directions, chunks, n, channels),
+    )
+
+
+def _gradients(x: Tensor, *others: Tensor | None) -> list[Tensor]:
+    """Tensors like the results of `triton_scan_backward` for the arguments from x to skip."""
+    likes = [like.new_empty(like.shape) for like in (x, *others) if like is not None]
+    A = others[4]
+    assert A is not None
+    return [*likes, A.new_empty(x.shape[0], *A.shape[1:])]
+
+
+@triton_scan.register_fake
+def _(x, dt, B, C, z, A, dt_weight, dt_bias, skip, first, softplus, groups):
+    return _results(x, A, dt_weight, groups)
+
+
+@triton_scan_backward.register_fake
+def _(
+    grad_y, grad_last, x, dt, B, C, z, A, dt_weight, dt_bias, skip, starts, softplus, groups
+):
+    return _gradients(x, dt, B, C, z, A, dt_weight, dt_bias, skip)
+
+
+def _save(ctx, inputs, output):
+    *tensors, first, softplus, groups = inputs
+    ctx.softplus, ctx.groups = softplus, groups
+    ctx.of_sequence = first is not None
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _differentiate(ctx, grad_y, grad_last, _):
+    tensors = ctx.saved_tensors
+    if grad_y is None and grad_last is None:
+        return (None,) * (len(tensors) + 2)
+    if grad_y is None:
+        grad_y = torch.zeros_like(tensors[0])
+    gradients = iter(
+        triton_scan_backward(grad_y, grad_last, *tensors, ctx.softplus, ctx.groups)
+    )
+    of_arguments = [None if x is None else next(gradients) for x in tensors[:-1]]
+    of_first = next(gradients) if ctx.of_sequence else None
+    return *of_arguments, of_first, None, None
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise NotImplementedError(
+        "the Triton scan has no second derivative; use backend='reference' for double backward"
+    )
+
+
+triton_scan.register_autograd(_differentiate, setup_context=_save)
+triton_scan_backward.register_autograd(_refuse_second_derivative)

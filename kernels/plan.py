@@ -1,0 +1,90 @@
+"""How a scan is cut into programs: fixed rules from its shape, the same on every machine.
+
+Every choice depends on sizes and types alone, never on a measurement or a device, so that a result
+can be repeated elsewhere. The tests read the same rules to know which variants of a kernel exist.
+This module needs only torch.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+# Programs (one warp each) that keep a large GPU busy; an H200 holds up to 132 * 32 at a time.
+PROGRAMS = 2048
+# A chunk shorter than this would cost more in carries than it gives in parallelism.
+MIN_CHUNK = 32
+MAX_CHUNK = 2**30
+# More would not fit in registers.
+MAX_STATES = 32
+MAX_RANK = 64
+BLOCKS = (128, 64, 32, 16)
+# 32-bit registers per lane for state, A and dt_weight in the forward; about half of what there is.
+FORWARD_REGISTERS = 128
+# States times channels of a program in the backward, which holds a dozen such arrays.
+BACKWARD_TILE = 512
+# Steps that the backward repeats with their states in registers. The scratch memory for
+# checkpoints is 1 / PIECE of all states of one direction.
+PIECE = 4
+# Features (states times channels) of a program of the carry.
+CARRY_BLOCK = 32
+
+
+class Plan(NamedTuple):
+    """Sizes that the kernels are compiled for, and the chunks of the sequence."""
+
+    states: int  # N rounded up to a power of two
+    ranks: int  # R rounded up likewise; 1 where delta is given
+    block: int  # channels of a program
+    backward_block: int  # channels of a program of scan_gradients
+    aligned: bool  # channels per group are a multiple of 16
+    chunk_length: int  # positions, a power of two
+    chunks: int
+
+
+def next_power_of_2(x: int) -> int:
+    return 1 << (x - 1).bit_length()
+
+
+def block_count(channels: int, block: int) -> int:
+    """Blocks that cover so many channels."""
+    return (channels + block - 1) // block
+
+
+def _block(channels: int, largest: int) -> int:
+    """The block that leaves the fewest lanes idle, and of those the largest."""
+    allowed = [block for block in BLOCKS if block <= largest] or [BLOCKS[-1]]
+    return min(allowed, key=lambda block: block_count(channels, block) * block)
+
+
+def chunk_length(length: int, programs: int) -> int:
+    """Positions of a chunk, where one chunk of the sequence already has so many programs.
+
+    Found by comparisons only, so that it stays a plain int when the sizes are symbolic.
+    """
+    chunk = MAX_CHUNK
+    while chunk > MIN_CHUNK and length * programs < PROGRAMS * chunk:
+        chunk //= 2
+    return chunk
+
+
+def plan(
+    images: int, length: int, channels: int, groups: int, n: int, rank: int, dtype: torch.dtype
+) -> Plan:
+    """The plan for a sequence of `length` positions in each image.
+
+    Args:
+        channels: of all groups together.
+        rank: R, or 0 where delta is given.
+        dtype: in which the scan computes, fp32 or fp64.
+    """
+    states, ranks = next_power_of_2(n), next_power_of_2(max(rank, 1))
+    registers = 2 if dtype == torch.float64 else 1  # per number
+    per_group = channels // groups
+    block = _block(per_group, FORWARD_REGISTERS * 32 // (registers * (ranks + 2 * states)))
+    backward_block = _block(per_group, BACKWARD_TILE // (registers * states))
+    aligned = per_group % 16 == 0
+    chunk = chunk_length(length, images * groups * block_count(per_group, block))
+    if chunk >= length:  # one pass over the whole sequence
+        return Plan(states, ranks, block, backward_block, aligned, length, 1)
+    chunks = (length + chunk - 1) // chunk
+    return Plan(states, ranks, block, backward_block, aligned, chunk, chunks)
