@@ -17,7 +17,8 @@ MAX_CHUNK = 2**30
 # More would not fit in registers.
 MAX_STATES = 32
 MAX_RANK = 64
-BLOCKS = (128, 64, 32, 16)
+BLOCKS = (128, 64, 32)
+NARROW_BLOCK = 16  # half a warp, where registers leave no choice
 # 32-bit registers per lane for state, A and dt_weight in the forward; about half of what there is.
 FORWARD_REGISTERS = 128
 # States times channels of a program in the backward, which holds a dozen such arrays.
@@ -52,7 +53,7 @@ def block_count(channels: int, block: int) -> int:
 
 def _block(channels: int, largest: int) -> int:
     """The block that leaves the fewest lanes idle, and of those the largest."""
-    allowed = [block for block in BLOCKS if block <= largest] or [BLOCKS[-1]]
+    allowed = [block for block in BLOCKS if block <= largest] or [NARROW_BLOCK]
     return min(allowed, key=lambda block: block_count(channels, block) * block)
 
 
