@@ -1,0 +1,541 @@
+"""The profiler: what it times is right, what it reports follows from it, and nothing is lost."""
+
+import csv
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from cmamba_ref import CMamba, ss2d
+from cmamba_ref.config import CONFIGS
+from cmamba_ref.errors import BackendUnavailableError
+from cmamba_ref.ops import selective_scan, selective_scan_2d
+from tools import profile_scan
+from tools.profile_scan import BACKWARD, BOTH, FORWARD, Candidate, Shape
+
+TINY = "1x4x3x8x2x1"
+CPU = torch.device("cpu")
+GATE_MAP = profile_scan.GATE_MAP
+
+
+@pytest.fixture(autouse=True)
+def _small_gate(monkeypatch):
+    """The reference takes one position after another; fewer of them show the same."""
+    monkeypatch.setattr(profile_scan, "GATE_MAP", (2, 4, 5))
+
+
+def settings(dtype="fp32", modes=profile_scan.MODES, repeats=3, device=CPU):
+    return profile_scan.Settings(device, dtype, modes, repeats, seconds=0.5)
+
+
+def one_backend_replaced(monkeypatch, name, replacement):
+    """`selective_scan_2d` as the tool sees it, with one backend replaced by a function."""
+
+    def scan(*args, backend="auto", **kwargs):
+        if backend == name:
+            return replacement(*args, **kwargs)
+        return selective_scan_2d(*args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(profile_scan, "selective_scan_2d", scan)
+
+
+def is_large(x):
+    """Whether this is the map to be timed and not that of the gate."""
+    return x.shape[:3] != profile_scan.GATE_MAP
+
+
+# ---------------------------------------------------------------- reports
+
+
+def test_table_csv_and_json_agree(tmp_path, capsys):
+    csv_path, json_path = tmp_path / "scan.csv", tmp_path / "scan.json"
+    arguments = ["--shape", TINY, "--shape", "2x3x5x4x1x2", "--backends", "reference", "chunked"]
+    arguments += ["--repeats", "4", "--device", "cpu"]
+    arguments += ["--csv", str(csv_path), "--json", str(json_path)]
+    assert profile_scan.main(arguments) == 0
+
+    report = json.loads(json_path.read_text())
+    rows = report["results"]
+    assert [(row["shape"], row["mode"], row["backend"]) for row in rows] == [
+        (shape, mode, backend)
+        for shape in (TINY, "2x3x5x4x1x2")
+        for mode in ("forward", "backward", "both")
+        for backend in ("reference", "chunked")
+    ]
+    elements, projections = 1 * 4 * 3 * 8, 4 * 1 * 4 * 3 * (1 + 2 * 2)
+    least = {"forward": (2, 1), "backward": (3, 2), "both": (5, 3)}
+    for row in rows[:6]:
+        seconds = row["median_ms"] / 1e3
+        maps, projected = least[row["mode"]]
+        least_bytes = 4 * (maps * elements + projected * projections)
+        assert row["gb_per_s"] == pytest.approx(least_bytes / seconds / 1e9)
+        assert row["ns_per_elt"] == pytest.approx(seconds * 1e9 / (4 * elements * 2))
+        passes = 2 if row["mode"] == "both" else 1
+        assert row["gexp_per_s"] == pytest.approx(passes * 4 * elements * 2 / seconds / 1e9)
+        assert row["status"] == "ok" and row["repeats"] == 4 and row["iqr_ms"] >= 0
+        assert row["floor_ms"] is row["of_floor"] is row["peak_mib"] is None
+    for key in ("command", "commit", "device", "machine", "threads", "versions", "notes"):
+        assert report["meta"][key]
+    assert report["meta"]["command"].startswith("python tools/profile_scan.py --shape")
+
+    with csv_path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["median_ms"] for line in lines] == [str(row["median_ms"]) for row in rows]
+    assert lines[0]["of_floor"] == ""
+
+    output = capsys.readouterr().out.splitlines()
+    heading = next(line for line in output if line.startswith("backend"))
+    table = [line for line in output if line.startswith(("reference ", "chunked "))]
+    assert len(table) == len(rows)
+    assert {len(line) for line in table} == {len(heading)}
+    for line, row in zip(table, rows, strict=True):
+        backend, mode, milliseconds, *_ = line.split()
+        assert (backend, mode) == (row["backend"], row["mode"])
+        assert float(milliseconds) == pytest.approx(row["median_ms"], rel=1e-3)
+
+
+def test_figures_have_four_digits():
+    figures = (0.06123456, 2.5, 12345.6, 1.23456e-6, 0.0, 20, None)
+    texts = [profile_scan.as_text(figure) for figure in figures]
+    assert texts == ["0.06123", "2.500", "12346", "0.000001", "0", "20", "-"]
+
+
+def test_interruption_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
+    measure = profile_scan.measure
+    modes = []
+
+    def interrupted(candidates, shape, mode, *args):
+        modes.append(mode)
+        if len(modes) == 3:
+            raise KeyboardInterrupt
+        return measure(candidates, shape, mode, *args)
+
+    monkeypatch.setattr(profile_scan, "measure", interrupted)
+    path = tmp_path / "scan.json"
+    arguments = ["--shape", TINY, "--backends", "chunked", "--device", "cpu", "--repeats", "1"]
+    assert profile_scan.main([*arguments, "--json", str(path)]) == 130
+    results = json.loads(path.read_text())["results"]
+    assert [row["mode"] for row in results] == modes[:2] == [FORWARD, BACKWARD]
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_trace_names_the_candidates(tmp_path):
+    path = tmp_path / "trace.json"
+    arguments = ["--shape", TINY, "--backends", "chunked", "vmamba-pipeline", "--repeats", "1"]
+    arguments += ["--mode", "forward", "--device", "cpu", "--trace", str(path)]
+    assert profile_scan.main(arguments) == 0
+    events = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+    assert {"chunked", "vmamba-pipeline", "cmamba::chunked_scan_2d_backward"} <= events
+
+
+# ---------------------------------------------------------------- floor
+
+
+@pytest.mark.parametrize(
+    ("size", "microseconds"),
+    [
+        ((1, 128, 128, 192), [(6, 10, 28), (7, 20, 49), (7, 34, 78), (8, 61, 136)]),
+        ((8, 128, 128, 192), [(51, 81, 221), (54, 163, 394), (58, 272, 625), (65, 489, 1086)]),
+        ((1, 256, 384, 128), [(26, 41, 109), (28, 81, 190), (31, 136, 302), (37, 244, 533)]),
+        ((1, 256, 384, 384), [(75, 122, 423), (78, 244, 682), (80, 407, 1029), (86, 733, 1721)]),
+    ],
+    ids=str,
+)
+def test_floor_is_that_of_the_published_model(size, microseconds):
+    cases = [case.shape for case in profile_scan.kernel_cases()]
+    for states, expected in zip((1, 4, 8, 16), microseconds, strict=True):
+        shape = Shape(*size, states, size[3] // 32)
+        assert shape in cases
+        seconds = [profile_scan.minimum_bytes(shape, FORWARD, 4) / profile_scan.H200.bandwidth]
+        seconds += [
+            profile_scan.floor_seconds(shape, mode, 4, profile_scan.H200)
+            for mode in (FORWARD, BOTH)
+        ]
+        assert [1e6 * value for value in seconds] == pytest.approx(expected, abs=0.55)
+        backward = profile_scan.floor_seconds(shape, BACKWARD, 4, profile_scan.H200)
+        assert seconds[2] - seconds[1] <= backward * (1 + 1e-9) and backward < seconds[2]
+
+
+def test_fraction_of_the_floor():
+    case = profile_scan.Case("kernels", Shape(1, 128, 128, 192, 16, 6))
+    measurement = profile_scan.Measurement(times=[122.2e-6] * 5, peak_bytes=3 * 2**20)
+    arguments = (case, Candidate("triton", selective_scan_2d), FORWARD, measurement)
+    row = profile_scan.to_row(*arguments, settings(), profile_scan.H200)
+    assert row.of_floor == pytest.approx(0.5, rel=1e-3)
+    assert row.peak_mib == 3 and row.iqr_ms == 0
+    assert profile_scan.to_row(*arguments, settings("fp64"), profile_scan.H200).of_floor is None
+
+
+def test_device_models(monkeypatch):
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    cuda = torch.device("cuda")
+    assert profile_scan.gpu_model(cuda) == profile_scan.H200
+    assert profile_scan.gpu_model(CPU) is None
+    properties.name = "another"
+    assert profile_scan.gpu_model(cuda) is None  # clocks unknown
+    properties.clock_rate, properties.memory_clock_rate = 1_410_000, 1_215_000
+    properties.memory_bus_width, properties.multi_processor_count = 5120, 108
+    properties.major = 8
+    expected = profile_scan.Gpu(1.5552e12, 108, 1.41e9, fp32_lanes=64)
+    assert profile_scan.gpu_model(cuda) == expected
+    properties.major = 99
+    assert profile_scan.gpu_model(cuda) is None
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    properties.major = 9
+    assert profile_scan.gpu_model(cuda) is None
+
+
+# ---------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize(
+    ("preset", "width", "height"), [("256", 256, 256), ("kodak", 768, 512), ("2k", 2048, 1080)]
+)
+def test_presets_are_the_scans_of_the_models(monkeypatch, preset, width, height):
+    called = []
+
+    def record(x, proj, A, dt_weight, dt_bias, D):
+        called.append(Shape(*x.shape, A.shape[2], dt_weight.shape[2]))
+        return selective_scan_2d(x, proj, A, dt_weight, dt_bias, D)
+
+    monkeypatch.setattr(ss2d, "selective_scan_2d", record)
+    cases = profile_scan.PRESETS[preset]()
+    names = ["tiny"] if preset != "256" else list(CONFIGS)
+    for name in names:
+        called.clear()
+        with torch.device("meta"), torch.no_grad():
+            model = CMamba(name).eval()
+            model(torch.empty(1, 3, height, width), 1.0 if model.gain is not None else None)
+        assert {case.shape for case in cases if case.label.startswith(name)} == set(called)
+
+
+def test_quick_shapes_are_small():
+    assert all(case.shape.elts < 2e6 for case in profile_scan.quick_cases())
+
+
+# ---------------------------------------------------------------- gate
+
+
+def slightly_off(*args, **kwargs):
+    return selective_scan_2d(*args, **kwargs, backend="chunked") * (1 + 1e-5)
+
+
+def off_without_skip(*args, D=None, **kwargs):
+    y = selective_scan_2d(*args, D=D, **kwargs, backend="chunked")
+    return y if D is not None else y + 1e-3
+
+
+def wrong_gradient(*args, dt_bias, **kwargs):
+    dt_bias = dt_bias + (dt_bias - dt_bias.detach()) * 1e-3  # the value stays
+    return selective_scan_2d(*args, dt_bias=dt_bias, **kwargs, backend="chunked")
+
+
+def not_a_number(x, **kwargs):
+    return selective_scan_2d(x, **kwargs, backend="chunked") * torch.nan
+
+
+def wrong_type(x, **kwargs):
+    return selective_scan_2d(x, **kwargs, backend="chunked").double()
+
+
+def error_at_the_gate(x, **kwargs):
+    if x.shape[0] > 1:  # not when it is asked whether it is there
+        raise ZeroDivisionError("no such\nluck")
+    return x
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (slightly_off, "y is off by"),
+        (off_without_skip, "y is off by"),
+        (wrong_gradient, "gradient of dt_bias is off by"),
+        (not_a_number, "y is off by nan"),
+        (wrong_type, "the output is torch.float64"),
+        (error_at_the_gate, "ZeroDivisionError: no such"),
+    ],
+)
+def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path, capsys, broken, reason):
+    sizes = []
+
+    def recorded(x, **kwargs):
+        sizes.append(x.shape[:3])
+        return broken(x, **kwargs)
+
+    one_backend_replaced(monkeypatch, "chunked", recorded)
+    path = tmp_path / "scan.json"
+    arguments = ["--shape", TINY, "--backends", "chunked", "vmamba-pipeline", "--device", "cpu"]
+    arguments += ["--repeats", "1", "--mode", "both", "--json", str(path)]
+    assert profile_scan.main(arguments) == 1
+    wrong, right = json.loads(path.read_text())["results"]
+    assert wrong["status"] == "failed" and wrong["reason"].startswith(reason)
+    assert wrong["median_ms"] is None and right["status"] == "ok"
+    assert (1, 4, 3) not in sizes
+    assert f"failed: {reason}" in capsys.readouterr().out
+
+
+def test_gradients_are_checked_only_where_they_are_timed(monkeypatch):
+    one_backend_replaced(monkeypatch, "chunked", wrong_gradient)
+    arguments = ["--shape", TINY, "--backends", "chunked", "--device", "cpu", "--repeats", "1"]
+    assert profile_scan.main([*arguments, "--mode", "forward"]) == 0
+    assert profile_scan.main([*arguments, "--mode", "backward"]) == 1
+
+
+@pytest.mark.parametrize("dtype", profile_scan.DTYPES)
+def test_sound_candidates_pass_in_every_type(monkeypatch, dtype):
+    monkeypatch.setattr(profile_scan, "GATE_MAP", GATE_MAP)
+    asked = settings(dtype)
+    candidates = profile_scan.find_candidates(["chunked", "reference", "vmamba-pipeline"], asked)
+    outcomes = profile_scan.pass_gate(candidates, Shape(1, 64, 64, 24, 3, 2), asked)
+    assert set(outcomes.values()) == {profile_scan.OK}
+
+
+def test_a_backend_that_lacks_a_size_is_not_called_wrong(monkeypatch, capsys):
+    def scan(x, A, **kwargs):
+        if A.shape[2] > 1:
+            raise BackendUnavailableError("`backend` must be one that runs N = 2")
+        return selective_scan_2d(x, A=A, **kwargs, backend="chunked")
+
+    one_backend_replaced(monkeypatch, "triton", scan)
+    arguments = ["--shape", TINY, "--backends", "triton", "--device", "cpu", "--mode", "forward"]
+    assert profile_scan.main(arguments) == 0
+    assert "cannot run: `backend` must be one that runs N = 2" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- measuring
+
+
+class RecordingMeter(profile_scan.CpuMeter):
+    """Time stands still except for the second candidate, which is slow."""
+
+    def __init__(self):
+        self.last, self.order = "", []
+
+    def seconds(self, call):
+        call()
+        self.order.append(self.last)
+        return 0.3 if self.last == "slow" else 0.0
+
+
+def test_candidates_take_turns_until_they_have_enough():
+    meter = RecordingMeter()
+
+    def named(name):
+        def scan(**arguments):
+            meter.last = name
+            return selective_scan_2d(**arguments)
+
+        return Candidate(name, scan)
+
+    shape = Shape(1, 2, 2, 3, 1, 1)
+    candidates = [named("fast"), named("slow")]
+    results = profile_scan.measure(candidates, shape, BOTH, settings(repeats=6), meter)
+    assert meter.order == ["fast", "slow"] * profile_scan.MIN_REPEATS + ["fast"] * 3
+    assert {name: len(result.times) for name, result in results.items()} == {"fast": 6, "slow": 3}
+
+
+def test_one_failure_does_not_end_the_run(monkeypatch, tmp_path, capsys):
+    failures = {"chunked": torch.OutOfMemoryError("too much"), "triton": RuntimeError("grid")}
+
+    def scan(x, backend="auto", **kwargs):
+        if backend in failures and is_large(x) and x.shape[1] == 9:
+            raise failures[backend]
+        return selective_scan_2d(x, **kwargs, backend="reference")
+
+    monkeypatch.setattr(profile_scan, "selective_scan_2d", scan)
+    path = tmp_path / "scan.csv"
+    arguments = ["--shape", "1x9x2x4x1x1", "--shape", "1x3x2x4x1x1", "--mode", "forward"]
+    arguments += ["--backends", "chunked", "triton", "reference", "--device", "cpu"]
+    assert profile_scan.main([*arguments, "--repeats", "1", "--csv", str(path)]) == 1
+    with path.open(newline="") as file:
+        rows = [(row["backend"], row["status"], row["reason"]) for row in csv.DictReader(file)]
+    assert rows == [
+        ("chunked", "out of memory", ""),
+        ("triton", "failed", "RuntimeError: grid"),
+        ("reference", "ok", ""),
+        ("chunked", "ok", ""),
+        ("triton", "ok", ""),
+        ("reference", "ok", ""),
+    ]
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_lack_of_memory_alone_is_no_failure(monkeypatch, capsys):
+    def scan(x, **kwargs):
+        if x.shape[:3] == (1, 4, 3):
+            raise torch.OutOfMemoryError("too much")
+        return selective_scan_2d(x, **kwargs, backend="chunked")
+
+    one_backend_replaced(monkeypatch, "chunked", scan)
+    arguments = ["--shape", TINY, "--backends", "chunked", "--device", "cpu", "--mode", "forward"]
+    assert profile_scan.main(arguments) == 0
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_arguments_that_do_not_fit_are_a_result():
+    candidate = Candidate("chunked", selective_scan_2d)
+    shape = Shape(10**6, 10**6, 10**6, 1, 1, 1)
+    results = profile_scan.measure_sound(
+        [candidate],
+        {"chunked": profile_scan.OK},
+        shape,
+        FORWARD,
+        settings(),
+        profile_scan.CpuMeter(),
+    )
+    assert results["chunked"].outcome.status in ("out of memory", "failed")
+
+
+def test_forward_only_candidates_are_not_asked_for_a_backward():
+    def scan(**arguments):
+        with torch.no_grad():
+            return selective_scan_2d(**arguments)
+
+    candidate = Candidate("extension", scan, differentiable=False)
+    shape, asked = Shape(1, 2, 3, 4, 1, 1), settings(repeats=1)
+    outcomes = profile_scan.pass_gate([candidate], shape, asked)
+    assert outcomes == {"extension": profile_scan.OK}
+    meter = profile_scan.CpuMeter()
+    for mode, status in ((FORWARD, "ok"), (BACKWARD, "forward only"), (BOTH, "forward only")):
+        results = profile_scan.measure_sound([candidate], outcomes, shape, mode, asked, meter)
+        assert results["extension"].outcome.status == status
+
+
+@pytest.mark.gpu
+def test_profile_on_cuda(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    path = tmp_path / "scan.json"
+    arguments = ["--shape", "1x32x32x64x4x2", "--backends", "chunked", "vmamba-pipeline"]
+    assert profile_scan.main([*arguments, "--device", "cuda", "--json", str(path)]) == 0
+    for row in json.loads(path.read_text())["results"]:
+        assert row["median_ms"] > 0
+        # The output of a forward, or the gradient of x, is the least that is allocated.
+        assert row["peak_mib"] >= 32 * 32 * 64 * 4 / 2**20
+
+
+# ---------------------------------------------------------------- peers
+
+
+def fake_mamba_ssm(monkeypatch):
+    interface = ModuleType("mamba_ssm.ops.selective_scan_interface")
+    interface.__dict__["selective_scan_fn"] = selective_scan
+    for name in ("mamba_ssm", "mamba_ssm.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, interface.__name__, interface)
+
+
+def fake_oflex(monkeypatch):
+    def fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, nrows, out_float):
+        # What the extension checks.
+        assert {x.stride(-1) for x in (u, delta, B, C)} == {1}
+        assert u.dtype == delta.dtype == B.dtype == C.dtype
+        assert nrows == 1 and out_float
+        y = selective_scan(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
+        return [y.float(), torch.empty(0)]
+
+    module = ModuleType("selective_scan_cuda_oflex")
+    module.__dict__["fwd"] = fwd
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def fake_mambapy(monkeypatch):
+    def pscan(decays, inputs):
+        state, states = torch.zeros_like(inputs[:, 0]), []
+        for t in range(inputs.shape[1]):
+            state = decays[:, t] * state + inputs[:, t]
+            states.append(state)
+        return torch.stack(states, dim=1)
+
+    module = ModuleType("mambapy.pscan")
+    module.__dict__["pscan"] = pscan
+    monkeypatch.setitem(sys.modules, "mambapy", ModuleType("mambapy"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "install"),
+    [
+        ("mamba_ssm", fake_mamba_ssm),
+        ("selective_scan_cuda_oflex", fake_oflex),
+        ("mambapy", fake_mambapy),
+        ("vmamba-pipeline", lambda monkeypatch: None),
+    ],
+)
+def test_peers_do_the_same_work(monkeypatch, name, install, dtype):
+    install(monkeypatch)
+    peer = profile_scan.PEERS[name]
+    candidate = Candidate(
+        name,
+        profile_scan.through_copies(peer.load()),
+        profile_scan.REFERENCE_OF_PEERS,
+        differentiable=peer.differentiable,
+    )
+    outcomes = profile_scan.pass_gate([candidate], Shape(1, 1, 1, 6, 3, 2), settings(dtype))
+    assert outcomes == {name: profile_scan.OK}
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_pipeline_equals_the_four_direction_scan(skip):
+    asked = settings("fp64")
+    (pipeline,) = profile_scan.find_candidates(["vmamba-pipeline"], asked)
+    arguments = profile_scan.draw_arguments(Shape(2, 5, 3, 4, 2, 3), asked, skip=skip)
+    expected = profile_scan.evaluate(profile_scan.REFERENCE, arguments, gradients=True)
+    actual = profile_scan.evaluate(pipeline.scan, arguments, gradients=True)
+    assert len(actual) == len(arguments) + 1
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-12)
+
+
+def test_defaults_that_cannot_run_are_named_and_left_out(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mambapy", None)
+    monkeypatch.setitem(sys.modules, "cmamba_ref.kernels", None)
+    assert profile_scan.default_names(CPU) == ("reference", "chunked")
+    names = profile_scan.default_names(torch.device("cuda"))
+    assert set(names) == {"chunked", "triton", *profile_scan.PEERS}
+    monkeypatch.setattr(profile_scan, "default_names", lambda device: names)
+    candidates = profile_scan.find_candidates(None, settings())
+    assert [candidate.name for candidate in candidates] == ["chunked", "vmamba-pipeline"]
+    left_out = capsys.readouterr().out.splitlines()
+    assert len(left_out) == 4
+    assert any(line.startswith("mambapy is left out: it cannot be imported") for line in left_out)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backends", "fast"], "'fast'"),
+        (["--backends", "mamba_ssm"], "mamba_ssm cannot run: it takes CUDA tensors"),
+        (["--backends", "mambapy"], "mambapy cannot run: it cannot be imported"),
+        (["--backends", "triton"], "triton cannot run: `backend` must be one that"),
+        (["--shape", "1x2x3"], "BxHxWxDxNxR"),
+        (["--shape", "1x2x3x4x0x1"], "six positive numbers"),
+        (["--preset", "4k"], "'4k'"),
+        (["--mode", "train"], "'train'"),
+        (["--dtype", "int8"], "'int8'"),
+        (["--device", "abacus"], "must be cpu, cuda or cuda:INDEX"),
+        (["--device", "meta"], "must be cpu, cuda or cuda:INDEX"),
+        (["--device", "cuda:99"], "torch does not see it"),
+        (["--repeats", "0"], "must be a whole number above 0"),
+        (["--threads", "2.5"], "must be a whole number above 0"),
+        (["--seconds", "-1"], "must be above 0"),
+        (["--seconds", "soon"], "invalid positive value"),
+        (["--json", "no/such/folder/scan.json"], "existing directory"),
+        (["--csv", "."], "must be a file"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(monkeypatch, capsys, arguments, message):
+    monkeypatch.setitem(sys.modules, "mambapy", None)
+    monkeypatch.setitem(sys.modules, "cmamba_ref.kernels", None)
+    with pytest.raises(SystemExit) as exit_status:
+        profile_scan.main(["--device", "cpu", *arguments])
+    assert exit_status.value.code == 2
+    assert message in capsys.readouterr().err
