@@ -11,6 +11,9 @@ backwards. Sums over channels and over chunks are left in partial results, one p
 caller adds: no atomics, so two runs give the same bits.
 """
 
+# The checker knows Python, not Triton's language.
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportArgumentType=false
+
 import triton
 import triton.language as tl
 
@@ -208,6 +211,8 @@ def scan_gradients(
                 h = tl.exp2(dt[None, :] * A) * h + (dt * x)[None, :] * B
                 position, left = walk(position, left, H, W, direction, False)
 
+        # What follows reads what other lanes may have written: these results, and sums of dx.
+        tl.debug_barrier()
         g = load_states(adjoints_ptr, index, channels, exists, D, N, STATES)
         dA = tl.zeros((STATES, BLOCK), real)
         dbias = tl.zeros((BLOCK,), real)
@@ -220,6 +225,7 @@ def scan_gradients(
             position, left = start_walk(piece * PIECE, chunk, chunk_length, H, W, direction)
             positions = ()
             befores = ()
+            time_steps = ()
             states = ()
             for j in tl.static_range(PIECE):
                 # Steps beyond the end of the chunk stand at its last position, with dt and dy 0.
@@ -231,11 +237,12 @@ def scan_gradients(
                     )
                 else:
                     before = load_channels(dt_ptr, row, channels, exists, D, real) + bias
+                dt = tl.where(inside, time_step(before, SOFTPLUS), 0.0)
                 positions = positions + (position,)
                 befores = befores + (before,)
+                time_steps = time_steps + (dt,)
                 states = states + (h,)
                 if j < PIECE - 1:
-                    dt = tl.where(inside, time_step(before, SOFTPLUS), 0.0)
                     x = load_channels(x_ptr, row, channels, exists, D, real)
                     if not B_CONSTANT:
                         B = load_projection(
@@ -249,9 +256,8 @@ def scan_gradients(
 
             for j in tl.static_range(PIECE - 1, -1, -1):
                 inside = piece * PIECE + j < steps
-                position, before = positions[j], befores[j]
+                position, dt = positions[j], time_steps[j]
                 row = base + position
-                dt = tl.where(inside, time_step(before, SOFTPLUS), 0.0)
                 x = load_channels(x_ptr, row, channels, exists, D, real)
                 dy = load_channels(dy_ptr, row, channels, exists & inside, D, real)
                 if not B_CONSTANT:
@@ -284,7 +290,7 @@ def scan_gradients(
                 dA += ddecay * dt[None, :]
                 ddt = dinput * x + tl.sum(ddecay * A, 0) * LN_2
                 if SOFTPLUS:
-                    ddt *= sigmoid(before)
+                    ddt *= sigmoid(befores[j])
                 ddt = tl.where(inside, ddt, 0.0)
                 dbias += ddt
                 tl.store(

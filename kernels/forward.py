@@ -5,6 +5,9 @@ starts every chunk from the right state. All sizes but N and R are run-time valu
 does not specialise on, so that few variants exist.
 """
 
+# The checker knows Python, not Triton's language.
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportArgumentType=false
+
 import triton
 import triton.language as tl
 
@@ -83,9 +86,9 @@ def scan_chunk_states(
         )
         dt = time_step(before, SOFTPLUS)
         if not B_CONSTANT:
-            B = load_projection(
-                B_ptr, row, direction, group, groups, RANK, RANK, N, STATES, real
-            )[:, None]
+            B = load_projection(B_ptr, row, direction, group, groups, RANK, RANK, N, STATES, real)[
+                :, None
+            ]
         h = tl.exp2(dt[None, :] * A) * h + (dt * x)[None, :] * B
         total += dt
         position, left = walk(position, left, H, W, direction, False)
@@ -142,9 +145,7 @@ def carry(
         chunk = base + tl.where(backwards, chunks - 1 - rank, rank)
         mask = (rank < chunks)[:, None] & exists[None, :]
         sums = tl.load(sums_ptr + chunk[:, None] * D + (feature % D)[None, :], mask=mask, other=0.0)
-        ends = tl.load(
-            ends_ptr + chunk[:, None] * (N * D) + feature[None, :], mask=mask, other=0.0
-        )
+        ends = tl.load(ends_ptr + chunk[:, None] * (N * D) + feature[None, :], mask=mask, other=0.0)
         decay, added = tl.associative_scan((tl.exp2(A[None, :] * sums), ends), 0, _after_both)
         after = decay * state[None, :] + added
 
@@ -208,8 +209,8 @@ def scan_outputs(
     steps = tl.minimum(chunk_length, H * W - chunk * chunk_length)
     tl.assume(steps > 0)  # or the predicate of an empty loop costs a spill
     for direction in tl.range(first_direction, directions, 2):
-        is_first, is_last = direction == 0, direction == directions - 1
-        skip_now = tl.where(is_first, skip, 0.0)
+        is_last = direction == directions - 1
+        skip_now = tl.where(direction == 0, skip, 0.0)
         A = load_states(A_ptr, direction, channels, exists, D, N, STATES) * LOG2_E
         bias = load_channels(bias_ptr, direction, channels, exists, D, real)
         weight = bias
@@ -244,10 +245,12 @@ def scan_outputs(
             tl.store(
                 y_ptr + row * D + channels,
                 y.to(y_ptr.dtype.element_ty),
-                mask=exists & (direction == directions - 1),
+                mask=exists & is_last,
             )
             position, left = walk(position, left, H, W, direction, False)
 
+        # The reverse reads the sums that other lanes may have written.
+        tl.debug_barrier()
         if RANK == 0:
             is_end = exists & (chunk == chunks - 1)
             store_states(last_ptr, image, h, channels, is_end, D, N, STATES)

@@ -5,6 +5,9 @@ kernels (R > 0); a sequence is a map of one row with K = 1 direction whose delta
 A and the states have channels last, so that the lanes of a warp read neighbours.
 """
 
+# The checker does not know that a kernel's constexpr parameters take plain values.
+# pyright: reportArgumentType=false
+
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +88,7 @@ def _arguments(scan: Scan, plan: Plan, block: int) -> dict[str, Any]:
         "groups": scan.groups,
         "directions": scan.A.shape[0],
         "chunks": plan.chunks,
-        "chunk_length": plan.chunk_length,
+        "chunk_length": min(plan.chunk_length, height * width),
         "blocks": block_count(per_group, block),
         "N": scan.A.shape[1],
         "STATES": plan.states,
@@ -214,7 +217,7 @@ def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> G
     arguments = _arguments(scan, plan, plan.backward_block)
     blocks, position = arguments["blocks"], (images, height, width)
     in_pair = (directions + 1) // 2
-    pieces = block_count(plan.chunk_length, PIECE)
+    pieces = block_count(arguments["chunk_length"], PIECE)
 
     checkpoints = starts.new_empty(images, plan.chunks, pieces, n, channels)
     grad_x = torch.empty_like(scan.x)

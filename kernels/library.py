@@ -106,7 +106,9 @@ def triton_scan_backward(
         likes = _gradients(x, dt, B, C, z, A, dt_weight, dt_bias, skip)
         return [torch.zeros_like(like) for like in likes]
     scan = _scan(x, dt, B, C, z, A, dt_weight, dt_bias, skip, softplus, groups)
-    gradients = backward(scan, starts, _prepared(grad_y), _states(grad_last, A, len(x)))
+    # Autocast would run the products around the kernels in 16 bits.
+    with torch.autocast(x.device.type, enabled=False):
+        gradients = backward(scan, starts, _prepared(grad_y), _states(grad_last, A, len(x)))
     return [grad for grad in gradients if grad is not None]
 
 
@@ -139,19 +141,20 @@ def _(x, dt, B, C, z, A, dt_weight, dt_bias, skip, first, softplus, groups):
 
 
 @triton_scan_backward.register_fake
-def _(
-    grad_y, grad_last, x, dt, B, C, z, A, dt_weight, dt_bias, skip, starts, softplus, groups
-):
+def _(grad_y, grad_last, x, dt, B, C, z, A, dt_weight, dt_bias, skip, starts, softplus, groups):
     return _gradients(x, dt, B, C, z, A, dt_weight, dt_bias, skip)
 
 
 def _save(ctx, inputs, output):
     *tensors, first, softplus, groups = inputs
     ctx.softplus, ctx.groups = softplus, groups
-    ctx.of_sequence = first is not None
-    ctx.mark_non_differentiable(output[2])
+    ctx.has_first = first is not None
+    _, last, starts = output
+    # The last state of a map depends on nothing.
+    of_map = starts.shape[1] > 1
+    ctx.mark_non_differentiable(*((last, starts) if of_map else (starts,)))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2])
+    ctx.save_for_backward(*tensors, starts)
 
 
 def _differentiate(ctx, grad_y, grad_last, _):
@@ -160,11 +163,9 @@ def _differentiate(ctx, grad_y, grad_last, _):
         return (None,) * (len(tensors) + 2)
     if grad_y is None:
         grad_y = torch.zeros_like(tensors[0])
-    gradients = iter(
-        triton_scan_backward(grad_y, grad_last, *tensors, ctx.softplus, ctx.groups)
-    )
+    gradients = iter(triton_scan_backward(grad_y, grad_last, *tensors, ctx.softplus, ctx.groups))
     of_arguments = [None if x is None else next(gradients) for x in tensors[:-1]]
-    of_first = next(gradients) if ctx.of_sequence else None
+    of_first = next(gradients) if ctx.has_first else None
     return *of_arguments, of_first, None, None
 
 

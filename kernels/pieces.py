@@ -6,6 +6,9 @@ that the sums over N need no exchange between lanes. Exponentials have base 2. D
 visit the map row by row, 1 and 3 column by column; 2 and 3 walk backwards.
 """
 
+# The checker knows Python, not Triton's language.
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+
 import triton
 import triton.language as tl
 
@@ -17,8 +20,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def _log1p(e, TERMS: tl.constexpr):
     """log(1 + e) for 0 <= e <= 1, accurate relative to itself also for tiny e.
 
-    2 artanh(s) with s = e / (2 + e) <= 1/3, as its Taylor series in s². log(1 + e) computed as it is
-    written loses all digits of a small e, which is where dt lives.
+    2 artanh(s) with s = e / (2 + e) <= 1/3, as its Taylor series in s². log(1 + e) computed as it
+    is written loses all digits of a small e, which is where dt lives.
     """
     s = e / (e + 2.0)
     square = s * s
@@ -136,8 +139,8 @@ def load_projection(
 ):
     """B or C of one position `[STATES]`.
 
-    They lie in the projections `[rows, 4, RANK + 2N]`, from OFFSET on, where dt is formed from those
-    (RANK > 0), else in a tensor of their own `[rows, groups, N]`.
+    They lie in the projections `[rows, 4, RANK + 2N]`, from OFFSET on, where dt is formed from
+    those (RANK > 0), else in a tensor of their own `[rows, groups, N]`.
     """
     n = tl.arange(0, STATES)
     if RANK > 0:

@@ -13,7 +13,6 @@ import torch
 PROGRAMS = 2048
 # A chunk shorter than this would cost more in carries than it gives in parallelism.
 MIN_CHUNK = 32
-MAX_CHUNK = 2**30
 # More would not fit in registers.
 MAX_STATES = 32
 MAX_RANK = 64
@@ -38,7 +37,7 @@ class Plan(NamedTuple):
     block: int  # channels of a program
     backward_block: int  # channels of a program of scan_gradients
     aligned: bool  # channels per group are a multiple of 16
-    chunk_length: int  # positions, a power of two
+    chunk_length: int  # positions of a chunk; the last one may be shorter
     chunks: int
 
 
@@ -46,9 +45,9 @@ def next_power_of_2(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
-def block_count(channels: int, block: int) -> int:
-    """Blocks that cover so many channels."""
-    return (channels + block - 1) // block
+def block_count(size: int, block: int) -> int:
+    """Blocks that cover so much, the last one perhaps in part."""
+    return (size + block - 1) // block
 
 
 def _block(channels: int, largest: int) -> int:
@@ -60,12 +59,10 @@ def _block(channels: int, largest: int) -> int:
 def chunk_length(length: int, programs: int) -> int:
     """Positions of a chunk, where one chunk of the sequence already has so many programs.
 
-    Found by comparisons only, so that it stays a plain int when the sizes are symbolic.
+    A multiple of MIN_CHUNK, which may exceed `length`. There is no comparison in it, so that one
+    compiled graph serves all sizes where these are symbolic.
     """
-    chunk = MAX_CHUNK
-    while chunk > MIN_CHUNK and length * programs < PROGRAMS * chunk:
-        chunk //= 2
-    return chunk
+    return MIN_CHUNK * (1 + length * programs // (PROGRAMS * MIN_CHUNK))
 
 
 def plan(
@@ -83,9 +80,13 @@ def plan(
     per_group = channels // groups
     block = _block(per_group, FORWARD_REGISTERS * 32 // (registers * (ranks + 2 * states)))
     backward_block = _block(per_group, BACKWARD_TILE // (registers * states))
-    aligned = per_group % 16 == 0
     chunk = chunk_length(length, images * groups * block_count(per_group, block))
-    if chunk >= length:  # one pass over the whole sequence
-        return Plan(states, ranks, block, backward_block, aligned, length, 1)
-    chunks = (length + chunk - 1) // chunk
-    return Plan(states, ranks, block, backward_block, aligned, chunk, chunks)
+    return Plan(
+        states,
+        ranks,
+        block,
+        backward_block,
+        aligned=per_group % 16 == 0,
+        chunk_length=chunk,
+        chunks=block_count(length, chunk),
+    )

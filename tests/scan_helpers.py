@@ -1,11 +1,35 @@
 """Arguments for the scans and the rule by which a backend passes; for tests of every backend."""
 
+import contextlib
+import importlib
+import math
+import os
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
 from cmamba_ref.ops import selective_scan, selective_scan_2d
+
+
+def kernels_are_interpreted() -> bool:
+    """Whether Triton kernels run in triton's interpreter, and so on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+# Parameters for tests on CPU tensors. The interpreter is too slow for some.
+EAGER_BACKENDS = ("reference", "chunked")
+BACKENDS = (
+    *EAGER_BACKENDS,
+    pytest.param(
+        "triton",
+        marks=pytest.mark.skipif(
+            not kernels_are_interpreted(), reason="this machine has a GPU: not interpreted"
+        ),
+    ),
+)
 
 # In fp64 the oracle has no more digits than the backend, so the rule below says nothing there.
 FP64_TOLERANCE = 1e-12
@@ -169,3 +193,51 @@ def assert_as_accurate_as_reference(arguments: dict[str, Any], backend: str) -> 
             eps = torch.finfo(result.dtype).eps
             bound = 2 * (worst(rounded.double() - expected) + eps * worst(expected))
         assert error <= bound, f"{name}: error {error:.3g} above the bound {bound:.3g}"
+
+
+GUARD = 64  # elements of NaN before and after an argument; keeps its alignment
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Memory from new_empty and empty_like is NaN until it is written."""
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    with (
+        mock.patch.object(
+            torch.Tensor, "new_empty", lambda *args, **kw: new_empty(*args, **kw).fill_(math.nan)
+        ),
+        mock.patch.object(
+            torch, "empty_like", lambda *args, **kw: empty_like(*args, **kw).fill_(math.nan)
+        ),
+    ):
+        yield
+
+
+def guarded(arguments):
+    """The same arguments, each between two stretches of NaN in memory."""
+
+    def guard(x):
+        memory = x.new_full((x.numel() + 2 * GUARD,), math.nan)
+        memory[GUARD:-GUARD] = x.detach().flatten()
+        return memory[GUARD:-GUARD].view(x.shape).requires_grad_()
+
+    return {
+        name: guard(value) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+
+
+@contextlib.contextmanager
+def chunks_of(length, carried_together=32, package="cmamba_ref.kernels"):
+    """Sequences are cut into chunks of `length` (a power of two), however few programs that takes.
+
+    The carry then takes so many chunks at a time.
+    """
+    launch = importlib.import_module(f"{package}.launch")
+    plan = importlib.import_module(f"{package}.plan")
+    with (
+        mock.patch.object(plan, "MIN_CHUNK", length),
+        mock.patch.object(plan, "PROGRAMS", 2**40),
+        mock.patch.object(launch, "CARRY_CHUNKS", carried_together),
+    ):
+        yield

@@ -6,11 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scan_helpers import assert_as_accurate_as_reference, scan_2d_arguments, scan_arguments
+from scan_helpers import (
+    EAGER_BACKENDS,
+    assert_as_accurate_as_reference,
+    scan_2d_arguments,
+    scan_arguments,
+)
 
 from cmamba_ref.ops import selective_scan, selective_scan_2d
-
-BACKENDS = ("reference", "chunked")
 
 states = st.sampled_from((1, 2, 4, 8, 16))
 seeds = st.integers(0, 2**16)
@@ -82,7 +85,7 @@ def positions(arguments: dict[str, Any], start: int, stop: int) -> dict[str, Any
     }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EAGER_BACKENDS)
 @given(a=scans(), cut=st.floats(0, 1))
 def test_segments_with_a_carried_state_equal_the_whole(backend, a, cut):
     length = a["u"].shape[-1]
@@ -100,7 +103,7 @@ def test_segments_with_a_carried_state_equal_the_whole(backend, a, cut):
     torch.testing.assert_close(state, last)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EAGER_BACKENDS)
 @given(seed=seeds, scale=st.floats(-3, 3))
 def test_linear_in_u(backend, seed, scale):
     a = scan_arguments(seed, initial_state=False)
@@ -113,7 +116,7 @@ def test_linear_in_u(backend, seed, scale):
     torch.testing.assert_close(combined, scan(a["u"]) + scale * scan(other))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EAGER_BACKENDS)
 @given(seed=seeds)
 def test_images_and_channels_do_not_touch_each_other(backend, seed):
     a = scan_2d_arguments(seed, batch=3, channels=5)
@@ -131,7 +134,7 @@ def test_images_and_channels_do_not_touch_each_other(backend, seed):
     torch.testing.assert_close(result, whole[..., some])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EAGER_BACKENDS)
 @given(seed=seeds)
 def test_turning_the_map_exchanges_the_directions(backend, seed):
     """Transposing exchanges rows and columns; turning by 180 degrees reverses both."""
@@ -150,7 +153,7 @@ def test_turning_the_map_exchanges_the_directions(backend, seed):
     torch.testing.assert_close(reversed_map.flip(1, 2), y)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EAGER_BACKENDS)
 def test_nothing_from_the_future(backend):
     a = scan_arguments()
     y = selective_scan(**a, backend=backend)

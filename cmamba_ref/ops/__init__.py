@@ -5,7 +5,6 @@
 `reference` (the literal recurrence), `chunked` (fast eager PyTorch) and `triton`.
 """
 
-import importlib
 from typing import Literal, overload
 
 from torch import Tensor
@@ -32,7 +31,10 @@ __all__ = [
 def _implementation(name: str):
     """The module that holds a backend's `selective_scan` and `selective_scan_2d`."""
     if name == "triton":
-        return importlib.import_module("cmamba_ref.kernels.scan")
+        # Not at the top: this imports triton. A compiler can follow it, unlike import_module.
+        from cmamba_ref.kernels import scan  # pyright: ignore[reportMissingImports]
+
+        return scan
     return reference if name == "reference" else eager
 
 

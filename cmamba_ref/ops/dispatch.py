@@ -65,26 +65,32 @@ def scan_backend(name: str) -> Iterator[None]:
         set_default_backend(previous)
 
 
-def triton_unavailable_reason(device_type: str, n: int = 1, rank: int = 0) -> str | None:
-    """Why the Triton kernels cannot run such a scan on this kind of device, or None when they can.
-
-    n: states N; rank: columns R of dt_weight, 0 for the 1-D scan.
-    """
+def triton_unavailable_reason(device_type: str) -> str | None:
+    """Why the Triton kernels cannot run on this kind of device, or None when they can."""
     try:
         kernels = importlib.import_module("cmamba_ref.kernels")
     except ModuleNotFoundError as error:
         if error.name == "cmamba_ref.kernels":
-            return "cmamba_ref was not installed, and its kernels are found only then; pip install -e ."
+            return "cmamba_ref is used without being installed, which hides its kernels"
         return f"the Triton kernels need the module {error.name!r}, which is not installed"
     except ImportError as error:
         return f"the Triton kernels cannot be imported ({error})"
-    support = kernels.is_supported(device_type, n, rank)
-    return None if support else support.reason
+    return kernels.unavailable_reason(device_type)
 
 
 # What torch.compiler.assume_constant_result does: a compiler asks once and does not trace into it.
 # That decorator would import torch._dynamo, and with it triton, at `import cmamba_ref`.
 triton_unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _triton_refusal(device_type: str, n: int, rank: int) -> str | None:
+    """Why the Triton kernels cannot run a scan of these sizes here, or None when they can."""
+    reason = triton_unavailable_reason(device_type)
+    if reason is not None:
+        return reason
+    from cmamba_ref.kernels import size_reason  # pyright: ignore[reportMissingImports]
+
+    return size_reason(n, rank)
 
 
 def available_backends() -> tuple[str, ...]:
@@ -115,16 +121,16 @@ def choose(backend: str, device_type: str, n: int = 1, rank: int = 0) -> str:
     if name == "auto":
         name = get_default_backend()
     if name == "triton":
-        reason = triton_unavailable_reason(device_type, n, rank)
+        reason = _triton_refusal(device_type, n, rank)
         if reason is not None:
             raise BackendUnavailableError(
-                f"`backend` must be one that runs this scan on {device_type}, got 'triton': {reason}; "
-                "use backend='auto' or 'chunked'"
+                f"`backend` must be one that runs this scan on {device_type}, got 'triton': "
+                f"{reason}; use backend='auto' or 'chunked'"
             )
     if name == "auto":
         if device_type != "cuda":
             return "chunked"
-        reason = triton_unavailable_reason(device_type, n, rank)
+        reason = _triton_refusal(device_type, n, rank)
         if reason is None:
             return "triton"
         _log_once(reason)

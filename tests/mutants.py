@@ -1,0 +1,119 @@
+"""Puts defects into the Triton kernels, one at a time, and says which ones the tests would notice.
+
+    python tests/mutants.py
+
+Prints JSON: for every mutation `wrong result`, `crashed` or `passed`. A mutant may write where it
+should not, so each runs in a process of its own. Every defect is one that a hand could make.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import torch  # noqa: E402
+from scan_helpers import (  # noqa: E402
+    assert_as_accurate_as_reference,
+    chunks_of,
+    guarded,
+    poisoned,
+    scan_2d_arguments,
+)
+
+from cmamba_ref import ops  # noqa: E402
+
+# Name: file, text that stands there, defect.
+MUTATIONS = {
+    "nothing": ("plan.py", "MIN_CHUNK", "MIN_CHUNK"),
+    "sign of the decay": (
+        "forward.py",
+        "tl.exp2(dt[None, :] * A) * h",
+        "tl.exp2(-dt[None, :] * A) * h",
+    ),
+    "chunk one position short": ("forward.py", "tl.range(0, steps)", "tl.range(0, steps - 1)"),
+    "states enter a chunk too late": ("forward.py", "rank + 1)", "rank + 2)"),
+    "lines turn one position late": ("pieces.py", "at_turn = left == 0", "at_turn = left == 1"),
+    "missing mask of channels": (
+        "pieces.py",
+        "pointer + row * D + channels, mask=exists, other=0.0",
+        "pointer + row * D + channels",
+    ),
+    "missing mask of steps": (
+        "backward.py",
+        "dy_ptr, row, channels, exists & inside",
+        "dy_ptr, row, channels, exists",
+    ),
+    "softplus without digits": (
+        "pieces.py",
+        "_log1p(tl.exp2(-tl.abs(x) * LOG2_E), TERMS)",
+        "tl.log2(1.0 + tl.exp2(-tl.abs(x) * LOG2_E)) * LN_2",
+    ),
+    "adjoint carried the wrong way": ("launch.py", "adjoint=True", "adjoint=False"),
+    "gradient of B without dt": ("backward.py", "dh * input[None, :], 1", "dh * x[None, :], 1"),
+    "reverse direction not added": ("forward.py", "(direction > 0)", "(direction > 1)"),
+}
+
+
+def mutate(folder: Path, file: str, text: str, defect: str) -> None:
+    """A copy of the kernels with a defect, as the package `mutant` in a folder."""
+    shutil.copytree(ROOT / "kernels", folder / "mutant")
+    path = folder / "mutant" / file
+    source = path.read_text()
+    if text not in source:
+        raise SystemExit(f"{text!r} no longer stands in kernels/{file}")
+    path.write_text(source.replace(text, defect))
+    # Its operators need names of their own.
+    library = folder / "mutant" / "library.py"
+    library.write_text(library.read_text().replace("cmamba::", "mutant::"))
+
+
+def check(folder: Path) -> str:
+    """Whether the package `mutant` scans one small map as accurately as it should."""
+    sys.path.insert(0, str(folder))
+    scan = importlib.import_module("mutant.scan")
+    of_backends = {"reference": ops.reference, "triton": scan}
+    ops._implementation = of_backends.__getitem__
+    arguments = scan_2d_arguments(
+        batch=1, height=2, width=5, channels=3, n=2, rank=2, dtype=torch.float32, skip=False
+    )
+    try:
+        with poisoned(), chunks_of(8, 2, "mutant"):
+            assert_as_accurate_as_reference(guarded(arguments), "triton")
+    except AssertionError:
+        return "wrong result"
+    return "passed"
+
+
+def in_a_process(folder: Path) -> str:
+    """The result of `check`, or "crashed" if it did not come back."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, check(folder).encode())
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with open(reading) as pipe:
+        return pipe.read() or "crashed"
+
+
+def main() -> int:
+    torch.set_num_threads(1)  # a process with other threads must not fork
+    outcomes = {}
+    for name, mutation in MUTATIONS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            mutate(Path(folder), *mutation)
+            outcomes[name] = in_a_process(Path(folder))
+    print(json.dumps(outcomes, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
