@@ -1,0 +1,350 @@
+"""What the kernels compile to: registers, spills, exponentials, wide loads; and what is dispatched.
+
+Triton compiles in a process of its own: the one of the tests may have the interpreter on.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scan_helpers import scan_2d_arguments, scan_arguments
+
+from cmamba_ref.ops import selective_scan, selective_scan_2d
+from tools import compile_kernels
+from tools.compile_kernels import (
+    DTYPES,
+    GCN,
+    SASS,
+    TARGETS,
+    Launch,
+    Loop,
+    MapScan,
+    Report,
+    SequenceScan,
+    Variant,
+    all_variants,
+    exps_of_step,
+    innermost_loops,
+    loop_of,
+    record,
+    recording,
+    representative,
+    traffic,
+)
+
+FORWARD = ("scan_chunk_states", "carry", "scan_outputs", "scan_chunk_adjoints")
+# Bytes of stack per lane in use at most. Outside their loops ptxas parks a register or two of the
+# other kernels, where that lets more warps run; scan_gradients holds more than there are registers.
+# These are the most that was found, by compute type: raise one only with a measured gain.
+FORWARD_STACK = {"fp32": 32, "fp64": 128}
+GRADIENT_STACK = {"fp32": 1024, "fp64": 3072}
+
+
+def compiled(root: Path, scans: str, jobs: int) -> list[Report]:
+    """Reports of the tool for all targets, from a process without triton's interpreter."""
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = ["tools/compile_kernels.py", "--scans", scans, "--jobs", str(jobs), "--json"]
+    result = subprocess.run(
+        [sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return [_report(entry) for entry in json.loads(result.stdout)["reports"]]
+
+
+def _report(entry: dict[str, Any]) -> Report:
+    variant = Variant(
+        entry["variant"]["kernel"],
+        *(tuple(entry["variant"][group].items()) for group in ("types", "constants", "options")),
+    )
+    loops = tuple(Loop(**loop) for loop in entry["loops"])
+    fields = ("target", "registers", "stack", "spilled", "shared", "exps_in_ptx")
+    return Report(variant, *(entry[name] for name in fields), loops)
+
+
+@pytest.fixture(
+    scope="module", params=["quick", pytest.param("all", marks=pytest.mark.slow)], ids=str
+)
+def reports(request: pytest.FixtureRequest, root: Path, require_triton: ModuleType) -> list[Report]:
+    """QUICK_SCANS (54 variants and targets, a minute), or whatever can be dispatched (an hour)."""
+    return compiled(root, request.param, jobs=1 if request.param == "quick" else 2)
+
+
+def on_cuda(reports: Iterable[Report]) -> list[Report]:
+    return [report for report in reports if TARGETS[report.target].backend == "cuda"]
+
+
+def failing(reports: Iterable[Report], found: Any) -> list[str]:
+    """What is wrong, one line for each report for which `found` gives something true."""
+    return [
+        f"{report.target} {report.variant}: {value}"
+        for report in reports
+        if (value := found(report))
+    ]
+
+
+def test_all_kernels_compile_for_all_targets(reports: list[Report]) -> None:
+    kernels = {(report.variant.kernel, report.target) for report in reports}
+    assert kernels == {(k, t) for k in compile_kernels.KERNELS for t in TARGETS}
+
+
+def test_registers_suffice(reports: list[Report]) -> None:
+    limits = {"sm_80": 255, "sm_90": 255, "gfx942": 512}
+    assert not failing(reports, lambda r: r.registers > limits[r.target] and r.registers)
+
+
+def test_only_scan_gradients_spills_in_its_loops(reports: list[Report]) -> None:
+    def spill(report: Report) -> str:
+        if report.variant.kernel not in FORWARD:
+            return ""
+        if any(loop.local for loop in report.loops):
+            return "stack in the loop"
+        if report.target == "gfx942":
+            return f"{report.spilled} registers" if report.spilled else ""
+        over = report.stack > FORWARD_STACK[report.variant.real]
+        return f"{report.stack} bytes of stack" if over else ""
+
+    assert not failing(reports, spill)
+
+
+def test_scan_gradients_spills_no_more_than_recorded(reports: list[Report]) -> None:
+    def spill(report: Report) -> str:
+        over = report.stack > GRADIENT_STACK[report.variant.real]
+        spills = report.variant.kernel not in FORWARD and over
+        return f"{report.stack} bytes of stack" if spills else ""
+
+    assert not failing(reports, spill)
+
+
+def test_forward_takes_one_exponential_per_state(reports: list[Report]) -> None:
+    """And those of softplus and gate, once per channel; before ptxas unrolls and after it."""
+
+    def excess(report: Report) -> str:
+        variant, (loop, *_) = report.variant, report.loops
+        if variant.kernel not in FORWARD or variant.kernel == "carry" or variant.real != "fp32":
+            return ""
+        expected = exps_of_step(variant, TARGETS[report.target].lanes)
+        if TARGETS[report.target].backend == "cuda" and report.exps_in_ptx > expected:
+            return f"{report.exps_in_ptx} in ptx, not {expected}"
+        return f"{loop.exps} in {loop.steps} steps" if loop.exps > loop.steps * expected else ""
+
+    assert not failing(reports, excess)
+
+
+def test_B_and_C_are_loaded_128_bits_at_a_time(reports: list[Report]) -> None:
+    """Where N states fill whole vectors and the projections leave them aligned."""
+    sizes = {"fp32": 4, "bf16": 2, "fp64": 8}
+    read = {"scan_chunk_states": "B", "scan_chunk_adjoints": "C", "scan_outputs": "BC"}
+
+    def missing(report: Report) -> str:
+        variant, (loop, *_) = report.variant, report.loops
+        varying = [
+            name
+            for name in read.get(variant.kernel, "")
+            if not variant.constant(f"{name}_CONSTANT")
+        ]
+        size = sizes[variant.io]
+        n, rank = variant.constant("N") * size, variant.constant("RANK") * size
+        if n % 16 or rank % 16:
+            return ""
+        expected = len(varying) * n // 16
+        found = loop.wide_loads / loop.steps
+        return f"{found} loads of 128 bits, not {expected}" if found < expected else ""
+
+    assert not failing(on_cuda(reports), missing)
+
+
+# The set that is compiled is the set that is dispatched.
+
+
+class Known:
+    """What the slow tests compile."""
+
+    def __init__(self) -> None:
+        self.variants = frozenset(all_variants())
+
+    def missing(self, launches: Iterable[Launch]) -> list[str]:
+        """Variants that no compiled one represents."""
+        return [
+            f"{launch.variant}, represented by {representative(launch.variant)}"
+            for launch in launches
+            if not {launch.variant, representative(launch.variant)} & self.variants
+        ]
+
+
+@pytest.fixture(scope="module")
+def known(require_triton: ModuleType) -> Known:
+    return Known()
+
+
+def dispatched(scan: Any, arguments: dict[str, Any]) -> list[Launch]:
+    """What a public scan launches in forward and backward; no kernel runs."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    moved = {
+        name: value.detach().to(device).requires_grad_() if torch.is_tensor(value) else value
+        for name, value in arguments.items()
+    }
+    with recording() as launches:
+        y = scan(**moved, backend="triton")
+        y.sum().backward()
+    assert {launch.variant.kernel for launch in launches} >= {"scan_outputs", "scan_gradients"}
+    return launches
+
+
+dtypes = st.sampled_from(list(DTYPES.values()))
+
+
+@given(channels=st.integers(1, 300), n=st.integers(1, 32), rank=st.integers(1, 64), dtype=dtypes)
+def test_dispatched_map_scans_are_compiled(
+    known: Known, channels: int, n: int, rank: int, dtype: torch.dtype
+) -> None:
+    arguments = scan_2d_arguments(
+        batch=1, height=9, width=9, channels=channels, n=n, rank=rank, dtype=dtype
+    )
+    assert not known.missing(dispatched(selective_scan_2d, arguments))
+
+
+@given(
+    per_group=st.integers(1, 300),
+    groups=st.integers(1, 3),
+    n=st.integers(1, 32),
+    b_form=st.sampled_from(["constant", "varying", "grouped"]),
+    c_form=st.sampled_from(["constant", "varying", "grouped"]),
+    gate=st.booleans(),
+    softplus=st.booleans(),
+    dtype=dtypes,
+)
+def test_dispatched_sequence_scans_are_compiled(
+    known: Known, per_group: int, groups: int, **options: Any
+) -> None:
+    grouped = "grouped" in (options["b_form"], options["c_form"])
+    groups = groups if grouped else 1
+    arguments = scan_arguments(
+        batch=1, length=70, channels=per_group * groups, groups=groups, **options
+    )
+    assert not known.missing(dispatched(selective_scan, arguments))
+
+
+@pytest.mark.parametrize(
+    "scan",
+    [
+        MapScan(16, 12, 192),
+        MapScan(1, 1, 1, "fp16", height=1, width=1),
+        MapScan(32, 64, 20, "fp64", images=3),
+        MapScan(5, 7, 33, images=4096, height=8, width=8),
+        SequenceScan(16, 384, "bf16", groups=3, gate=True),
+        SequenceScan(32, 48, "fp64", b_constant=True, c_constant=True, softplus=False),
+        SequenceScan(2, 1000, "fp16", images=0x10000, length=1),
+    ],
+    ids=str,
+)
+def test_scans_of_many_kinds_are_compiled(known: Known, scan: MapScan | SequenceScan) -> None:
+    launches = record(scan)
+    assert not known.missing(launches)
+    types = {kind for launch in launches for _, kind in launch.variant.types}
+    assert {kind for kind in types if not kind.startswith("*")} == {"i32"}
+
+
+def test_a_variant_that_is_not_compiled_is_noticed(known: Known) -> None:
+    launch = record(MapScan(16, 12, 192))[-1]
+    assert launch.variant.kernel == "scan_gradients"
+    for change in ({"PIECE": 8}, {"BLOCK": 256}, {"GATE": 1}):
+        odd = Launch(launch.variant.replaced(**change), 1, {}, {})
+        assert len(known.missing([odd])) == 1
+
+
+@pytest.mark.parametrize("kernel", ["scan_chunk_states", "scan_outputs"])
+@pytest.mark.parametrize(
+    ("n", "rank", "expected"),
+    [(16, 12, (16, 12)), (12, 12, (12, 16)), (5, 3, (8, 8)), (17, 33, (32, 64))],
+)
+def test_sizes_are_represented_by_the_power_of_two_above(
+    require_triton: ModuleType, kernel: str, n: int, rank: int, expected: tuple[int, int]
+) -> None:
+    of_kernel = {launch.variant.kernel: launch.variant for launch in record(MapScan(n, rank, 64))}
+    found = representative(of_kernel[kernel])
+    assert found.constant("N") == expected[0]
+    assert found.constant("STATES") == of_kernel[kernel].constant("STATES")
+    assert found.constant("BLOCK") == of_kernel[kernel].constant("BLOCK")
+    assert found.constant("RANK") == expected[1]
+
+
+# Reading and models.
+
+SASS_TEXT = """
+        /*0000*/                   MUFU.EX2 R0, R1 ;
+.L_x_1:
+        /*0010*/                   S2R R5, SR_CTAID.X ;
+.L_x_0:
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/                   MUFU.EX2 R0, R1 ;
+        /*0040*/                   STL [R1], R28 ;
+        /*0050*/               @P3 BRA `(.L_x_0) ;
+        /*0060*/               @P2 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0070*/                   BRA `(.L_x_2);
+"""
+GCN_TEXT = """
+.LBB0_4:                                ; %latch
+\ts_cbranch_scc0 .LBB0_6
+.LBB0_5:                                ; =>This Loop Header: Depth=1
+\tglobal_load_dwordx4 v[0:3], v4, s[0:1]
+\tv_exp_f32_e32 v1, v2
+\ts_branch .LBB0_4
+.LBB0_6:
+\ts_endpgm
+"""
+
+
+def test_the_innermost_loop_is_read_off_sass() -> None:
+    (body,) = innermost_loops(SASS_TEXT, SASS)
+    assert loop_of(body, 1, SASS) == Loop(
+        steps=1, instructions=4, exps=1, special=1, wide_loads=1, local=1
+    )
+
+
+def test_the_innermost_loop_is_read_off_gcn() -> None:
+    (body,) = innermost_loops(GCN_TEXT, GCN)
+    assert loop_of(body, 1, GCN) == Loop(
+        steps=1, instructions=4, exps=1, special=1, wide_loads=1, local=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps"), [(16, 32), (64, 32), (65, 28), (128, 16), (168, 12), (255, 8)]
+)
+def test_warps_by_registers(require_triton: ModuleType, registers: int, warps: int) -> None:
+    variant = record(MapScan(1, 1, 32))[0].variant
+    assert Report(variant, "sm_90", registers, 0, 0, 0, 0, ()).warps == warps
+
+
+def test_work_and_bytes_of_a_scan(require_triton: ModuleType) -> None:
+    scan = MapScan(n=4, rank=12, channels=192)
+    launches = [launch for launch in record(scan) if launch.variant.kernel == "scan_outputs"]
+    positions = scan.height * scan.width
+    elts = 4 * positions * scan.channels * scan.n
+    assert sum(launch.elts for launch in launches) == elts
+    blocks = scan.channels // launches[0].variant.constant("BLOCK")
+    assert sum(launch.steps for launch in launches) == 4 * positions * blocks
+    # x, the sum over directions in and y out, and half of the projections; then what chunks add.
+    first, last = map(traffic, launches)
+    whole, projections = 4 * positions * scan.channels, 4 * positions * 4 * (12 + 8)
+    assert last - first == whole
+    assert 2 * whole + projections / 2 < first < 1.2 * (2 * whole + projections / 2)
+
+
+def test_the_interpreter_is_refused(
+    require_triton: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    variant = record(MapScan(1, 1, 32))[0].variant
+    with pytest.raises(RuntimeError, match="`TRITON_INTERPRET` must be unset"):
+        compile_kernels.compile_variant(variant, "sm_90")
