@@ -4,6 +4,9 @@ A compiler or an exporter sees a scan as one opaque operator. Besides its argume
 backward only the state before each chunk.
 """
 
+import contextlib
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
@@ -47,6 +50,11 @@ def _scan(
     )
 
 
+def _device_of(x: Tensor) -> AbstractContextManager:
+    """Within it Triton launches on the device of x, which need not be the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 def _states(of_sequence: Tensor | None, A: Tensor, images: int) -> Tensor:
     """States `[B, K, N, D]` of their own, zero where none are given."""
     if of_sequence is None:
@@ -81,7 +89,8 @@ def triton_scan(
     if len(x) == 0:
         return _results(x, A, dt_weight, groups)
     scan = _scan(x, dt, B, C, z, A, dt_weight, dt_bias, skip, softplus, groups)
-    return forward(scan, _states(first, A, len(x)))
+    with _device_of(x):
+        return forward(scan, _states(first, A, len(x)))
 
 
 @torch.library.custom_op("cmamba::triton_scan_backward", mutates_args=())
@@ -107,7 +116,7 @@ def triton_scan_backward(
         return [torch.zeros_like(like) for like in likes]
     scan = _scan(x, dt, B, C, z, A, dt_weight, dt_bias, skip, softplus, groups)
     # Autocast would run the products around the kernels in 16 bits.
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), _device_of(x):
         gradients = backward(scan, starts, _prepared(grad_y), _states(grad_last, A, len(x)))
     return [grad for grad in gradients if grad is not None]
 
