@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
+import eval_rd
 import numpy as np
 import pytest
 from PIL import Image
 
 import cmamba_ref
-from tools import eval_rd
 
 PHOTOGRAPH = Path(cmamba_ref.__file__).parent / "data" / "coffee.png"
 MODEL = Path(__file__).parent / "golden" / "model"

@@ -5,15 +5,15 @@ import json
 import sys
 from types import ModuleType, SimpleNamespace
 
+import profile_scan
 import pytest
 import torch
+from profile_scan import BACKWARD, BOTH, FORWARD, Candidate, Shape
 
 from cmamba_ref import CMamba, ss2d
 from cmamba_ref.config import CONFIGS
 from cmamba_ref.errors import BackendUnavailableError
 from cmamba_ref.ops import selective_scan, selective_scan_2d
-from tools import profile_scan
-from tools.profile_scan import BACKWARD, BOTH, FORWARD, Candidate, Shape
 
 TINY = "1x4x3x8x2x1"
 CPU = torch.device("cpu")

@@ -13,10 +13,8 @@ pictures, by PSNR with piecewise cubic interpolation, over the range of PSNR tha
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +25,7 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image
+from provenance import of_run
 from tqdm import tqdm
 
 import cmamba_ref
@@ -120,11 +119,7 @@ def provenance(
 ) -> dict[str, object]:
     """What the numbers were measured with."""
     return {
-        "command": " ".join(["python", "tools/eval_rd.py", *command]),
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {_processor()}",
-        "threads": torch.get_num_threads(),
+        **of_run("eval_rd.py", command),
         "versions": {
             "cmamba-ref": cmamba_ref.__version__,
             "python": platform.python_version(),
@@ -135,28 +130,6 @@ def provenance(
         "model": {"name": model.config.name, "id": model.model_id.hex()},
         "pictures": {"folder": folder.resolve().name, "names": names},
     }
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    try:
-        return subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown processor"
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else "unknown processor"
 
 
 def main(argv: list[str] | None = None) -> int:

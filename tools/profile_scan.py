@@ -16,6 +16,8 @@ VMamba runs them, on four copies of the map:
     selective_scan_cuda_oflex   VMamba's extension; forward only
     mambapy                     pscan of mamba.py, which stores every state
     vmamba-pipeline             our own one-dimensional scan: what the copies cost
+
+How good the fixed rules of the Triton kernels are is measured by tune_scan.py, in the same way.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import datetime
 import functools
 import importlib
 import importlib.metadata
@@ -32,18 +33,19 @@ import json
 import math
 import platform
 import re
-import subprocess
 import sys
 import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
+from provenance import of_run, processor
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -446,6 +448,7 @@ class Candidate:
         reference: the literal recurrence that rounds where the scan may round: R of the gate.
         allowance: factor on the bound of the gate.
         differentiable: whether it has a backward.
+        within: makes what has to surround every call of it, and of its backward.
     """
 
     name: str
@@ -453,6 +456,7 @@ class Candidate:
     reference: Scan2d = REFERENCE
     allowance: float = 1
     differentiable: bool = True
+    within: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
 
 
 def find_candidate(name: str, settings: Settings) -> Candidate:
@@ -597,7 +601,8 @@ def check(
 ) -> Outcome:
     """Whether a candidate's results are right."""
     try:
-        results = evaluate(candidate.scan, arguments, gradients and candidate.differentiable)
+        with candidate.within():
+            results = evaluate(candidate.scan, arguments, gradients and candidate.differentiable)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the candidate's
         return outcome_of(error)
     y, x = results["y"], arguments["x"]
@@ -686,6 +691,10 @@ class CudaMeter:
 Meter = CpuMeter | CudaMeter
 
 
+def meter_for(device: torch.device) -> Meter:
+    return CpuMeter() if device.type == "cpu" else CudaMeter(device)
+
+
 @dataclass
 class Measurement:
     """Seconds of each repeat of one candidate in one mode, and the bytes it took."""
@@ -732,7 +741,7 @@ def measure(
 
     for candidate in candidates:
         measurement = measurements[candidate.name]
-        with measurement.noting_failure():
+        with measurement.noting_failure(), candidate.within():
             for _ in range(meter.warm_ups):
                 prepare(candidate.scan, arguments, grad_y, mode)()
             measurement.peak_bytes = meter.peak_bytes(
@@ -747,7 +756,7 @@ def measure(
     ]:
         for candidate in waiting:
             measurement = measurements[candidate.name]
-            with measurement.noting_failure():
+            with measurement.noting_failure(), candidate.within():
                 seconds = meter.seconds(prepare(candidate.scan, arguments, grad_y, mode))
                 measurement.times.append(seconds)
     return measurements
@@ -899,50 +908,22 @@ def to_csv(rows: list[Row]) -> bytes:
     return text.getvalue().encode()
 
 
-def provenance(settings: Settings, gpu: Gpu | None, command: list[str]) -> dict[str, object]:
+def provenance(tool: str, settings: Settings, command: list[str]) -> dict[str, object]:
     """What the numbers were measured with."""
     versions = {"cmamba-ref": cmamba_ref.__version__, "python": platform.python_version()}
     for package in ("torch", "triton", "numpy", "mamba-ssm", "mambapy", "selective-scan"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
-        "command": " ".join(["python", "tools/profile_scan.py", *command]),
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {_processor()}",
-        "threads": torch.get_num_threads(),
+        **of_run(tool, command),
         "device": device_name(settings.device),
         "cuda": torch.version.cuda,
         "versions": versions,
-        "floor_model": None if gpu is None else asdict(gpu),
-        "notes": NOTES,
     }
 
 
 def device_name(device: torch.device) -> str:
-    return _processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    try:
-        return subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown processor"
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else "unknown processor"
+    return processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def chrome_trace(candidates: list[Candidate], shape: Shape, settings: Settings) -> bytes:
@@ -952,10 +933,11 @@ def chrome_trace(candidates: list[Candidate], shape: Shape, settings: Settings) 
     if settings.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     for candidate in candidates:
-        evaluate(candidate.scan, arguments, candidate.differentiable)
+        with candidate.within():
+            evaluate(candidate.scan, arguments, candidate.differentiable)
     with profile(activities=activities) as profiler:
         for candidate in candidates:
-            with record_function(candidate.name):
+            with candidate.within(), record_function(candidate.name):
                 evaluate(candidate.scan, arguments, candidate.differentiable)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "trace.json"
@@ -1002,10 +984,8 @@ def device_there(text: str) -> torch.device:
     return device
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_measuring_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say what is measured and how; `settings_of` and `cases_of` read them."""
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="shapes; default: kernels on CUDA, quick on the CPU")
     add(
@@ -1016,6 +996,38 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="BxHxWxDxNxR",
         help="batch, height, width, channels, states and rank of dt; may be repeated",
     )
+    add("--mode", nargs="+", choices=MODES, default=MODES, help="default: all three")
+    add("--dtype", choices=DTYPES, default="fp32", help="of map and projections (default: fp32)")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=device_there, default=best, help=f"default: {best}")
+    add("--repeats", type=count, default=20, help="of each, at most (default: 20)")
+    add(
+        "--seconds",
+        type=positive,
+        default=0.5,
+        help=f"measured time after which {MIN_REPEATS} repeats are enough (default: 0.5)",
+    )
+    add("--json", type=output, help="write rows and provenance here")
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    modes = tuple(dict.fromkeys(args.mode))
+    return Settings(args.device, args.dtype, modes, args.repeats, args.seconds)
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    cases = [Case("custom", shape) for shape in args.shape]
+    if args.preset or not cases:
+        cases += PRESETS[args.preset or ("quick" if args.device.type == "cpu" else "kernels")]()
+    return cases
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_measuring_options(parser)
+    add = parser.add_argument
     names = (*BACKENDS, *PEERS)
     add(
         "--backends",
@@ -1025,20 +1037,8 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(names)} (default: on CUDA all but reference, on the CPU reference "
         "and chunked)",
     )
-    add("--mode", nargs="+", choices=MODES, default=MODES, help="default: all three")
-    add("--dtype", choices=DTYPES, default="fp32", help="of map and projections (default: fp32)")
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=device_there, default=best, help=f"default: {best}")
     add("--threads", type=count, help="torch threads (default: torch's choice)")
-    add("--repeats", type=count, default=20, help="of each, at most (default: 20)")
-    add(
-        "--seconds",
-        type=positive,
-        default=0.5,
-        help=f"measured time after which {MIN_REPEATS} repeats are enough (default: 0.5)",
-    )
     add("--csv", type=output, help="write the rows here")
-    add("--json", type=output, help="write rows and provenance here")
     add("--trace", type=output, help="write a Chrome trace of the first shape here")
     return parser
 
@@ -1051,7 +1051,7 @@ def profile_cases(
     rows: list[Row],
 ) -> None:
     """Measure everything, print it, and append to `rows` as results come in."""
-    meter = CpuMeter() if settings.device.type == "cpu" else CudaMeter(settings.device)
+    meter = meter_for(settings.device)
     outcomes: dict[tuple[int, int, int], dict[str, Outcome]] = {}
     with tqdm(total=len(cases) * len(settings.modes), disable=None) as progress:
         for case in cases:
@@ -1077,15 +1077,12 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
-    modes = tuple(dict.fromkeys(args.mode))
-    settings = Settings(args.device, args.dtype, modes, args.repeats, args.seconds)
+    settings = settings_of(args)
     try:
         candidates = find_candidates(args.backends, settings)
     except UnavailableError as error:
         parser.error(str(error))
-    cases = [Case("custom", shape) for shape in args.shape]
-    if args.preset or not cases:
-        cases += PRESETS[args.preset or ("quick" if args.device.type == "cpu" else "kernels")]()
+    cases = cases_of(args)
     gpu = gpu_model(settings.device)
 
     print(f"{device_name(settings.device)}, {args.dtype}; shapes are BxHxWxDxNxR\n\n{HEADING}")
@@ -1100,7 +1097,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.csv:
             write_atomically(args.csv, to_csv(rows))
         if args.json:
-            meta = provenance(settings, gpu, argv)
+            meta = provenance("profile_scan.py", settings, argv)
+            meta["floor_model"] = None if gpu is None else asdict(gpu)
+            meta["notes"] = NOTES
             report = {"meta": meta, "results": [asdict(row) for row in rows]}
             write_atomically(args.json, (json.dumps(report, indent=1) + "\n").encode())
     print()

@@ -1,0 +1,219 @@
+"""Tuning: other constants are in force where they are timed, and nowhere afterwards."""
+
+import json
+
+import profile_scan
+import pytest
+import torch
+import tune_scan
+from profile_scan import BACKWARD, BOTH, FORWARD, Shape
+from scan_helpers import chunks_of, kernels_are_interpreted
+
+from cmamba_ref.ops import selective_scan_2d
+
+TINY = "1x4x3x8x2x1"
+
+
+@pytest.fixture(autouse=True)
+def _constants_as_before(require_triton, monkeypatch):
+    """Whatever a test does, the constants are afterwards what they were; the gate is small."""
+    monkeypatch.setattr(profile_scan, "GATE_MAP", (1, 1, 2))
+    before = tune_scan.current_constants()
+    yield
+    assert tune_scan.current_constants() == before
+
+
+class CountingMeter(profile_scan.CpuMeter):
+    """Time depends on nothing but the constants."""
+
+    def __init__(self, cost):
+        self.cost, self.timed = cost, []
+
+    def seconds(self, call):
+        call()
+        self.timed.append(tune_scan.current_constants())
+        return self.cost(self.timed[-1])
+
+
+def replace_kernels(monkeypatch, cost=lambda constants: 1.0, fail=lambda constants, x: None):
+    """The chunked scan in place of the kernels; `fail` is added or raises. Returns the meter."""
+
+    def scan(x, backend, **kwargs):
+        if backend != "triton":
+            return selective_scan_2d(x, **kwargs, backend=backend)
+        added = fail(tune_scan.current_constants(), x)
+        y = selective_scan_2d(x, **kwargs, backend="chunked")
+        return y if added is None else y + added
+
+    meter = CountingMeter(cost)
+    monkeypatch.setattr(profile_scan, "selective_scan_2d", scan)
+    monkeypatch.setattr(tune_scan, "meter_for", lambda device: meter)
+    return meter
+
+
+def job(shape, mode, dtype="fp32"):
+    settings = profile_scan.Settings(torch.device("cpu"), dtype, (mode,), 1, 0.5)
+    candidate = profile_scan.Candidate(tune_scan.FIXED, selective_scan_2d)
+    case = profile_scan.Case("test", shape)
+    return tune_scan.Job(candidate, case, mode, settings, profile_scan.CpuMeter())
+
+
+def run(tmp_path, *arguments, status=0, device="cpu"):
+    """Rows that the command writes."""
+    path = tmp_path / "tune.json"
+    arguments = ["--device", device, "--repeats", "1", "--json", str(path), *arguments]
+    assert tune_scan.main(arguments) == status
+    report = json.loads(path.read_text())
+    assert report["meta"]["fixed_rules"] == tune_scan.current_constants()
+    assert report["meta"]["command"].startswith("python tools/tune_scan.py --device")
+    return report["results"]
+
+
+def test_kernels_run_under_other_constants(monkeypatch, tmp_path):
+    monkeypatch.setattr(profile_scan, "GATE_MAP", (1, 1, 1))
+    nothing_else = {name: (reader, ()) for name, (reader, _) in tune_scan.CONSTANTS.items()}
+    monkeypatch.setattr(tune_scan, "CONSTANTS", nothing_else | {"PROGRAMS": ("plan", (1,))})
+    device = "cpu" if kernels_are_interpreted() else "cuda"
+    with chunks_of(2):
+        rows = run(tmp_path, "--shape", "1x1x3x1x1x1", "--mode", "backward", device=device)
+    # Chunks of the forward that the backward did not share would show in the gradients.
+    assert [(row["trial"], row["sizes"]["chunks"], row["status"]) for row in rows] == [
+        ("fixed rules", 2, "ok"),
+        ("PROGRAMS 1", 1, "ok"),
+    ]
+    assert rows[0]["ratio"] == 1 and rows[1]["ratio"] > 0
+
+
+# ---------------------------------------------------------------- what is tried
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("mode", profile_scan.MODES)
+def test_no_two_trials_are_the_same_call(mode, dtype):
+    for case in profile_scan.kernel_cases():
+        asked = job(case.shape, mode, dtype)
+        trials = tune_scan.one_at_a_time(asked)
+        sizes = [tune_scan.sizes_of(constants, asked) for constants in trials.values()]
+        assert len(set(sizes)) == len(sizes) > 1
+        fixed, *others = trials.values()
+        assert fixed == tune_scan.current_constants()
+        for constants in others:
+            assert len(constants.items() - fixed.items()) == 1
+
+
+def test_what_has_no_effect_is_not_tried():
+    small = Shape(1, 4, 3, 8, 2, 1)
+    assert list(tune_scan.one_at_a_time(job(small, FORWARD))) == [tune_scan.FIXED]
+    names = list(tune_scan.one_at_a_time(job(small, BOTH)))
+    assert names == [tune_scan.FIXED, "PIECE 2", "PIECE 8"]
+    trials = tune_scan.one_at_a_time(job(Shape(1, 128, 128, 192, 16, 6), BACKWARD))
+    assert {"PROGRAMS 512", "PROGRAMS 1024", "BACKWARD_TILE 1024"} <= set(trials)
+    assert "PROGRAMS 4096" not in trials  # the chunks are the shortest already
+
+
+def test_constants_are_restored():
+    fixed = tune_scan.current_constants()
+    with tune_scan.patched(fixed | {"PROGRAMS": 512, "PIECE": 8}):
+        assert tune_scan.module("launch").PIECE == 8
+        assert tune_scan.module("plan").PROGRAMS == 512
+    assert tune_scan.current_constants() == fixed
+    with pytest.raises(ZeroDivisionError), tune_scan.patched(fixed | {"PIECE": 2}):
+        raise ZeroDivisionError
+    assert tune_scan.current_constants() == fixed
+
+
+def test_the_best_of_each_run_together(monkeypatch, tmp_path, capsys):
+    def cost(constants):
+        slow = 1.0
+        slow *= 0.5 if constants["PIECE"] == 2 else 1
+        slow *= {4096: 0.9, 8192: 0.8}.get(constants["PROGRAMS"], 1)
+        return slow * (2 if constants["BACKWARD_TILE"] != 512 else 1)
+
+    meter = replace_kernels(monkeypatch, cost)
+    # Chunks of one position, so that a small map has enough for PROGRAMS to matter.
+    monkeypatch.setattr(tune_scan.module("plan"), "MIN_CHUNK", 1)
+    rows = run(tmp_path, "--shape", "64x16x9x2x1x1", "--mode", "both")
+    *single, together = rows
+    fixed = tune_scan.current_constants()
+    assert together["trial"] == tune_scan.TOGETHER
+    assert together["constants"] == fixed | {"PROGRAMS": 8192, "PIECE": 2}
+    assert together["ratio"] == pytest.approx(0.4)
+    assert single[0]["constants"] == fixed and single[0]["ratio"] == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "the fixed rules are within 150.0 % of the best (best of each)" in lines
+    heading = lines.index(tune_scan.HEADING)
+    table = lines[heading + 1 : heading + 1 + len(rows)]
+    assert {len(line) for line in table} == {len(tune_scan.HEADING)}
+    for line, row in zip(table, rows, strict=True):
+        assert line.startswith(row["trial"])
+        assert float(line.split()[-1]) == pytest.approx(row["ratio"], rel=1e-3)
+    # In turns, and the fixed rules once more in the last round.
+    assert meter.timed == [row["constants"] for row in single] + [fixed, together["constants"]]
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+def test_a_wrong_alternative_is_reported_and_not_timed(monkeypatch, tmp_path, capsys):
+    meter = replace_kernels(
+        monkeypatch, fail=lambda constants, x: 1e-2 if constants["PIECE"] == 8 else 0
+    )
+    rows = run(tmp_path, "--shape", TINY, "--mode", "backward", status=1)
+    assert [(row["trial"], row["status"]) for row in rows] == [
+        ("fixed rules", "ok"),
+        ("PIECE 2", "ok"),
+        ("PIECE 8", "failed"),
+    ]
+    assert rows[2]["reason"].startswith("y is off by 0.01")
+    assert rows[2]["median_ms"] is rows[2]["ratio"] is None
+    assert [constants["PIECE"] for constants in meter.timed] == [4, 2]
+    assert "failed: y is off by 0.01" in capsys.readouterr().out
+
+
+def test_a_wrong_gradient_is_reported(monkeypatch, tmp_path):
+    def fail(constants, x):
+        return 1e-2 * (x - x.detach()) if constants["PIECE"] == 8 else 0
+
+    replace_kernels(monkeypatch, fail=fail)
+    rows = run(tmp_path, "--shape", TINY, "--mode", "backward", status=1)
+    assert rows[2]["reason"].startswith("gradient of x is off by")
+
+
+def test_fixed_rules_that_fail_the_gate_end_the_matter(monkeypatch, tmp_path, capsys):
+    meter = replace_kernels(monkeypatch, fail=lambda constants, x: 1e-2)
+    (row,) = run(tmp_path, "--shape", TINY, "--mode", "both", status=1)
+    assert row["trial"] == tune_scan.FIXED and row["status"] == "failed"
+    assert "the fixed rules were not measured" in capsys.readouterr().out
+    assert not meter.timed
+
+
+def test_an_interruption_keeps_what_was_measured(monkeypatch, tmp_path):
+    def fail(constants, x):
+        if constants["PIECE"] == 8:
+            raise KeyboardInterrupt
+
+    replace_kernels(monkeypatch, fail=fail)
+    modes = ("--mode", "forward", "both")
+    (row,) = run(tmp_path, "--shape", TINY, *modes, status=130)
+    assert row["mode"] == FORWARD and row["status"] == "ok"
+
+
+def test_lack_of_memory_is_a_result(monkeypatch, tmp_path):
+    def fail(constants, x):
+        if x.shape[2] == 3:
+            raise torch.OutOfMemoryError("too much")
+
+    replace_kernels(monkeypatch, fail=fail)
+    rows = run(tmp_path, "--shape", TINY, "--mode", "both")
+    assert {row["status"] for row in rows} == {"out of memory"}
+
+
+def test_without_the_kernels_nothing_starts(monkeypatch, capsys):
+    def scan(x, **kwargs):
+        raise profile_scan.BackendUnavailableError("`backend` must be one that runs here")
+
+    monkeypatch.setattr(profile_scan, "selective_scan_2d", scan)
+    with pytest.raises(SystemExit) as exit_status:
+        tune_scan.main(["--device", "cpu"])
+    assert exit_status.value.code == 2
+    assert "the kernels cannot run: `backend` must be one" in capsys.readouterr().err
