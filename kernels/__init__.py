@@ -42,6 +42,8 @@ def unavailable_reason(device_type: str) -> str | None:
             f"Triton has no compiler for device type {device_type!r}; "
             "it takes CUDA and ROCm tensors, or any with TRITON_INTERPRET=1 (slow, for tests)"
         )
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         return "the kernels need a GPU of compute capability 8.0 or later"
     return None
