@@ -42,9 +42,10 @@ from tools.compile_kernels import (
 )
 
 FORWARD = ("scan_chunk_states", "carry", "scan_outputs", "scan_chunk_adjoints")
-# Bytes of stack per lane in use at most. Outside their loops ptxas parks a register or two of the
-# other kernels, where that lets more warps run; scan_gradients holds more than there are registers.
-# These are the most that was found, by compute type: raise one only with a measured gain.
+# Spilled registers, and bytes of stack per lane in use, at most. Outside their loops ptxas parks a
+# register or two of the other kernels, where that lets more warps run; scan_gradients holds more
+# than there are registers. By compute type; raise one only with a measured gain.
+FORWARD_SPILL = {"fp32": 0, "fp64": 16}  # loads and stores in the loop
 FORWARD_STACK = {"fp32": 32, "fp64": 128}
 GRADIENT_STACK = {"fp32": 1024, "fp64": 3072}
 
@@ -101,12 +102,13 @@ def test_registers_suffice(reports: list[Report]) -> None:
     assert not failing(reports, lambda r: r.registers > limits[r.target] and r.registers)
 
 
-def test_only_scan_gradients_spills_in_its_loops(reports: list[Report]) -> None:
+def test_forward_does_not_spill_in_its_loops(reports: list[Report]) -> None:
     def spill(report: Report) -> str:
         if report.variant.kernel not in FORWARD:
             return ""
-        if any(loop.local for loop in report.loops):
-            return "stack in the loop"
+        in_loop = sum(loop.local for loop in report.loops)
+        if in_loop > FORWARD_SPILL[report.variant.real]:
+            return f"{in_loop} times in the loop"
         if report.target == "gfx942":
             return f"{report.spilled} registers" if report.spilled else ""
         over = report.stack > FORWARD_STACK[report.variant.real]
