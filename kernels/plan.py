@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-# Programs (one warp each) that keep a large GPU busy; an H200 holds up to 132 * 32 at a time.
-PROGRAMS = 2048
+# Programs (one warp each) that a launch should have: two or three rounds of the 132 * 12 that an
+# H200 holds at a time at N = 16. With a quarter of them, a sequence is not cut at all: one pass
+# does a little more than half of the work of two.
+PROGRAMS = 4096
 # A chunk shorter than this would cost more in carries than it gives in parallelism.
 MIN_CHUNK = 32
 # More would not fit in registers.
@@ -22,6 +24,8 @@ NARROW_BLOCK = 16  # half a warp, where registers leave no choice
 FORWARD_REGISTERS = 128
 # States times channels of a program in the backward, which holds a dozen such arrays.
 BACKWARD_TILE = 512
+# By so much both shrink in fp64: a number takes two registers, and its functions as many again.
+FP64_FACTOR = 4
 # Steps that the backward repeats with their states in registers. The scratch memory for
 # checkpoints is 1 / PIECE of all states of one direction.
 PIECE = 4
@@ -36,7 +40,7 @@ class Plan(NamedTuple):
     ranks: int  # R rounded up likewise; 1 where delta is given
     block: int  # channels of a program
     backward_block: int  # channels of a program of scan_gradients
-    aligned: bool  # channels per group are a multiple of 16
+    aligned: bool  # lanes of scan_gradients own four neighbouring channels
     chunk_length: int  # positions of a chunk; the last one may be shorter
     chunks: int
 
@@ -59,9 +63,11 @@ def _block(channels: int, largest: int) -> int:
 def chunk_length(length: int, programs: int) -> int:
     """Positions of a chunk, where one chunk of the sequence already has so many programs.
 
-    A multiple of MIN_CHUNK, which may exceed `length`. There is no comparison in it, so that one
-    compiled graph serves all sizes where these are symbolic.
+    It may exceed `length`, and then there is one chunk. The length is compared with nothing, so
+    that one compiled graph serves all map sizes.
     """
+    if programs >= PROGRAMS // 4:
+        return length
     return MIN_CHUNK * (1 + length * programs // (PROGRAMS * MIN_CHUNK))
 
 
@@ -76,17 +82,22 @@ def plan(
         dtype: in which the scan computes, fp32 or fp64.
     """
     states, ranks = next_power_of_2(n), next_power_of_2(max(rank, 1))
-    registers = 2 if dtype == torch.float64 else 1  # per number
     per_group = channels // groups
-    block = _block(per_group, FORWARD_REGISTERS * 32 // (registers * (ranks + 2 * states)))
-    backward_block = _block(per_group, BACKWARD_TILE // (registers * states))
+    factor = FP64_FACTOR if dtype == torch.float64 else 1
+    block = _block(per_group, FORWARD_REGISTERS * 32 // (factor * (ranks + 2 * states)))
+    backward_block, aligned = _backward_block(per_group, states, BACKWARD_TILE // factor)
     chunk = chunk_length(length, images * groups * block_count(per_group, block))
-    return Plan(
-        states,
-        ranks,
-        block,
-        backward_block,
-        aligned=per_group % 16 == 0,
-        chunk_length=chunk,
-        chunks=block_count(length, chunk),
-    )
+    chunks = block_count(length, chunk)
+    return Plan(states, ranks, block, backward_block, aligned, chunk, chunks)
+
+
+def _backward_block(per_group: int, states: int, tile: int) -> tuple[int, bool]:
+    """Channels of a program of scan_gradients, and whether a lane owns four neighbours of them.
+
+    That makes sums over channels cheaper, where a lane has states enough to share with no other
+    lane, or only with few. It needs channels that come in multiples of 16; without, the arrays
+    are larger in effect, and half as many channels fit.
+    """
+    alignable = per_group % 16 == 0
+    block = _block(per_group, (tile if alignable else tile // 2) // states)
+    return block, alignable and (block == BLOCKS[0] or states * block >= tile)

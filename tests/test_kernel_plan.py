@@ -28,18 +28,20 @@ def test_programs_cover_everything_once(images, length, per_group, groups, n, ra
         assert block in (*rules.BLOCKS, rules.NARROW_BLOCK)
         # No block is idle.
         assert block_count(per_group, block) * block - per_group < block
-    assert p.aligned == (per_group % 16 == 0)
+    assert not p.aligned or per_group % 16 == 0
 
 
 @pytest.mark.parametrize("images, side, channels, n", [(1, 128, 192, 16), (8, 128, 192, 1)])
 def test_chunks_give_a_large_gpu_enough_programs(images, side, channels, n):
     p = plan(images, side * side, channels, 1, n, 6, torch.float32)
     programs = images * p.chunks * block_count(channels, p.block)
-    assert rules.PROGRAMS / 2 < programs <= rules.PROGRAMS
+    assert programs <= rules.PROGRAMS
+    assert programs > rules.PROGRAMS / 2 or p.chunk_length == rules.MIN_CHUNK
 
 
 def test_one_pass_where_there_are_programs_enough():
-    assert plan(1024, 4096, 192, 1, 16, 6, torch.float32).chunks == 1
+    assert plan(384, 4096, 192, 1, 16, 6, torch.float32).chunks == 1
+    assert plan(256, 4096, 192, 1, 16, 6, torch.float32).chunks > 1
     assert plan(1, rules.MIN_CHUNK, 192, 1, 16, 6, torch.float32).chunks == 1
 
 

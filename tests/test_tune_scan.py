@@ -126,7 +126,7 @@ def test_the_best_of_each_run_together(monkeypatch, tmp_path, capsys):
     def cost(constants):
         slow = 1.0
         slow *= 0.5 if constants["PIECE"] == 2 else 1
-        slow *= {4096: 0.9, 8192: 0.8}.get(constants["PROGRAMS"], 1)
+        slow *= {8192: 0.8}.get(constants["PROGRAMS"], 1)
         return slow * (2 if constants["BACKWARD_TILE"] != 512 else 1)
 
     meter = replace_kernels(monkeypatch, cost)
