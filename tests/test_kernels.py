@@ -197,6 +197,11 @@ def test_backward_keeps_only_arguments_and_the_states_between_chunks():
     )
 
 
+def test_nothing_is_atomic(root):
+    for path in (root / "kernels").glob("*.py"):
+        assert "atomic_" not in path.read_text(), path.name
+
+
 def test_misaligned_arguments_are_copied():
     a = scan_2d_arguments(batch=1, height=2, width=3)
     memory = torch.zeros(a["x"].numel() + 1, dtype=torch.float64)
