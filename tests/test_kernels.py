@@ -50,7 +50,7 @@ seeds = st.integers(0, 2**16)
 batches = st.sampled_from((1, 1, 1, 2, 3, 0))
 single_or_double = st.sampled_from((torch.float32, torch.float32, torch.float64))
 # The interpreter takes about a tenth of a second per position of a map.
-positions = st.sampled_from((4, 8, 12, 24))
+positions = st.sampled_from((2, 4, 8, 12, 24))
 
 
 @st.composite
