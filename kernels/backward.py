@@ -5,7 +5,7 @@ With g the adjoint that arrives from the steps after t, the recurrence is read b
     dh_t = g + C_t dy_t            g <- exp(dt_t A) dh_t
 
 `scan_chunk_adjoints` and `carry` (with ADJOINT) find the adjoint that enters each chunk.
-`scan_checkpoints` repeats the forward and keeps the state at every PIECE-th step; `scan_gradients`
+`scan_gradients` repeats the forward of a chunk and keeps the state at every PIECE-th step, then
 goes through the pieces last to first, repeats each with its states in registers and reads it
 backwards. Sums over channels and over chunks are left in partial results, one per program, that the
 caller adds: no atomics, so two runs give the same bits.
@@ -20,10 +20,9 @@ import triton.language as tl
 from .forward import SIZES
 from .pieces import (
     LN_2,
-    LOG2_E,
     channels_of,
     load_channels,
-    load_dt_weight,
+    load_parameters,
     load_projection,
     load_states,
     sigmoid,
@@ -72,11 +71,9 @@ def scan_chunk_adjoints(
     channels, exists = channels_of(group, block, per_group, BLOCK)
     base = image.to(tl.int64) * H * W
 
-    A = load_states(A_ptr, direction, channels, exists, D, N, STATES) * LOG2_E
-    bias = load_channels(bias_ptr, direction, channels, exists, D, real)
-    weight = bias
-    if RANK > 0:
-        weight = load_dt_weight(weight_ptr, direction, channels, exists, D, RANK, RANKS)
+    A, bias, weight = load_parameters(
+        A_ptr, weight_ptr, bias_ptr, direction, channels, exists, D, N, STATES, RANK, RANKS
+    )
     if C_CONSTANT:
         C = load_states(C_ptr, 0, channels, exists, D, N, STATES)
 
@@ -178,11 +175,9 @@ def scan_gradients(
         pair_image = direction // 2 * images + image
         pair_base = pair_image.to(tl.int64) * H * W
         shares = ((block * ((directions + 1) // 2 * images)) + pair_image).to(tl.int64) * H * W
-        A = load_states(A_ptr, direction, channels, exists, D, N, STATES) * LOG2_E
-        bias = load_channels(bias_ptr, direction, channels, exists, D, real)
-        weight = bias
-        if RANK > 0:
-            weight = load_dt_weight(weight_ptr, direction, channels, exists, D, RANK, RANKS)
+        A, bias, weight = load_parameters(
+            A_ptr, weight_ptr, bias_ptr, direction, channels, exists, D, N, STATES, RANK, RANKS
+        )
         index = (image * directions + direction) * chunks + chunk
         steps = tl.minimum(chunk_length, H * W - chunk * chunk_length)
 

@@ -15,7 +15,7 @@ from .pieces import (
     LOG2_E,
     channels_of,
     load_channels,
-    load_dt_weight,
+    load_parameters,
     load_projection,
     load_states,
     sigmoid,
@@ -67,11 +67,9 @@ def scan_chunk_states(
     channels, exists = channels_of(group, block, per_group, BLOCK)
     base = image.to(tl.int64) * H * W
 
-    A = load_states(A_ptr, direction, channels, exists, D, N, STATES) * LOG2_E
-    bias = load_channels(bias_ptr, direction, channels, exists, D, real)
-    weight = bias
-    if RANK > 0:
-        weight = load_dt_weight(weight_ptr, direction, channels, exists, D, RANK, RANKS)
+    A, bias, weight = load_parameters(
+        A_ptr, weight_ptr, bias_ptr, direction, channels, exists, D, N, STATES, RANK, RANKS
+    )
     if B_CONSTANT:
         B = load_states(B_ptr, 0, channels, exists, D, N, STATES)
 
@@ -211,11 +209,9 @@ def scan_outputs(
     for direction in tl.range(first_direction, directions, 2):
         is_last = direction == directions - 1
         skip_now = tl.where(direction == 0, skip, 0.0)
-        A = load_states(A_ptr, direction, channels, exists, D, N, STATES) * LOG2_E
-        bias = load_channels(bias_ptr, direction, channels, exists, D, real)
-        weight = bias
-        if RANK > 0:
-            weight = load_dt_weight(weight_ptr, direction, channels, exists, D, RANK, RANKS)
+        A, bias, weight = load_parameters(
+            A_ptr, weight_ptr, bias_ptr, direction, channels, exists, D, N, STATES, RANK, RANKS
+        )
         index = (image * directions + direction) * chunks + chunk
         h = load_states(starts_ptr, index, channels, exists, D, N, STATES)
 

@@ -112,6 +112,16 @@ def _constant(matrix: Tensor) -> bool:
     return matrix.dim() == 2
 
 
+def _per_chunk(of_image: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
+    """Room for states `[B, K, chunks, N, D]` like `of_image` `[B, K, N, D]`, and for sums over
+    steps `[B, K, chunks, D]`."""
+    images, directions, n, channels = of_image.shape
+    return (
+        of_image.new_empty(images, directions, chunks, n, channels),
+        of_image.new_empty(images, directions, chunks, channels),
+    )
+
+
 def _carried(ends: Tensor, sums: Tensor, A: Tensor, first: Tensor, adjoint: bool) -> Tensor:
     """State or adjoint that enters each chunk `[B, K, chunks, N, D]`, from those of `first`."""
     images, directions, chunks, n, channels = ends.shape
@@ -155,8 +165,7 @@ def forward(scan: Scan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     starts = first.unsqueeze(2)
     if plan.chunks > 1:
-        ends = first.new_empty(images, directions, plan.chunks, n, channels)
-        sums = first.new_empty(images, directions, plan.chunks, channels)
+        ends, sums = _per_chunk(first, plan.chunks)
         scan_chunk_states[(programs * directions,)](
             ends_ptr=ends, sums_ptr=sums, **inputs, **arguments
         )
@@ -186,10 +195,9 @@ def _entering_adjoints(scan: Scan, plan: Plan, grad_y: Tensor, grad_last: Tensor
     """Adjoint that enters each chunk from the steps after it `[B, K, chunks, N, D]`."""
     if plan.chunks == 1:
         return grad_last.unsqueeze(2)
-    images, directions, n, channels = grad_last.shape
+    images, directions = grad_last.shape[:2]
     arguments = _arguments(scan, plan, plan.block)
-    ends = grad_last.new_empty(images, directions, plan.chunks, n, channels)
-    sums = grad_last.new_empty(images, directions, plan.chunks, channels)
+    ends, sums = _per_chunk(grad_last, plan.chunks)
     programs = images * directions * plan.chunks * scan.groups * arguments["blocks"]
     scan_chunk_adjoints[(programs,)](
         C_ptr=scan.C,
@@ -223,8 +231,7 @@ def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> G
     grad_x = torch.empty_like(scan.x)
     total = grad_x if grad_x.dtype == real else torch.empty_like(grad_x, dtype=real)
     grad_z = None if scan.z is None else torch.empty_like(scan.z)
-    per_chunk = starts.new_empty(images, directions, plan.chunks, n, channels)
-    bias_per_chunk = starts.new_empty(images, directions, plan.chunks, channels)
+    A_per_chunk, bias_per_chunk = _per_chunk(grad_last, plan.chunks)
     skip_per_chunk = starts.new_empty(images, plan.chunks, channels)
     grad_first = starts.new_zeros(images, n, channels)  # of a map it stays zero
     of_projection = (blocks, in_pair, *position, scan.groups, n)
@@ -254,7 +261,7 @@ def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> G
             dB_ptr=grad_B,
             dC_ptr=grad_C,
             dz_ptr=scan.x if grad_z is None else grad_z,
-            dA_ptr=per_chunk,
+            dA_ptr=A_per_chunk,
             dbias_ptr=bias_per_chunk,
             dskip_ptr=skip_per_chunk,
             dfirst_ptr=grad_first,
@@ -279,7 +286,7 @@ def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> G
         None if scan.rank else _summed(grad_B, scan.B),
         None if scan.rank else _summed(grad_C, scan.C),
         grad_z,
-        per_chunk.sum((0, 2)),
+        A_per_chunk.sum((0, 2)),
         grad_weight,
         bias_per_chunk.sum((0, 2)),
         skip_per_chunk.sum((0, 1)),
@@ -289,8 +296,7 @@ def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> G
 
 def _summed(partial: Tensor, like: Tensor) -> Tensor:
     """Gradient of B or C of a sequence from what the programs left."""
-    total = partial.sum((0, 1))
-    return total.to(like.dtype)
+    return partial.sum((0, 1)).to(like.dtype)
 
 
 def _projection_gradients(

@@ -164,6 +164,33 @@ def load_dt_weight(
 
 
 @triton.jit
+def load_parameters(
+    A_ptr,
+    weight_ptr,
+    bias_ptr,
+    direction,
+    channels,
+    exists,
+    D,
+    N: tl.constexpr,
+    STATES: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """A for base 2 `[STATES, BLOCK]`, dt_bias `[BLOCK]` and dt_weight `[RANKS, BLOCK]`.
+
+    With RANK 0 there is no dt_weight, and something that nobody reads stands for it.
+    """
+    real: tl.constexpr = A_ptr.dtype.element_ty
+    A = load_states(A_ptr, direction, channels, exists, D, N, STATES) * LOG2_E
+    bias = load_channels(bias_ptr, direction, channels, exists, D, real)
+    weight = bias
+    if RANK > 0:
+        weight = load_dt_weight(weight_ptr, direction, channels, exists, D, RANK, RANKS)
+    return A, bias, weight
+
+
+@triton.jit
 def time_step_before_softplus(
     pointer,
     row,
