@@ -144,17 +144,14 @@ def test_each_direction_is_a_1d_scan_of_the_permuted_sequence(direction, backend
 
 
 def test_a_direction_read_in_the_wrong_order_is_noticed(monkeypatch):
-    gather = chunked._gather
+    read = chunked._read
 
-    def broken(x, block):
-        four = gather(x, block).clone()
-        if x.shape[0] > 1:
-            four[..., 3, :] = four[..., 1, :]  # direction 3 reads as direction 1 does
-        return four
+    def broken(x, direction, *rest):
+        read(x, 1 if direction == 3 else direction, *rest)
 
     arguments = scan_2d_arguments(dtype=torch.float32)
     assert_as_accurate_as_reference(arguments, "chunked")
-    monkeypatch.setattr(chunked, "_gather", broken)
+    monkeypatch.setattr(chunked, "_read", broken)
     with pytest.raises(AssertionError, match="above the bound"):
         assert_as_accurate_as_reference(arguments, "chunked")
 
@@ -304,10 +301,10 @@ def operator_arguments(batch, strided):
     of_scan = (
         torch.randn(sequence, generator=generator),
         torch.rand(sequence, generator=generator),
-        torch.randn(n, groups, channels, generator=generator),
-        torch.randn(length, n, batch, groups, 1, generator=generator),
-        torch.randn(1, n, 1, groups, channels, generator=generator),
-        torch.randn(n, batch, groups, channels, generator=generator),
+        torch.randn(groups, n, channels, generator=generator),
+        torch.randn(length, batch, groups, n, 1, generator=generator),
+        torch.randn(1, 1, groups, n, channels, generator=generator),
+        torch.randn(batch, groups, n, channels, generator=generator),
     )
     of_scan_2d = [x.detach() for x in scan_2d_arguments(batch=batch, dtype=torch.float32).values()][
         :5
@@ -319,7 +316,7 @@ def operator_arguments(batch, strided):
         if strided:
             backwards = [x.permute(*reversed(range(x.dim()))) for x in arguments]
             arguments = [x.contiguous().permute(*reversed(range(x.dim()))) for x in backwards]
-        yield operator, tuple(x.requires_grad_() for x in arguments)
+        yield operator, (*(x.requires_grad_() for x in arguments), True)
 
 
 @pytest.mark.parametrize("strided", [False, True])
@@ -336,7 +333,7 @@ def test_operators_return_contiguous_tensors_as_the_compiler_is_told(batch):
         y, last, starts = scan(*of_scan)
         y_2d, starts_2d = scan_2d(*of_scan_2d)
         grads = library.chunked_scan_backward(y, last, *of_scan[:5], starts)
-        grads_2d = library.chunked_scan_2d_backward(y_2d, *of_scan_2d, starts_2d)
+        grads_2d = library.chunked_scan_2d_backward(y_2d, *of_scan_2d[:5], starts_2d)
     for x in (y, last, starts, y_2d, starts_2d, *grads, *grads_2d):
         assert x.is_contiguous()
 

@@ -1,45 +1,64 @@
-"""The scans of the backend `chunked`, block by block; `blocks.py` explains the method.
+"""The scans of the backend `chunked`; `blocks.py` explains the method.
 
-`scan_*` takes sequences whose time steps are known. `scan_2d_*` takes a map and its projections
-and forms, for one block at a time, the four sequences and their time steps, so that the map is
-never copied four times. Types: all arguments of a call share one, fp32 or fp64.
+`scan_*` takes sequences whose time steps are known. `scan_2d_*` takes a map and its projections.
+It goes through the four directions side by side, one strip of positions after the other: what a
+strip needs is read from the map in the order of each direction, and only then are its time steps
+formed; so the map is never copied as a whole.
+
+Types: all tensors of a call share one, fp32 or fp64.
 """
 
+from collections.abc import Callable, Iterator
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cmamba_ref.ops.blocks import Block, Scratch, backward_block, forward_block, plan
+from cmamba_ref.ops.blocks import (
+    LOG2_E,
+    Scratch,
+    backward_block,
+    block_count,
+    block_length,
+    forward_block,
+    plan,
+)
+
+DIRECTIONS = 4
+# Floats of the memory of a strip, about: few enough to stay in cache, enough to be worth the calls.
+STRIP_FLOATS = 2 * 1024 * 1024
+# Positions that are summed in one matrix product for the gradient of dt_weight: more round more.
+PRODUCT_LENGTH = 32
+
+# read(k, start, stop, u, projections) writes what direction k reads at positions start to stop of
+# its order into u [positions, S, D] and projections [positions, S, R + 2N].
+Read = Callable[[int, int, int, Tensor, Tensor], None]
+
+
+# ---------------------------------------------------------------- sequences
 
 
 def scan_forward(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, keep_starts: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence without skip, gate and bias.
 
     Args:
         u, dt: `[L, S, G, D]`.
-        A: `[N, G, D]`.
-        B, C: `[L, N, S, G, 1]` varying or `[1, N, 1, G, D]` constant.
-        initial_state: `[N, S, G, D]`.
+        A: `[G, N, D]`.
+        B, C: `[L, S, G, N, 1]` varying or `[1, 1, G, N, D]` constant.
+        initial_state: `[S, G, N, D]`.
+        keep_starts: whether to keep what the backward needs.
 
     Returns:
-        y `[L, S, G, D]`, last state `[N, S, G, D]`, state before each block `[blocks, N, S, G, D]`.
+        y `[L, S, G, D]`, last state `[S, G, N, D]` and, if kept, the state before each block
+        `[blocks, S, G, N, D]`.
     """
-    blocks = plan(len(u), initial_state.numel())
-    scratch = Scratch(u, 2, blocks, initial_state.shape)
-    u, dt, A = u.contiguous().unsqueeze(1), dt.contiguous().unsqueeze(1), A[None, :, None, None]
+    u, dt = u.contiguous().unsqueeze(3), dt.contiguous().unsqueeze(3)
     y = torch.empty_like(u)
-    starts = u.new_empty(len(blocks), *initial_state.shape)
-
-    state = initial_state
-    for block, start in zip(blocks, starts, strict=True):
-        start.copy_(state)
-        dt_, B_, C_ = block.view(dt), block.view(B), block.view(C)
-        dtu = dt_ * block.view(u)
-        y_, state = forward_block(dt_, dtu, A, B_, C_, start, scratch.buffers(block))
-        block.view(y).copy_(y_)
-    return y.squeeze(1), state, starts
+    starts = _room_for_starts(len(u), initial_state, keep_starts)
+    scratch = Scratch(initial_state, 2, len(u))
+    last = _run(u, dt, A * LOG2_E, B, C, initial_state.clone(), y, starts, scratch)
+    return y.squeeze(3), last, starts
 
 
 def scan_backward(
@@ -53,128 +72,235 @@ def scan_backward(
     starts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B, C and initial_state of `scan_forward`."""
-    blocks = plan(len(u), grad_last.numel())
-    scratch = Scratch(u, 3, blocks, grad_last.shape)
-    u, dt, A = u.contiguous().unsqueeze(1), dt.contiguous().unsqueeze(1), A[None, :, None, None]
-    grad_y = grad_y.contiguous().unsqueeze(1)
+    u, dt = u.contiguous().unsqueeze(3), dt.contiguous().unsqueeze(3)
     grad_u, grad_dt = torch.empty_like(u), torch.empty_like(dt)
-    grad_A = torch.zeros_like(grad_last)
+    grad_A = grad_last.new_zeros(grad_last.shape)
     # Not zeros_like: the operator's results are contiguous whatever the strides of its arguments.
     grad_B, grad_C = B.new_zeros(B.shape), C.new_zeros(C.shape)
+    grad_first = _run_backward(
+        grad_y.contiguous().unsqueeze(3),
+        grad_last.clone(),
+        *(u, dt, A, B, C, starts),
+        *(grad_u, grad_dt, grad_A, grad_B, grad_C),
+        Scratch(grad_last, 3, len(u)),
+    )
+    return grad_u.squeeze(3), grad_dt.squeeze(3), grad_A.sum(0), grad_B, grad_C, grad_first
 
+
+def _room_for_starts(length: int, state: Tensor, keep: bool) -> Tensor:
+    """For the state before each block; without any block if they are not to be kept."""
+    return state.new_empty(block_count(length, state.numel()) if keep else 0, *state.shape)
+
+
+def _run(
+    u: Tensor,
+    dt: Tensor,
+    A2: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    y: Tensor,
+    starts: Tensor,
+    scratch: Scratch,
+) -> Tensor:
+    """Fills y, and starts unless empty, block by block; returns the last state. u, dt, y:
+    `[L, S, G, 1, D]`, the others as in `scan_forward`, A2 times log2 e."""
+    for number, block in enumerate(plan(len(u), state.numel())):
+        if len(starts):
+            starts[number] = state
+        dt_, B_, C_ = block.view(dt), block.view(B), block.view(C)
+        dtu = dt_ * block.view(u)
+        y_, state = forward_block(dt_, dtu, A2, B_, C_, state, scratch.buffers(block))
+        block.view(y).copy_(y_)
+    return state
+
+
+def _run_backward(
+    grad_y: Tensor,
+    grad_last: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    starts: Tensor,
+    grad_u: Tensor,
+    grad_dt: Tensor,
+    grad_A: Tensor,
+    grad_B: Tensor,
+    grad_C: Tensor,
+    scratch: Scratch,
+) -> Tensor:
+    """Fills grad_u and grad_dt, adds to grad_A `[S, G, N, D]`, grad_B and grad_C, block by block
+    from the last to the first; returns the gradient of the state before the first."""
+    blocks = plan(len(u), grad_last.numel())
     for block, start in zip(reversed(blocks), starts.flip(0), strict=True):
         u_, dt_, B_, C_ = block.view(u), block.view(dt), block.view(B), block.view(C)
         grads = backward_block(
             block.view(grad_y), grad_last, dt_, dt_ * u_, A, B_, C_, start, scratch.buffers(block)
         )
-        torch.mul(grads.dtu, dt_, out=block.view(grad_u))
-        torch.addcmul(grads.dt, grads.dtu, u_, out=block.view(grad_dt))
-        grad_A += grads.A.sum(1)
+        block.view(grad_u).copy_(grads.dtu * dt_)
+        block.view(grad_dt).copy_(grads.dt.addcmul_(grads.dtu, u_))
+        grad_A += grads.A
         block.view(grad_B).add_(grads.B)
         block.view(grad_C).add_(grads.C)
         grad_last = grads.first
-    return grad_u.squeeze(1), grad_dt.squeeze(1), grad_A.sum(1), grad_B, grad_C, grad_last
+    return grad_last
 
 
-def _both_orders(x: Tensor) -> Tensor:
-    """A map [S, H, W, F] in row-major and in column-major order: [L, S, 2, F]."""
-    rows = x.permute(1, 2, 0, 3).flatten(0, 1)
-    columns = x.permute(2, 1, 0, 3).flatten(0, 1)
-    return torch.stack((rows, columns), dim=2)
+# ---------------------------------------------------------------- orders of a map
 
 
-def _to_map(x: Tensor, height: int, width: int) -> Tensor:
-    """The inverse: the sum over both orders of x [L, S, 2, F], as a map [S, H, W, F]."""
-    rows = x[:, :, 0].unflatten(0, (height, width)).permute(2, 0, 1, 3)
-    columns = x[:, :, 1].unflatten(0, (width, height)).permute(2, 1, 0, 3)
-    return (rows + columns).contiguous()
+def _rectangles(start: int, stop: int, width: int) -> Iterator[tuple[slice, slice]]:
+    """Positions start to stop of lines of `width` as rectangles (lines, places in a line)."""
+    while start < stop:
+        line, place = divmod(start, width)
+        if place == 0 and stop - start >= width:
+            lines, end = (stop - start) // width, width
+        else:
+            lines, end = 1, min(width, place + stop - start)
+        yield slice(line, line + lines), slice(place, end)
+        start += lines * (end - place)
 
 
-def _gather(x: Tensor, block: Block) -> Tensor:
-    """A block of all four directions [steps, 1, chunks, S, 4, F] from both orders [L, S, 2, F]."""
-    opposite = slice(len(x) - block.stop, len(x) - block.start)
-    four = torch.cat((x[block.start : block.stop], x[opposite].flip(0)), dim=2)
-    return block.split(four.unsqueeze(1))
+def _parts(
+    x: Tensor, direction: int, start: int, stop: int, sequence: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions start to stop of a direction as pairs of views of the map x [S, H, W, F] and of
+    `sequence` [positions, S, F], both [lines, places, S, F].
+
+    Of a reverse direction the view of the map runs the wrong way on both of its first axes.
+    """
+    lines = x if direction % 2 == 0 else x.transpose(1, 2)
+    length, width = lines.shape[1] * lines.shape[2], lines.shape[2]
+    is_reverse = direction >= 2
+    first, last = (length - stop, length - start) if is_reverse else (start, stop)
+    done = 0
+    for rows, places in _rectangles(first, last, width):
+        part = lines[:, rows, places].permute(1, 2, 0, 3)
+        count = part.shape[0] * part.shape[1]
+        begin = len(sequence) - done - count if is_reverse else done
+        yield part, sequence[begin : begin + count].unflatten(0, part.shape[:2])
+        done += count
 
 
-def _scatter_add(total: Tensor, x: Tensor, block: Block) -> None:
-    """The adjoint of `_gather`: adds x [steps, 1, chunks, S, 4, F] to total [L, S, 2, F]."""
-    four = x.squeeze(1).movedim(1, 0).flatten(0, 1)
-    opposite = slice(len(total) - block.stop, len(total) - block.start)
-    total[block.start : block.stop] += four[:, :, :2]
-    total[opposite] += four[:, :, 2:].flip(0)
+def _read(x: Tensor, direction: int, start: int, stop: int, sequence: Tensor) -> None:
+    """Copies positions start to stop of a direction from the map into `sequence`."""
+    for part, place in _parts(x, direction, start, stop, sequence):
+        place.copy_(part.flip(0, 1) if direction >= 2 else part)
 
 
-def _projections(proj: Tensor) -> Tensor:
-    """Projections [S, H, W, 4, F] in the order of each direction: [L, S, 4, F]."""
-    forward, backward = proj.split(2, dim=3)
-    orders = []
-    for pair in (forward, backward):
-        rows = pair[:, :, :, 0].permute(1, 2, 0, 3).flatten(0, 1)
-        columns = pair[:, :, :, 1].permute(2, 1, 0, 3).flatten(0, 1)
-        orders.append(torch.stack((rows, columns), dim=2))
-    return torch.cat((orders[0], orders[1].flip(0)), dim=2)
+def _add(x: Tensor, direction: int, start: int, stop: int, sequence: Tensor) -> None:
+    """The adjoint of `_read`: adds `sequence` to the map."""
+    for part, place in _parts(x, direction, start, stop, sequence):
+        part.add_(place.flip(0, 1) if direction >= 2 else place)
 
 
-def _projections_to_map(x: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `_projections`: [L, S, 4, F] to [S, H, W, 4, F]."""
-    reverse = x.flip(0)
-    rows = torch.stack((x[:, :, 0], reverse[:, :, 2])).unflatten(1, (height, width))
-    columns = torch.stack((x[:, :, 1], reverse[:, :, 3])).unflatten(1, (width, height))
-    # [2, H, W, S, F] and [2, W, H, S, F], to be interleaved as directions 0, 1, 2, 3.
-    both = torch.stack((rows, columns.transpose(1, 2)), dim=1).flatten(0, 1)
-    return both.permute(3, 1, 2, 0, 4).contiguous()
+# ---------------------------------------------------------------- maps
+#
+# A strip is kept as [positions, S, 4, features], in memory that every strip uses again: touching
+# fresh memory costs as much as the work on it.
 
 
-def _split(projections: Tensor, rank: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """r [L, 1, S, 4, R] and, as a block takes them, B and C [L, N, S, 4, 1]; views."""
-    r, B, C = projections.split((rank, n, n), dim=-1)
-    return r.unsqueeze(1), B.movedim(-1, 1).unsqueeze(-1), C.movedim(-1, 1).unsqueeze(-1)
+def _strip_length(length: int, state_floats: int, position_floats: int) -> int:
+    """Positions per strip: as many whole blocks as STRIP_FLOATS allows, at least one."""
+    size = block_length(state_floats)
+    while size < length and 2 * size * position_floats <= STRIP_FLOATS:
+        size *= 2
+    return min(size, length)
 
 
-def _by_direction(x: Tensor) -> Tensor:
-    """x [steps, 1, chunks, S, 4, F] as [4, positions, F], for matrix products per direction."""
-    return x.movedim(4, 0).flatten(1, 4)
+def _per_channel(x: Tensor) -> Tensor:
+    """A strip [positions, S, 4, D] as blocks take it, [positions, S, 4, 1, D]; a view."""
+    return x.unsqueeze(3)
 
 
-def _pre_softplus(r: Tensor, dt_weight: Tensor, dt_bias: Tensor) -> Tensor:
-    """dt_weight r + dt_bias per direction, [steps, 1, chunks, S, 4, D]."""
-    product = torch.baddbmm(dt_bias.unsqueeze(1), _by_direction(r), dt_weight.mT)
-    return product.unflatten(1, r.shape[:4]).movedim(0, 4).contiguous()
+def _per_state(x: Tensor) -> Tensor:
+    """A strip [positions, S, 4, N] as blocks take it, [positions, S, 4, N, 1]; a view."""
+    return x.unsqueeze(4)
+
+
+def _pre_softplus(r: Tensor, dt_weight: Tensor, dt_bias: Tensor, out: Tensor) -> None:
+    """dt_weight r + dt_bias per direction: r [positions, S, 4, R], out [positions, S, 4, D]."""
+    for k in range(DIRECTIONS):
+        out_k, r_k = out[:, :, k].flatten(0, 1), r[:, :, k].flatten(0, 1)
+        torch.addmm(dt_bias[k], r_k, dt_weight[k].mT, out=out_k)
+
+
+def scan_2d_strips(
+    read: Read,
+    y: Tensor,
+    A: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    keep_starts: bool = False,
+) -> Tensor:
+    """Adds the four directions, without skip, to a map y `[S, H, W, D]`.
+
+    Args:
+        read: gives what a direction reads, see `Read`.  Positions are asked for in rising order,
+            of all four directions in turn.
+        A, dt_weight, dt_bias: `[4, D, N]`, `[4, D, R]`, `[4, D]`.
+        keep_starts: whether to keep what the backward needs.
+
+    Returns:
+        If kept, the state before each block `[blocks, S, 4, N, D]`.
+    """
+    batch, height, width, channels = y.shape
+    length, n, rank = height * width, A.shape[2], dt_weight.shape[2]
+    state = y.new_zeros(batch, DIRECTIONS, n, channels)
+    starts = _room_for_starts(length, state, keep_starts)
+    scratch = Scratch(state, 2, length)
+    A2 = A.mT.contiguous() * LOG2_E
+
+    features = (channels, rank + 2 * n, channels, channels)
+    per_strip = _strip_length(length, state.numel(), batch * DIRECTIONS * sum(features))
+    rooms = [y.new_empty(per_strip, batch, DIRECTIONS, count) for count in features]
+    for start in range(0, length, max(per_strip, 1)):
+        stop = min(start + per_strip, length)
+        u, projections, dt, output = (room[: stop - start] for room in rooms)
+        for k in range(DIRECTIONS):
+            read(k, start, stop, u[:, :, k], projections[:, :, k])
+        r, B, C = projections.split((rank, n, n), dim=3)
+        _pre_softplus(r, dt_weight, dt_bias, out=dt)
+        torch.ops.aten.softplus.out(dt, out=dt)
+        state = _run(
+            *(_per_channel(u), _per_channel(dt), A2, _per_state(B), _per_state(C)),
+            state,
+            _per_channel(output),
+            starts[start // block_length(state.numel()) :],
+            scratch,
+        )
+        for k in range(DIRECTIONS):
+            _add(y, k, start, stop, output[:, :, k])
+    return starts
+
+
+def _reading(x: Tensor, proj: Tensor) -> Read:
+    """Reads from a map and its projections in memory."""
+
+    def read(direction: int, start: int, stop: int, u: Tensor, projections: Tensor) -> None:
+        _read(x, direction, start, stop, u)
+        _read(proj[:, :, :, direction], direction, start, stop, projections)
+
+    return read
 
 
 def scan_2d_forward(
-    x: Tensor, proj: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor
+    x: Tensor, proj: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor, keep_starts: bool
 ) -> tuple[Tensor, Tensor]:
     """The sum of four directions without skip.
 
     Args:
         x: `[S, H, W, D]`.
         proj: `[S, H, W, 4, R + 2N]`.
-        A, dt_weight, dt_bias: `[4, D, N]`, `[4, D, R]`, `[4, D]`.
+        A, dt_weight, dt_bias, keep_starts: as in `scan_2d_strips`.
 
     Returns:
-        y `[S, H, W, D]` and the state before each block `[blocks, N, S, 4, D]`.
+        y `[S, H, W, D]` and, if kept, the state before each block `[blocks, S, 4, N, D]`.
     """
-    batch, height, width, channels = x.shape
-    rank, n = dt_weight.shape[2], A.shape[2]
-    state = x.new_zeros(n, batch, 4, channels)
-    blocks = plan(height * width, state.numel())
-    scratch = Scratch(x, 2, blocks, state.shape)
-    inputs = _both_orders(x)
-    r, B, C = _split(_projections(proj), rank, n)
-    A = A.permute(2, 0, 1)[None, :, None, None].contiguous()
-    total = torch.zeros_like(inputs)
-    starts = x.new_empty(len(blocks), *state.shape)
-
-    for block, start in zip(blocks, starts, strict=True):
-        start.copy_(state)
-        dt = F.softplus(_pre_softplus(block.view(r), dt_weight, dt_bias))
-        dtu = dt * _gather(inputs, block)
-        B_, C_ = block.view(B), block.view(C)
-        y, state = forward_block(dt, dtu, A, B_, C_, start, scratch.buffers(block))
-        _scatter_add(total, y, block)
-    return _to_map(total, height, width), starts
+    y = x.new_zeros(x.shape)
+    return y, scan_2d_strips(_reading(x, proj), y, A, dt_weight, dt_bias, keep_starts)
 
 
 def scan_2d_backward(
@@ -187,47 +313,54 @@ def scan_2d_backward(
     starts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, proj, A, dt_weight and dt_bias of `scan_2d_forward`."""
-    height, width = x.shape[1:3]
-    rank, n = dt_weight.shape[2], A.shape[2]
-    grad_last = torch.zeros_like(starts[0])
-    blocks = plan(height * width, grad_last.numel())
-    scratch = Scratch(x, 3, blocks, grad_last.shape)
-    inputs, grad_outputs = _both_orders(x), _both_orders(grad_y)
-    projections = _projections(proj)
-    r, B, C = _split(projections, rank, n)
-    A = A.permute(2, 0, 1)[None, :, None, None].contiguous()
-    grad_inputs = torch.zeros_like(inputs)
-    grad_projections = torch.empty_like(projections)
-    grad_r, grad_B, grad_C = _split(grad_projections, rank, n)
-    grad_A = torch.zeros_like(grad_last)
+    batch, height, width, channels = x.shape
+    length, n, rank = height * width, A.shape[2], dt_weight.shape[2]
+    grad_x, grad_proj = x.new_zeros(x.shape), proj.new_zeros(proj.shape)
     grad_weight, grad_bias = x.new_zeros(dt_weight.shape), x.new_zeros(dt_bias.shape)
+    grad_state = starts.new_zeros(starts.shape[1:])
+    grad_A = torch.zeros_like(grad_state)
+    scratch = Scratch(grad_state, 3, length)
+    transposed_A = A.mT.contiguous()
+    read = _reading(x, proj)
 
-    for block, start in zip(reversed(blocks), starts.flip(0), strict=True):
-        r_, B_, C_ = block.view(r), block.view(B), block.view(C)
-        pre = _pre_softplus(r_, dt_weight, dt_bias)
-        dt, u = F.softplus(pre), _gather(inputs, block)
-        dy = _gather(grad_outputs, block)
-        grads = backward_block(dy, grad_last, dt, dt * u, A, B_, C_, start, scratch.buffers(block))
-        grad_last = grads.first
-        grad_A += grads.A.sum(1)
-        block.view(grad_B).copy_(grads.B)
-        block.view(grad_C).copy_(grads.C)
-        _scatter_add(grad_inputs, grads.dtu * dt, block)
+    features = (channels, rank + 2 * n, channels, channels) * 2
+    per_strip = _strip_length(length, grad_state.numel(), batch * DIRECTIONS * sum(features))
+    rooms = [x.new_empty(per_strip, batch, DIRECTIONS, count) for count in features]
+    for start in reversed(range(0, length, max(per_strip, 1))):
+        stop = min(start + per_strip, length)
+        u, projections, dt, grad_output, grad_u, grads, grad_dt, pre = (
+            room[: stop - start] for room in rooms
+        )
+        for k in range(DIRECTIONS):
+            read(k, start, stop, u[:, :, k], projections[:, :, k])
+            _read(grad_y, k, start, stop, grad_output[:, :, k])
+        r, B, C = projections.split((rank, n, n), dim=3)
+        grad_r, grad_B, grad_C = grads.zero_().split((rank, n, n), dim=3)
+        _pre_softplus(r, dt_weight, dt_bias, out=pre)
+        torch.ops.aten.softplus.out(pre, out=dt)
+        first_block = start // block_length(grad_state.numel())
+        grad_state = _run_backward(
+            _per_channel(grad_output),
+            grad_state,
+            *(_per_channel(u), _per_channel(dt), transposed_A, _per_state(B), _per_state(C)),
+            starts[first_block : first_block + block_count(stop - start, grad_state.numel())],
+            *(_per_channel(grad_u), _per_channel(grad_dt), grad_A),
+            *(_per_state(grad_B), _per_state(grad_C)),
+            scratch,
+        )
 
-        grad_dt = grads.dt.addcmul_(grads.dtu, u)
         grad_pre = torch.ops.aten.softplus_backward(grad_dt, pre, 1, 20)  # F.softplus's defaults
-        grad_pre = _by_direction(grad_pre)
-        grad_bias += grad_pre.sum(1)
-        # One product per step, then a sum: a product over all positions would round more.
-        r_steps = _by_direction(r_).unflatten(1, (block.steps, -1))
-        grad_pre_steps = grad_pre.unflatten(1, (block.steps, -1))
-        grad_weight += (grad_pre_steps.mT @ r_steps).sum(1)
-        grad_r_ = (grad_pre @ dt_weight).unflatten(1, r_.shape[:4]).movedim(0, 4)
-        block.view(grad_r).copy_(grad_r_)
-    return (
-        _to_map(grad_inputs, height, width),
-        _projections_to_map(grad_projections, height, width),
-        grad_A.sum(1).permute(1, 2, 0).contiguous(),
-        grad_weight,
-        grad_bias,
-    )
+        grad_bias += grad_pre.sum((0, 1))
+        for k in range(DIRECTIONS):
+            grad_pre_k, r_k = grad_pre[:, :, k].flatten(0, 1), r[:, :, k].flatten(0, 1)
+            grad_weight[k] += _product_over_positions(grad_pre_k, r_k)
+            grad_r[:, :, k] = (grad_pre_k @ dt_weight[k]).view(grad_r[:, :, k].shape)
+            _add(grad_x, k, start, stop, grad_u[:, :, k])
+            _add(grad_proj[:, :, :, k], k, start, stop, grads[:, :, k])
+    return grad_x, grad_proj, grad_A.sum(0).mT.contiguous(), grad_weight, grad_bias
+
+
+def _product_over_positions(x: Tensor, y: Tensor) -> Tensor:
+    """x^T y for x [positions, D] and y [positions, R], from short products, which round less."""
+    pieces = zip(x.split(PRODUCT_LENGTH), y.split(PRODUCT_LENGTH), strict=True)
+    return torch.stack([x_.mT @ y_ for x_, y_ in pieces]).sum(0)

@@ -3,6 +3,7 @@
 Everything here is ordinary differentiable PyTorch; only the recurrence is a custom operator.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,14 +12,14 @@ from cmamba_ref.ops.reference import compute_dtype
 
 
 def _operand(x: Tensor, groups: int) -> Tensor:
-    """B or C in any accepted form as the operator takes it: `[L or 1, N, B or 1, G, 1 or D/G]`."""
+    """B or C in any accepted form as the operator takes it: `[L or 1, B or 1, G, N, 1 or D/G]`."""
     if x.dim() == 2:  # [D, N], constant
-        return x.T.reshape(1, x.shape[1], 1, groups, -1)
+        return x.unflatten(0, (groups, -1)).mT[None, None]
     if x.dim() == 3:  # [B, N, L], one group
         x = x.unsqueeze(1).expand(-1, groups, -1, -1)
     elif x.shape[1] != groups:
         x = x.expand(-1, groups, -1, -1)
-    return x.permute(3, 2, 0, 1).unsqueeze(-1)
+    return x.permute(3, 0, 1, 2).unsqueeze(-1)
 
 
 def _group_count(B: Tensor, C: Tensor) -> int:
@@ -51,17 +52,18 @@ def selective_scan(
     if delta_softplus:
         dt = F.softplus(dt)
     if initial_state is None:
-        state = inputs.new_zeros(n, batch, *per_group)
+        state = inputs.new_zeros(batch, groups, n, channels // groups)
     else:
-        state = initial_state.to(dtype).permute(2, 0, 1).unflatten(2, per_group)
+        state = initial_state.to(dtype).unflatten(1, per_group).mT
 
     y, last_state, _ = chunked_scan(
         inputs.unflatten(2, per_group),
         dt.unflatten(2, per_group),
-        A.T.unflatten(1, per_group),
+        A.unflatten(0, per_group).mT,
         _operand(B.to(dtype), groups),
         _operand(C.to(dtype), groups),
         state,
+        torch.is_grad_enabled(),
     )
     y = y.flatten(2)
     if D is not None:
@@ -69,7 +71,7 @@ def selective_scan(
     y = y.permute(1, 2, 0)
     if z is not None:
         y = y * F.silu(z.to(dtype))
-    return y.to(u.dtype).contiguous(), last_state.flatten(2).permute(1, 2, 0)
+    return y.to(u.dtype).contiguous(), last_state.mT.flatten(1, 2)
 
 
 def selective_scan_2d(
@@ -78,7 +80,7 @@ def selective_scan_2d(
     """Sum of the four directions `[B, H, W, D]` in x's type."""
     dtype = compute_dtype(x.dtype)
     inputs = x.to(dtype)
-    y, _ = chunked_scan_2d(inputs, proj.to(dtype), A, dt_weight, dt_bias)
+    y, _ = chunked_scan_2d(inputs, proj.to(dtype), A, dt_weight, dt_bias, torch.is_grad_enabled())
     if D is not None:
         y = y + D.sum(0) * inputs
     return y.to(x.dtype)

@@ -2,7 +2,7 @@
 
 The public functions prepare their arguments in ordinary PyTorch; a compiler or an exporter sees
 each scan as one opaque operator. Both operators also return the state before each block, which
-their backward needs.
+their backward needs; without gradients nobody does, and they return none.
 """
 
 import torch
@@ -13,10 +13,10 @@ from cmamba_ref.ops import blocks, chunked
 
 @torch.library.custom_op("cmamba::chunked_scan", mutates_args=())
 def chunked_scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, keep_starts: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`chunked.scan_forward` as an operator: (y, last state, block starts)."""
-    return chunked.scan_forward(u, dt, A, B, C, initial_state)
+    return chunked.scan_forward(u, dt, A, B, C, initial_state, keep_starts)
 
 
 @torch.library.custom_op("cmamba::chunked_scan_backward", mutates_args=())
@@ -36,10 +36,10 @@ def chunked_scan_backward(
 
 @torch.library.custom_op("cmamba::chunked_scan_2d", mutates_args=())
 def chunked_scan_2d(
-    x: Tensor, proj: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor
+    x: Tensor, proj: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor, keep_starts: bool
 ) -> tuple[Tensor, Tensor]:
     """`chunked.scan_2d_forward` as an operator: (y, block starts)."""
-    return chunked.scan_2d_forward(x, proj, A, dt_weight, dt_bias)
+    return chunked.scan_2d_forward(x, proj, A, dt_weight, dt_bias, keep_starts)
 
 
 @torch.library.custom_op("cmamba::chunked_scan_2d_backward", mutates_args=())
@@ -62,8 +62,8 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 @chunked_scan.register_fake
-def _(u, dt, A, B, C, initial_state):
-    count = blocks.block_count(u.shape[0], initial_state.numel())
+def _(u, dt, A, B, C, initial_state, keep_starts):
+    count = blocks.block_count(u.shape[0], initial_state.numel()) if keep_starts else 0
     return *_like(u, initial_state), u.new_empty(count, *initial_state.shape)
 
 
@@ -73,10 +73,10 @@ def _(grad_y, grad_last, u, dt, A, B, C, starts):
 
 
 @chunked_scan_2d.register_fake
-def _(x, proj, A, dt_weight, dt_bias):
+def _(x, proj, A, dt_weight, dt_bias, keep_starts):
     batch, height, width, channels = x.shape
-    state = (A.shape[2], batch, 4, channels)
-    count = blocks.block_count(height * width, A.numel() * batch)
+    state = (batch, 4, A.shape[2], channels)
+    count = blocks.block_count(height * width, A.numel() * batch) if keep_starts else 0
     return *_like(x), x.new_empty(count, *state)
 
 
@@ -95,25 +95,25 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad_y, grad_last, _):
     u, *_, starts = ctx.saved_tensors
     if grad_y is None and grad_last is None:
-        return (None,) * 6
+        return (None,) * 7
     if grad_y is None:
         grad_y = u.new_zeros(u.shape)
     if grad_last is None:
         grad_last = starts.new_zeros(starts.shape[1:])
-    return chunked_scan_backward(grad_y, grad_last, *ctx.saved_tensors)
+    return *chunked_scan_backward(grad_y, grad_last, *ctx.saved_tensors), None
 
 
 def _save_2d(ctx, inputs, output):
     starts = output[1]
     ctx.mark_non_differentiable(starts)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, starts)
+    ctx.save_for_backward(*inputs[:5], starts)
 
 
 def _differentiate_2d(ctx, grad_y, _):
     if grad_y is None:
-        return (None,) * 5
-    return chunked_scan_2d_backward(grad_y, *ctx.saved_tensors)
+        return (None,) * 6
+    return *chunked_scan_2d_backward(grad_y, *ctx.saved_tensors), None
 
 
 def _refuse_second_derivative(ctx, *grads):
