@@ -26,7 +26,6 @@ from cmamba_ref.errors import BitstreamError, CMambaError, InvalidArgumentError,
 from cmamba_ref.files import write_atomically
 
 if TYPE_CHECKING:
-    from cmamba_ref.bitstream import Container
     from cmamba_ref.model import CMamba
 
 
@@ -256,18 +255,23 @@ def _describe(path: Path) -> str:
     """What stands in a file, as lines of text; its checksum is verified on the way."""
     from cmamba_ref import bitstream
     from cmamba_ref.entropy.rans import lane_count
+    from cmamba_ref.identity import name_of
     from cmamba_ref.metrics import bits_per_pixel
-    from cmamba_ref.model import QUALITY_UNITS
 
     data = path.read_bytes()
     container = bitstream.Container.unpack(data)
     prefix, y_stream = bitstream.unpack_latent(container.y)
-    quality = f"{prefix.quality / QUALITY_UNITS:g}" if prefix.quality else "the model has one rate"
+    quality = (
+        f"{prefix.quality / bitstream.QUALITY_UNITS:g}"
+        if prefix.quality
+        else "the model has one rate"
+    )
     colours = "grey" if container.grey else "colour"
     bpp = bits_per_pixel(len(data), container.width, container.height)
+    model_id = container.model_id.hex()
     rows = {
         "format": f"version {bitstream.VERSION}, checksum correct",
-        "model": _name_model(container),
+        "model": f"{model_id} ({name_of(container.model_id) or 'does not ship with this version'})",
         "picture": f"{container.width}x{container.height}, {colours}",
         "quality": quality,
         "size": f"{len(data)} bytes, {bpp:.3f} bits per pixel",
@@ -275,17 +279,6 @@ def _describe(path: Path) -> str:
         "z": f"{len(container.z)} bytes, lanes: {lane_count(container.z)}",
     }
     return "\n".join([str(path), *(f"  {name:<8}  {value}" for name, value in rows.items())])
-
-
-def _name_model(container: Container) -> str:
-    """The model's id, and its name if it ships."""
-    from cmamba_ref.model import CMamba
-    from cmamba_ref.weights import pretrained_names
-
-    for name in pretrained_names():
-        if CMamba.from_pretrained(name).model_id == container.model_id:
-            return f"{container.model_id.hex()} ({name})"
-    return f"{container.model_id.hex()} (does not ship with this version)"
 
 
 @contextmanager

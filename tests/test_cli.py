@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import cmamba_ref
-from cmamba_ref import CMamba, codec, demo, files, weights
+from cmamba_ref import CMamba, codec, demo, files, identity
 from cmamba_ref.cli import main
 from cmamba_ref.config import TINY
 from cmamba_ref.images import read_image
@@ -438,7 +438,7 @@ def test_info_names_a_model_that_ships(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(weights, "PRETRAINED", Path(model_dir).parent)
+    monkeypatch.setattr(identity, "PRETRAINED", Path(model_dir).parent)
     assert main(["info", str(encoded)]) == 0
     assert f"({Path(model_dir).name})" in capsys.readouterr().out
 
