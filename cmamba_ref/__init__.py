@@ -5,9 +5,15 @@ A picture is a uint8 array `[H, W, 3]`, a file is bytes:
     model = cmamba_ref.CMamba.from_pretrained("tiny")
     data = cmamba_ref.encode(model, picture, quality=4)
     picture = cmamba_ref.decode(data, model)
+
+What needs torch is imported when it is first asked for: torch takes a second, and `cmamba --help`,
+`cmamba info` and a process that only hands out work to others do without it.
 """
 
-from cmamba_ref.codec import decode, encode
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING
+
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.errors import (
     BackendUnavailableError,
@@ -17,14 +23,17 @@ from cmamba_ref.errors import (
     InvalidArgumentError,
     WeightsError,
 )
-from cmamba_ref.model import CMamba
-from cmamba_ref.ops import (
-    available_backends,
-    scan_backend,
-    selective_scan,
-    selective_scan_2d,
-    set_default_backend,
-)
+
+if TYPE_CHECKING:
+    from cmamba_ref.codec import decode, encode
+    from cmamba_ref.model import CMamba
+    from cmamba_ref.ops import (
+        available_backends,
+        scan_backend,
+        selective_scan,
+        selective_scan_2d,
+        set_default_backend,
+    )
 
 __version__ = "0.1.0"
 
@@ -45,3 +54,32 @@ __all__ = [
     "selective_scan_2d",
     "set_default_backend",
 ]
+
+# Where the names above that need torch come from.
+_LAZY = {
+    "CMamba": "model",
+    "available_backends": "ops",
+    "decode": "codec",
+    "encode": "codec",
+    "scan_backend": "ops",
+    "selective_scan": "ops",
+    "selective_scan_2d": "ops",
+    "set_default_backend": "ops",
+}
+
+# Hidden from type checkers, to which it would say that there is an attribute of every name.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Import what has not been imported yet: a name in `_LAZY`, or a submodule (PEP 562)."""
+        if name in _LAZY:
+            value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+            globals()[name] = value
+            return value
+        if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -21,6 +21,8 @@ from cmamba_ref.errors import BitstreamError
 MAGIC = b"\x8fCMB"
 VERSION = 0
 FLAG_GREY = 1
+# Qualities are stored as hundredths, so that every machine computes the same gain from a file.
+QUALITY_UNITS = 100
 
 _HEADER = struct.Struct("<4sBB8sIII")
 _LATENT = struct.Struct("<HBI")

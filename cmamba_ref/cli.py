@@ -4,6 +4,8 @@ What goes wrong on purpose (a `CMambaError`, an `OSError`) becomes one line on s
 1; usage errors exit with 2, Ctrl-C with 130. Every output is written whole or not at all, and
 replaces an existing file only with `--force`.
 
+`encode` and `decode` take one file, or with `cmamba_ref.batch` many files and whole folders.
+
 This module imports nothing heavy: torch and Pillow come in with the command that needs them.
 """
 
@@ -16,14 +18,14 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cmamba_ref.errors import BitstreamError, CMambaError, InvalidArgumentError
+from cmamba_ref.errors import BitstreamError, CMambaError, InvalidArgumentError, explain
 from cmamba_ref.files import write_atomically
 
 if TYPE_CHECKING:
-    from cmamba_ref.bitstream import Container
     from cmamba_ref.model import CMamba
 
 
@@ -46,24 +48,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         return args.command(args)
-    except (CMambaError, OSError, MemoryError) as error:
-        return _fail(error)
-    except RuntimeError as error:
-        # On the CPU torch reports exhausted memory by a plain RuntimeError.
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        return _fail(MemoryError())
     except KeyboardInterrupt:
         print("cmamba: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if explain(error) is None:
+            raise
+        return _fail(error)
 
 
 # ---------------------------------------------------------------- commands
 
 
 def _encode(args: argparse.Namespace) -> int:
-    target = args.output or _beside(args.input, ".cmb")
-    _check_target(target, args.input, args.force)
+    """One picture; `_many` for several and for folders."""
+    if _are_many(args.inputs):
+        return _many(args, "encode")
+    (source,) = args.inputs
+    target = args.output or source.with_suffix(".cmb")
+    _check_target(target, source, args.force)
     with _stages(4) as begin:
         begin("reading")
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS, encode
@@ -71,9 +74,9 @@ def _encode(args: argparse.Namespace) -> int:
         from cmamba_ref.metrics import bits_per_pixel
 
         max_pixels = args.max_pixels or DEFAULT_MAX_PIXELS
-        picture = read_image(args.input, max_pixels=max_pixels)
+        picture = read_image(source, max_pixels=max_pixels)
         begin("loading the model")
-        model = _load_model(args)
+        model = load_model(args.model, args.device)
         begin("encoding")
         start = time.perf_counter()
         data = encode(model, picture, args.quality, max_pixels=max_pixels)
@@ -89,24 +92,28 @@ def _encode(args: argparse.Namespace) -> int:
 
 
 def _decode(args: argparse.Namespace) -> int:
-    target = args.output or _beside(args.input, ".png")
+    """One file; `_many` for several and for folders."""
+    if _are_many(args.inputs):
+        return _many(args, "decode")
+    (source,) = args.inputs
+    target = args.output or source.with_suffix(".png")
     if target.suffix.lower() != ".png":
         raise InvalidArgumentError(
             f"`-o` must be a .png file, got {str(target)!r}; "
             "decode to PNG, which loses nothing, and convert that"
         )
-    _check_target(target, args.input, args.force)
+    _check_target(target, source, args.force)
     with _stages(4) as begin:
         begin("reading")
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS, decode
         from cmamba_ref.images import write_png
 
-        data = args.input.read_bytes()
+        data = source.read_bytes()
         begin("loading the model")
-        model = _load_model(args)
+        model = load_model(args.model, args.device)
         begin("decoding")
         start = time.perf_counter()
-        with _naming(args.input):
+        with _naming(source):
             picture = decode(data, model, max_pixels=args.max_pixels or DEFAULT_MAX_PIXELS)
         seconds = time.perf_counter() - start
         begin("writing")
@@ -115,6 +122,36 @@ def _decode(args: argparse.Namespace) -> int:
     colours = "grey" if picture.ndim == 2 else "RGB"
     print(f"{target}: {width}x{height} {colours}, decoded in {seconds:.2f} s")
     return 0
+
+
+def _many(args: argparse.Namespace, command: str) -> int:
+    """Several files, or folders of them: by several processes, and with a summary at the end."""
+    from tqdm import tqdm
+
+    from cmamba_ref import batch
+
+    processes = _process_count(args.jobs, args.device)
+    tasks = batch.find_tasks(args.inputs, args.output, command)
+    waiting = batch.to_do(tasks, args.force)
+    job = batch.Job(
+        command,
+        partial(load_model, args.model, args.device),
+        getattr(args, "quality", None),
+        args.max_pixels,
+    )
+    summary = batch.Summary(command, skipped=len(tasks) - len(waiting))
+    form = "cmamba: {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} to go"
+    with tqdm(total=len(waiting), bar_format=form, leave=False, disable=None) as bar:
+
+        def report(outcome: batch.Outcome) -> None:
+            summary.add(outcome)
+            if outcome.error:
+                bar.write(f"cmamba: error: {outcome.error}", file=sys.stderr)
+            bar.update()
+
+        batch.run(waiting, job, processes, report)
+    print(summary)
+    return 1 if summary.failed else 0
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -139,7 +176,7 @@ def _demo(args: argparse.Namespace) -> int:
     with _stages(4) as begin:
         begin("loading the model")
         start = time.perf_counter()
-        model = _load_model(args)
+        model = load_model(args.model, args.device)
         loading = time.perf_counter() - start
         report = demo.run(model, args.quality, encoded, decoded, begin)
     print(report)
@@ -150,12 +187,13 @@ def _demo(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------- what they share
 
 
-def _load_model(args: argparse.Namespace) -> CMamba:
+def load_model(name: str | None, device: str) -> CMamba:
+    """The model of `--model` on the device of `--device`; the one that ships for None."""
     from cmamba_ref.codec import DEFAULT_MODEL
     from cmamba_ref.model import CMamba
 
-    _check_device(args.device)
-    return CMamba.from_pretrained(args.model or DEFAULT_MODEL, args.device)
+    _check_device(device)
+    return CMamba.from_pretrained(name or DEFAULT_MODEL, device)
 
 
 def _check_device(name: str) -> None:
@@ -171,11 +209,21 @@ def _check_device(name: str) -> None:
         ) from error
 
 
-def _beside(source: Path, suffix: str) -> Path:
-    """The default output: the input's name with another suffix."""
-    if source.is_dir():
-        raise InvalidArgumentError(f"`IN` must be a file, got the directory {str(source)!r}")
-    return source.with_suffix(suffix)
+def _are_many(inputs: Sequence[Path]) -> bool:
+    return len(inputs) > 1 or inputs[0].is_dir()
+
+
+def _process_count(jobs: int | None, device: str) -> int:
+    """The number of processes: on the CPU as many as cores, unless told otherwise."""
+    from cmamba_ref.batch import core_count
+
+    if device == "cpu":
+        return jobs or core_count()
+    if jobs not in (None, 1):
+        raise InvalidArgumentError(
+            f"`--jobs` must be 1 with --device {device}, got {jobs}; leave it out"
+        )
+    return 1
 
 
 def _check_target(target: Path, source: Path, force: bool) -> None:
@@ -207,18 +255,23 @@ def _describe(path: Path) -> str:
     """What stands in a file, as lines of text; its checksum is verified on the way."""
     from cmamba_ref import bitstream
     from cmamba_ref.entropy.rans import lane_count
+    from cmamba_ref.identity import name_of
     from cmamba_ref.metrics import bits_per_pixel
-    from cmamba_ref.model import QUALITY_UNITS
 
     data = path.read_bytes()
     container = bitstream.Container.unpack(data)
     prefix, y_stream = bitstream.unpack_latent(container.y)
-    quality = f"{prefix.quality / QUALITY_UNITS:g}" if prefix.quality else "the model has one rate"
+    quality = (
+        f"{prefix.quality / bitstream.QUALITY_UNITS:g}"
+        if prefix.quality
+        else "the model has one rate"
+    )
     colours = "grey" if container.grey else "colour"
     bpp = bits_per_pixel(len(data), container.width, container.height)
+    model_id = container.model_id.hex()
     rows = {
         "format": f"version {bitstream.VERSION}, checksum correct",
-        "model": _name_model(container),
+        "model": f"{model_id} ({name_of(container.model_id) or 'does not ship with this version'})",
         "picture": f"{container.width}x{container.height}, {colours}",
         "quality": quality,
         "size": f"{len(data)} bytes, {bpp:.3f} bits per pixel",
@@ -226,17 +279,6 @@ def _describe(path: Path) -> str:
         "z": f"{len(container.z)} bytes, lanes: {lane_count(container.z)}",
     }
     return "\n".join([str(path), *(f"  {name:<8}  {value}" for name, value in rows.items())])
-
-
-def _name_model(container: Container) -> str:
-    """The model's id, and its name if it ships."""
-    from cmamba_ref.model import CMamba
-    from cmamba_ref.weights import pretrained_names
-
-    for name in pretrained_names():
-        if CMamba.from_pretrained(name).model_id == container.model_id:
-            return f"{container.model_id.hex()} ({name})"
-    return f"{container.model_id.hex()} (does not ship with this version)"
 
 
 @contextmanager
@@ -267,13 +309,7 @@ def _stages(count: int) -> Iterator[Callable[[str], None]]:
 
 def _fail(error: Exception) -> int:
     """Report an expected error in one line."""
-    if isinstance(error, MemoryError):
-        text = "not enough memory for this picture; encode a smaller one or use another --device"
-    elif isinstance(error, OSError) and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
-    else:
-        text = " ".join(str(error).split())
-    print(f"cmamba: error: {text}", file=sys.stderr)
+    print(f"cmamba: error: {explain(error)}", file=sys.stderr)
     return 1
 
 
@@ -297,13 +333,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    encode = commands.add_parser("encode", help="picture to .cmb", parents=[_model_options()])
-    _add_files(encode, "a picture in any format that Pillow reads", ".cmb")
+    encode = commands.add_parser("encode", help="pictures to .cmb", parents=[_model_options()])
+    _add_files(encode, "a picture in any format that Pillow reads, or a folder of them", ".cmb")
     _add_quality(encode)
     encode.set_defaults(command=_encode)
 
     decode = commands.add_parser("decode", help=".cmb to PNG", parents=[_model_options()])
-    _add_files(decode, "a .cmb file", ".png")
+    _add_files(decode, "a .cmb file, or a folder of them", ".png")
     decode.set_defaults(command=_decode)
 
     info = commands.add_parser("info", help="describe .cmb files and verify their checksums")
@@ -342,11 +378,27 @@ def _model_options() -> argparse.ArgumentParser:
 
 
 def _add_files(parser: argparse.ArgumentParser, source: str, suffix: str) -> None:
-    parser.add_argument("input", type=Path, metavar="IN", help=source)
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="IN", help=source)
     parser.add_argument(
-        "-o", dest="output", type=Path, metavar="OUT", help=f"default: IN with the suffix {suffix}"
+        "-o",
+        dest="output",
+        type=Path,
+        metavar="OUT",
+        help="a file for one IN, a folder for several or for a folder, made where missing "
+        f"(default: beside IN, with the suffix {suffix})",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace OUT if it exists; of several files, those that exist are skipped without it",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help="work on so many files at a time, each in a process of its own, on the CPU "
+        "(default: as many as there are cores)",
+    )
     parser.add_argument(
         "--max-pixels",
         type=_positive,

@@ -23,3 +23,18 @@ class ImageError(CMambaError, ValueError):
 
 class WeightsError(CMambaError, RuntimeError):
     """Weights are missing, damaged, or do not fit the configuration beside them."""
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for the user about an error that correct code can meet; None for a mistake in it."""
+    # On the CPU torch reports exhausted memory by a plain RuntimeError.
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+    ):
+        return "not enough memory for this picture; encode a smaller one or use another --device"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, CMambaError | OSError):
+        return " ".join(str(error).split())
+    return None

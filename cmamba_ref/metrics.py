@@ -1,11 +1,13 @@
-"""Rate, PSNR and MS-SSIM as the field reports them: of whole files and on 8-bit pictures."""
+"""Rate, PSNR and MS-SSIM as the field reports them: of whole files and on 8-bit pictures.
+
+Only MS-SSIM needs torch, and imports it itself: a command that prints a rate need not.
+"""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
-import torch
 
 from cmamba_ref.errors import InvalidArgumentError
 
@@ -31,6 +33,7 @@ def ms_ssim(a: np.ndarray, b: np.ndarray) -> float:
     Raises:
         InvalidArgumentError: a side is shorter than 161 pixels, where five scales do not fit.
     """
+    import torch
     from pytorch_msssim import ms_ssim as ms_ssim_tensor
 
     _check_pair(a, b)

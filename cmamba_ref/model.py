@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmamba_ref import weights
-from cmamba_ref.bitstream import LatentPrefix, pack_latent, symbols_crc, unpack_latent
+from cmamba_ref.bitstream import (
+    QUALITY_UNITS,
+    LatentPrefix,
+    pack_latent,
+    symbols_crc,
+    unpack_latent,
+)
 from cmamba_ref.config import CONFIGS, CMambaConfig
 from cmamba_ref.context import ContextModel
 from cmamba_ref.entropy import rans
@@ -37,8 +43,6 @@ from cmamba_ref.transforms import Analysis, HyperAnalysis, HyperSynthesis, Synth
 
 # z lives at H/64: pictures are padded to a multiple of this.
 MULTIPLE = 64
-# Qualities are stored as hundredths, so that every machine computes the same gain from a file.
-QUALITY_UNITS = 100
 # Used where no quality is given, or the model's best if that is lower.
 DEFAULT_QUALITY = 4.0
 # The part of their information that symbols take at the very least in a rANS string.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,27 +13,27 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from cmamba_ref import identity
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.errors import WeightsError
 from cmamba_ref.files import write_atomically
+from cmamba_ref.identity import WEIGHTS_FILE, pretrained_names
 
 if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-PRETRAINED = Path(__file__).parent / "pretrained"
-ID_BYTES = 8
 
 
 def content_id(state: Mapping[str, Tensor]) -> bytes:
-    """The first 8 bytes of a SHA-256 over names, types, shapes and values of a model's tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
+    """The id of a model with these tensors."""
+
+    def describe(name: str) -> tuple[str, str, list[int], bytes]:
         tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.digest()[:ID_BYTES]
+        values = tensor.flatten().view(torch.uint8).numpy().tobytes()
+        return name, str(tensor.dtype), list(tensor.shape), values
+
+    return identity.id_of(map(describe, sorted(state)))
 
 
 def save(model: CMamba, directory: str | os.PathLike) -> None:
@@ -69,11 +68,6 @@ def _widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
-def pretrained_names() -> list[str]:
-    """Names of the models that ship with the package."""
-    return sorted(path.parent.name for path in PRETRAINED.glob(f"*/{WEIGHTS_FILE}"))
-
-
 def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
     """Read a model from the package, by name, or from a directory.
 
@@ -83,7 +77,7 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
         WeightsError: nothing there, damaged, or weights that do not fit the configuration.
     """
     ships = os.fspath(source) in pretrained_names()
-    directory = PRETRAINED / source if ships else Path(source)
+    directory = identity.PRETRAINED / source if ships else Path(source)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise WeightsError(

@@ -30,7 +30,7 @@ from cmamba_ref import (
     CMambaError,
     InvalidArgumentError,
     WeightsError,
-    weights,
+    identity,
 )
 from cmamba_ref.entropy import rans
 from cmamba_ref.entropy.tables import CdfTables
@@ -467,7 +467,7 @@ def test_cast_models_are_not_saved(tmp_path):
 
 
 def test_a_folder_does_not_shadow_a_model_that_ships(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "PRETRAINED", tmp_path / "package")
+    monkeypatch.setattr(identity, "PRETRAINED", tmp_path / "package")
     random_model(seed=1).save_pretrained(tmp_path / "package" / "tiny")
     random_model(seed=2).save_pretrained(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)

@@ -74,16 +74,57 @@ def outside(target: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def test_import_is_light(root: Path) -> None:
-    """Beyond `import torch`, `import cmamba_ref` costs under 0.5 s and no optional module."""
+    """Beyond `import torch`, all names of `cmamba_ref` cost under 0.5 s and no optional module."""
     code = (
         "import json, sys, time, torch; before = set(sys.modules); start = time.perf_counter();"
-        "import cmamba_ref; seconds = time.perf_counter() - start;"
+        "from cmamba_ref import *; seconds = time.perf_counter() - start;"
         f"heavy = [m for m in {OPTIONAL_MODULES} if m in sys.modules and m not in before];"
         "print(json.dumps([seconds, heavy]))"
     )
     runs = [json.loads(run_python(code, root)) for _ in range(3)]
     assert runs[0][1] == []
     assert min(seconds for seconds, _ in runs) < 0.5
+
+
+def test_import_needs_no_torch_until_it_is_used(root: Path) -> None:
+    """Every name can be imported all the same, as can every submodule as an attribute."""
+    code = (
+        "import json, sys, cmamba_ref; before = 'torch' in sys.modules;"
+        "listed = set(cmamba_ref.__all__) <= set(dir(cmamba_ref));"
+        "assert 'torch' not in sys.modules and not hasattr(cmamba_ref, 'no_such_name');"
+        "module = cmamba_ref.weights.__name__; from cmamba_ref import *;"
+        "names = [n for n in cmamba_ref.__all__ if n not in globals()];"
+        "print(json.dumps([before, listed, module, names, 'torch' in sys.modules]))"
+    )
+    assert json.loads(run_python(code, root)) == [False, True, "cmamba_ref.weights", [], True]
+
+
+@pytest.mark.parametrize(
+    ("args", "absent"),
+    [
+        (["--version"], {"torch", "numpy", "PIL", "tqdm"}),
+        (["encode", "--help"], {"torch", "numpy", "PIL", "tqdm"}),
+        (["info", "tests/golden/pixel.cmb"], {"torch", "PIL", "tqdm"}),
+        (
+            ["encode", "cmamba_ref/data/coffee.png", "-o", "{}"],
+            {"pytorch_msssim", "matplotlib", "torch._dynamo", "sympy", "triton"},
+        ),
+    ],
+)
+def test_commands_import_what_they_need(
+    root: Path, tmp_path: Path, args: list[str], absent: set[str]
+) -> None:
+    code = (
+        "import sys; from cmamba_ref.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    args = [arg.format(tmp_path / "a.cmb") for arg in args]
+    command = [sys.executable, "-c", code, *args]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout
+    assert not absent & set(done.stderr.split()), args
 
 
 def test_wheel_works_outside_the_clone(target: Path, outside: dict[str, str]) -> None:

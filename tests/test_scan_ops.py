@@ -319,6 +319,14 @@ def operator_arguments(batch, strided):
         yield operator, (*(x.requires_grad_() for x in arguments), True)
 
 
+def test_a_scan_without_gradient_gives_the_same_bits():
+    """It leaves the operator out, on the CPU."""
+    arguments = scan_2d_arguments(dtype=torch.float32)
+    with_operator = selective_scan_2d(**arguments, backend="chunked")
+    with torch.no_grad():
+        assert torch.equal(selective_scan_2d(**arguments, backend="chunked"), with_operator)
+
+
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("batch", [2, 0])
 def test_opcheck(batch, strided):

@@ -5,8 +5,9 @@ Everything here is ordinary differentiable PyTorch; only the recurrence is a cus
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from cmamba_ref.ops import chunked
 from cmamba_ref.ops.library import chunked_scan, chunked_scan_2d
 from cmamba_ref.ops.reference import compute_dtype
 
@@ -25,6 +26,20 @@ def _operand(x: Tensor, groups: int) -> Tensor:
 def _group_count(B: Tensor, C: Tensor) -> int:
     """Groups that B and C share: each has its own count, or one group for all channels."""
     return max(B.shape[1] if B.dim() == 4 else 1, C.shape[1] if C.dim() == 4 else 1)
+
+
+def _unobserved(x: Tensor) -> bool:
+    """Whether a scan of x may do without its operator: no gradient, no compiler, no exporter.
+
+    The first call of an operator imports torch._dynamo, which takes longer than to encode a
+    photograph. On the CPU only, where a command is short enough for it to matter.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and type(x) in (Tensor, nn.Parameter)  # not a fake tensor, for instance
+    )
 
 
 def selective_scan(
@@ -80,7 +95,9 @@ def selective_scan_2d(
     """Sum of the four directions `[B, H, W, D]` in x's type."""
     dtype = compute_dtype(x.dtype)
     inputs = x.to(dtype)
-    y, _ = chunked_scan_2d(inputs, proj.to(dtype), A, dt_weight, dt_bias, torch.is_grad_enabled())
+    scan = chunked.scan_2d_forward if _unobserved(x) else chunked_scan_2d
+    keep_starts = torch.is_grad_enabled()
+    y, _ = scan(inputs, proj.to(dtype), A, dt_weight, dt_bias, keep_starts)
     if D is not None:
         y = y + D.sum(0) * inputs
     return y.to(x.dtype)

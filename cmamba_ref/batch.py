@@ -1,0 +1,299 @@
+"""Many files: which become which, the work on each, and what is said at the end.
+
+The process that hands out the work imports neither torch nor a model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cmamba_ref import pool
+from cmamba_ref.errors import InvalidArgumentError, explain
+from cmamba_ref.files import write_atomically
+
+if TYPE_CHECKING:
+    from cmamba_ref.model import CMamba
+
+# Of a folder, the files with these suffixes are taken; a file that is named is taken as it is.
+SUFFIXES = {
+    "encode": (
+        *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
+        *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+    ),
+    "decode": (".cmb",),
+}
+OUTPUT_SUFFIX = {"encode": ".cmb", "decode": ".png"}
+PROCESS_DIED = "the process at work on it died, perhaps for want of memory; try a smaller picture"
+
+_logger = logging.getLogger("cmamba_ref.batch")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A file to read and the file to write."""
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do with every file.
+
+    Attributes:
+        command: "encode" or "decode".
+        load: gives the model; runs once in every process.
+        quality: for `encode`, as in `cmamba_ref.encode`.
+        max_pixels: as in `cmamba_ref.encode` and `decode`; None for the default.
+    """
+
+    command: str
+    load: Callable[[], CMamba]
+    quality: float | None
+    max_pixels: int | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a file: sizes in bytes and pixels, or one line that says why nothing did."""
+
+    source: Path
+    bytes_in: int = 0
+    bytes_out: int = 0
+    pixels: int = 0
+    error: str | None = None
+
+
+# ---------------------------------------------------------------- which files
+
+
+def find_tasks(inputs: Sequence[Path], output: Path | None, command: str) -> list[Task]:
+    """The files to read and where each goes.
+
+    Folders are searched to the bottom, in sorted order; links to folders are not followed, and
+    what begins with a dot is hidden. Below `output` stands the tree that stands below each folder
+    in `inputs`.
+
+    Args:
+        output: a folder, which need not exist; None for each output beside its input.
+
+    Raises:
+        InvalidArgumentError: nothing to do, `output` is a file, or an output is needed twice or is
+            itself an input.
+        OSError: a folder cannot be read.
+    """
+    if output is not None and output.exists() and not output.is_dir():
+        raise InvalidArgumentError(
+            f"`-o` must be a folder for a folder or several files, got the file {str(output)!r}; "
+            "choose another name"
+        )
+    by_target: dict[str, Task] = {}
+    by_source: dict[str, Path] = {}
+    for given in inputs:
+        root = given if given.is_dir() else given.parent
+        for source in _files_below(root, SUFFIXES[command]) if given.is_dir() else [given]:
+            path = source if output is None else output / source.relative_to(root)
+            task = Task(source, path.with_suffix(OUTPUT_SUFFIX[command]))
+            first = by_target.setdefault(os.path.realpath(task.target), task)
+            if os.path.realpath(first.source) != os.path.realpath(source):
+                raise InvalidArgumentError(
+                    f"`IN` must be files with an output each, got {str(first.source)!r} and "
+                    f"{str(source)!r}, both for {str(task.target)!r}; rename one of them"
+                )
+            by_source[os.path.realpath(source)] = source
+    for path in sorted(by_target.keys() & by_source.keys()):
+        raise InvalidArgumentError(
+            f"`IN` must not be replaced, got {str(by_source[path])!r}, where the output for "
+            f"{str(by_target[path].source)!r} would go; choose another folder with -o"
+        )
+    if not by_target:
+        raise InvalidArgumentError(
+            f"`IN` must hold files to {command}, got {', '.join(repr(str(p)) for p in inputs)}; "
+            f"files in folders are found by their suffixes: {' '.join(SUFFIXES[command])}"
+        )
+    return list(by_target.values())
+
+
+def _files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    for path, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and name.lower().endswith(suffixes):
+                yield Path(path, name)
+
+
+def to_do(tasks: Iterable[Task], force: bool) -> list[Task]:
+    """Without those whose output exists, unless it is to be replaced."""
+    return [task for task in tasks if force or not task.target.is_file()]
+
+
+# ---------------------------------------------------------------- the work
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run(tasks: Sequence[Task], job: Job, processes: int, report: Callable[[Outcome], None]) -> None:
+    """Do all the work; a file that fails does not stop the others.
+
+    Args:
+        processes: 1 works in this process, with the threads torch has here; with more, each has
+            its share of the cores. How many there are changes no decoded symbol, but the float32
+            arithmetic of threads may move a pixel by one step, or a latent to another symbol.
+        report: is told of each file as it is done, in no particular order.
+
+    Raises:
+        CMambaError, OSError: no work is possible at all, for instance without the model.
+    """
+    if not tasks:
+        return
+    processes = min(processes, len(tasks))
+    if processes == 1:
+        model = _load(job)
+        for task in tasks:
+            report(_outcome(model, job, task))
+        return
+    threads = max(1, core_count() // processes)
+    pool.spread(
+        _work_here,
+        tasks,
+        processes,
+        partial(_prepare_here, job, threads),
+        lambda task, outcome: report(outcome or _died(task)),
+    )
+
+
+def _load(job: Job) -> CMamba:
+    model = job.load()
+    if job.command == "encode":
+        model.check_quality(job.quality)  # once, not in the report on every file
+    return model
+
+
+# In a process of the pool: the job and its model, or why there is none.
+_here: tuple[Job, CMamba] | Exception | None = None
+
+
+def _prepare_here(job: Job, threads: int) -> None:
+    global _here
+    try:
+        import torch
+
+        torch.set_num_threads(min(threads, torch.get_num_threads()))
+        _here = job, _load(job)
+    except Exception as error:  # noqa: BLE001  raised again by the first task
+        _here = error
+
+
+def _work_here(task: Task) -> Outcome:
+    if isinstance(_here, Exception):
+        raise _here
+    assert _here is not None  # for the type checker
+    job, model = _here
+    return _outcome(model, job, task)
+
+
+def _outcome(model: CMamba, job: Job, task: Task) -> Outcome:
+    try:
+        if task.target.is_dir():
+            raise InvalidArgumentError(
+                f"the output must be a file, got the folder {str(task.target)!r}; move it away"
+            )
+        return (_encode if job.command == "encode" else _decode)(model, job, task)
+    except Exception as error:
+        text = explain(error)
+        if text is None:
+            # A mistake in this package: told in full, but the other files are not to blame.
+            _logger.exception("%s", task.source)
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Outcome(task.source, error=_naming(task, text))
+
+
+def _encode(model: CMamba, job: Job, task: Task) -> Outcome:
+    from cmamba_ref.codec import DEFAULT_MAX_PIXELS, encode
+    from cmamba_ref.images import read_image
+
+    max_pixels = job.max_pixels or DEFAULT_MAX_PIXELS
+    picture = read_image(task.source, max_pixels=max_pixels)
+    data = encode(model, picture, job.quality, max_pixels=max_pixels)
+    task.target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(task.target, data)
+    height, width = picture.shape[:2]
+    return Outcome(task.source, task.source.stat().st_size, len(data), height * width)
+
+
+def _decode(model: CMamba, job: Job, task: Task) -> Outcome:
+    from cmamba_ref.codec import DEFAULT_MAX_PIXELS, decode
+    from cmamba_ref.images import write_png
+
+    data = task.source.read_bytes()
+    picture = decode(data, model, max_pixels=job.max_pixels or DEFAULT_MAX_PIXELS)
+    task.target.parent.mkdir(parents=True, exist_ok=True)
+    write_png(task.target, picture)
+    height, width = picture.shape[:2]
+    return Outcome(task.source, len(data), task.target.stat().st_size, height * width)
+
+
+def _died(task: Task) -> Outcome:
+    return Outcome(task.source, error=_naming(task, PROCESS_DIED))
+
+
+def _naming(task: Task, text: str) -> str:
+    return text if str(task.source) in text else f"{task.source}: {text}"
+
+
+# ---------------------------------------------------------------- the summary
+
+
+class Summary:
+    """Adds up outcomes; `str` of it is what a user reads at the end."""
+
+    def __init__(self, command: str, skipped: int) -> None:
+        self.command = command
+        self.skipped = skipped
+        self.done: list[Outcome] = []
+        self.failed: list[Outcome] = []
+        self._start = time.perf_counter()
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one file."""
+        (self.failed if outcome.error else self.done).append(outcome)
+
+    def __str__(self) -> str:
+        seconds = time.perf_counter() - self._start
+        lines = [f"{self.command}d {len(self.done)}"]
+        skipped = f"skipped {self.skipped}"
+        lines.append(
+            f"{skipped} that exist already; --force replaces them" if self.skipped else skipped
+        )
+        lines.append(f"failed {len(self.failed)}")
+        lines += [f"  {outcome.source}" for outcome in sorted(self.failed, key=_by_source)]
+        if self.done:
+            bytes_in = sum(outcome.bytes_in for outcome in self.done)
+            bytes_out = sum(outcome.bytes_out for outcome in self.done)
+            pixels = sum(outcome.pixels for outcome in self.done)
+            bpp = 8 * (bytes_out if self.command == "encode" else bytes_in) / pixels
+            lines.append(f"{bytes_in} bytes in, {bytes_out} bytes out, {bpp:.3f} bpp")
+            lines.append(
+                f"{pixels / 1e6:.2f} megapixels in {seconds:.2f} s, "
+                f"{pixels / 1e6 / seconds:.2f} megapixels/s"
+            )
+        return "\n".join(lines)
+
+
+def _by_source(outcome: Outcome) -> Path:
+    return outcome.source

@@ -1,0 +1,401 @@
+"""Many files at once: what becomes of each, and that no one of them stops the others."""
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pool_helpers
+import pytest
+import torch
+from codec_helpers import picture, random_model
+from PIL import Image
+
+import cmamba_ref
+from cmamba_ref import CMamba, batch, codec, pool
+from cmamba_ref.bitstream import Container
+from cmamba_ref.cli import main
+from cmamba_ref.images import read_image
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("model")
+    random_model().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: str) -> CMamba:
+    return CMamba.from_pretrained(model_dir)
+
+
+def save(path: Path, height: int = 64, width: int = 64, seed: int = 0, grey: bool = False) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = picture(height, width, seed)
+    Image.fromarray(pixels[..., 0] if grey else pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    """A folder of three pictures, one of them deeper, and of what is no picture or hidden."""
+    folder = tmp_path / "album"
+    save(folder / "a.png", 70, 90)
+    save(folder / "x" / "y" / "b.PNG", 64, 65, grey=True)
+    save(folder / "x" / "c.d.jpg", 33, 64)
+    (folder / "notes.txt").write_text("no picture")
+    save(folder / ".hidden.png")
+    save(folder / ".thumbnails" / "a.png")
+    return folder
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in tree(folder)}
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What followed `cmamba: error: ` on the only line that was printed."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    return line.removeprefix("cmamba: error: ")
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_a_folder_is_encoded_and_decoded_as_its_files_are_alone(
+    album: Path, model: CMamba, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, back = album.with_name("new") / "cmb", album.with_name("back")
+    options = ["--model", model_dir, "--jobs", "1"]
+    assert main(["encode", str(album), "-o", str(out), "--quality", "2.5", *options]) == 0
+    printed, errors = capsys.readouterr()
+    sources = [album / "a.png", album / "x" / "c.d.jpg", album / "x" / "y" / "b.PNG"]
+    assert contents(out) == {
+        name: cmamba_ref.encode(model, read_image(source), 2.5)
+        for name, source in zip(["a.cmb", "x/c.d.cmb", "x/y/b.cmb"], sources, strict=True)
+    }
+    assert errors == ""
+
+    bytes_in = sum(source.stat().st_size for source in sources)
+    bytes_out = sum(map(len, contents(out).values()))
+    pixels = 70 * 90 + 33 * 64 + 64 * 65
+    *lines, speed = printed.splitlines()
+    assert lines == [
+        "encoded 3",
+        "skipped 0",
+        "failed 0",
+        f"{bytes_in} bytes in, {bytes_out} bytes out, {8 * bytes_out / pixels:.3f} bpp",
+    ]
+    found = re.fullmatch(r"0\.01 megapixels in ([\d.]+) s, ([\d.]+) megapixels/s", speed)
+    assert found is not None, speed
+    assert float(found[2]) == pytest.approx(pixels / 1e6 / float(found[1]), abs=0.01)
+
+    assert main(["decode", str(out), "-o", str(back), *options]) == 0
+    printed = capsys.readouterr().out
+    assert tree(back) == ["a.png", "x/c.d.png", "x/y/b.png"]
+    for name, data in contents(out).items():
+        decoded = read_image((back / name).with_suffix(".png"))
+        np.testing.assert_array_equal(decoded, cmamba_ref.decode(data, model))
+    size = sum(map(len, contents(back).values()))
+    assert printed.startswith("decoded 3\n")
+    assert f"{bytes_out} bytes in, {size} bytes out, {8 * bytes_out / pixels:.3f} bpp" in printed
+
+
+def test_without_an_output_each_is_written_beside_its_input(album: Path, model_dir: str) -> None:
+    before = tree(album)
+    assert main(["encode", str(album), "--model", model_dir, "--jobs", "1"]) == 0
+    assert tree(album) == sorted([*before, "a.cmb", "x/c.d.cmb", "x/y/b.cmb"])
+
+
+def test_files_and_folders_together(album: Path, tmp_path: Path, model_dir: str) -> None:
+    """Also an input that is named twice."""
+    alone, out = save(tmp_path / "alone" / "z.png"), tmp_path / "out"
+    inputs = [str(alone), str(album), str(album / "a.png")]
+    assert main(["encode", *inputs, "-o", str(out), "--model", model_dir, "--jobs", "1"]) == 0
+    assert tree(out) == ["a.cmb", "x/c.d.cmb", "x/y/b.cmb", "z.cmb"]
+
+
+def test_two_processes_write_the_same_and_go_on_after_a_bad_file(
+    album: Path, tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (album / "b.png").write_bytes(b"damaged")
+    for jobs in ("1", "2"):
+        args = ["encode", str(album), "-o", str(tmp_path / jobs), "--jobs", jobs]
+        assert main([*args, "--model", model_dir]) == 1
+        out, err = capsys.readouterr()
+        bad = album / "b.png"
+        assert err == f"cmamba: error: {bad} is no picture in a format that Pillow reads\n"
+        assert out.startswith(f"encoded 3\nskipped 0\nfailed 1\n  {bad}\n")
+    assert len(contents(tmp_path / "1")) == 3
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert multiprocessing.active_children() == []
+
+
+def test_every_file_that_fails_is_named(
+    tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A missing file, no .cmb file, and an output that is in the way."""
+    good = save(tmp_path / "good.png")
+    assert main(["encode", str(good), "--model", model_dir]) == 0
+    good.unlink()
+    (tmp_path / "bad.cmb").write_bytes(b"bad")
+    (tmp_path / "late.cmb").write_bytes((tmp_path / "good.cmb").read_bytes())
+    (tmp_path / "late.png").mkdir()
+    names = ["missing.cmb", "bad.cmb", "late.cmb", "good.cmb"]
+    capsys.readouterr()
+    args = ["decode", *(str(tmp_path / name) for name in names), "--jobs", "1"]
+    assert main([*args, "--model", model_dir]) == 1
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    for name, line in zip(names[:3], lines, strict=True):
+        assert line.startswith(f"cmamba: error: {tmp_path / name}: ")
+    assert lines[0].endswith("missing.cmb: No such file or directory")
+    assert "the output must be a file, got the folder" in lines[2]
+    failed = "".join(f"  {tmp_path / name}\n" for name in sorted(names[:3]))
+    assert out.startswith(f"decoded 1\nskipped 0\nfailed 3\n{failed}")
+    assert (tmp_path / "good.png").is_file()
+
+
+def test_a_second_run_does_what_the_first_left(
+    album: Path, tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    args = ["encode", str(album), "-o", str(out), "--model", model_dir, "--jobs", "1"]
+    assert main(args) == 0
+    first = contents(out)
+    (out / "x" / "c.d.cmb").unlink()
+    (out / "a.cmb").write_bytes(b"old")
+    capsys.readouterr()
+    assert main(args) == 0
+    skipped = "skipped 2 that exist already; --force replaces them"
+    assert capsys.readouterr().out.startswith(f"encoded 1\n{skipped}\nfailed 0\n")
+    assert contents(out) == first | {"a.cmb": b"old"}
+    assert main([*args, "--force"]) == 0
+    assert contents(out) == first
+    capsys.readouterr()
+    assert main(args) == 0
+    skipped = skipped.replace("2", "3")
+    assert capsys.readouterr().out == f"encoded 0\n{skipped}\nfailed 0\n"
+
+
+# ---------------------------------------------------------------- refused before the work
+
+
+def refused(args: list[str], capsys: pytest.CaptureFixture[str], folder: Path) -> str:
+    before = contents(folder)
+    assert main(args) == 1
+    assert contents(folder) == before
+    return error_line(capsys)
+
+
+def test_two_inputs_for_one_output(
+    album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = album / "a.png", save(album / "a.jpg")
+    message = refused(["encode", str(album)], capsys, tmp_path)
+    assert all(repr(str(path)) in message for path in (first, second, album / "a.cmb"))
+    other = save(tmp_path / "other" / "a.png")
+    args = ["encode", str(first), str(other), "-o", str(tmp_path / "out")]
+    message = refused(args, capsys, tmp_path)
+    assert repr(str(first)) in message and repr(str(other)) in message
+
+
+def test_an_output_that_is_an_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A picture whose name says that it is a .cmb file already."""
+    first, second = save(tmp_path / "a.png"), tmp_path / "b.cmb"
+    second.write_bytes(first.read_bytes())
+    args = ["encode", str(first), str(second), "--force"]
+    assert "must not be replaced" in refused(args, capsys, tmp_path)
+
+
+def test_an_output_that_is_no_folder(album: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["encode", str(album), "-o", str(album / "notes.txt")]
+    assert "`-o` must be a folder" in refused(args, capsys, album)
+
+
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_a_folder_with_nothing_to_do(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused([command, str(tmp_path)], capsys, tmp_path)
+    assert message.startswith(f"`IN` must hold files to {command}, got {str(tmp_path)!r}; ")
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "1.5", "many"])
+def test_jobs_that_are_no_number(jobs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["encode", "a.png", "b.png", f"--jobs={jobs}"])
+    assert caught.value.code == 2
+    assert "must be a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_several_processes_only_on_the_cpu(album: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["encode", str(album), "--device", "meta"]
+    message = refused([*args, "--jobs", "2"], capsys, album)
+    assert message == "`--jobs` must be 1 with --device meta, got 2; leave it out"
+    # Without --jobs the work begins, in this process, and there is no such device.
+    assert "`--device` must be one" in refused(args, capsys, album)
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_what_stops_all_work_is_told_once(
+    album: Path, model_dir: str, jobs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["encode", str(album), "--jobs", jobs, "--model", model_dir, "--quality", "9"]
+    assert "`quality` must be a number from 1 to 8" in refused(args, capsys, album)
+    assert multiprocessing.active_children() == []
+
+
+# ---------------------------------------------------------------- trouble on the way
+
+
+def test_a_mistake_in_this_package_is_told_in_full(
+    album: Path,
+    model_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    right = codec.encode
+
+    def encode(model: CMamba, image: np.ndarray, *args: float, **options: int) -> bytes:
+        if image.ndim == 2:
+            raise KeyError("a mistake")
+        return right(model, image, *args, **options)
+
+    monkeypatch.setattr(codec, "encode", encode)
+    assert main(["encode", str(album), "--model", model_dir, "--jobs", "1"]) == 1
+    out, err = capsys.readouterr()
+    grey = album / "x" / "y" / "b.PNG"
+    assert err == f"cmamba: error: {grey}: KeyError: 'a mistake'\n"
+    assert out.startswith("encoded 2\n")
+    (record,) = caplog.records
+    assert record.exc_info is not None and record.getMessage() == str(grey)
+
+
+def test_an_item_that_kills_its_process_is_given_up_and_no_other() -> None:
+    results = []
+    items = ["a", "kill", "b", "c", "kill", "d"]
+    pool.spread(
+        pool_helpers.work, items, 2, pool_helpers.prepare, lambda *pair: results.append(pair)
+    )
+    assert sorted(results, key=str) == sorted(
+        [(item, None if item == "kill" else item.upper()) for item in items], key=str
+    )
+    assert multiprocessing.active_children() == []
+
+
+def test_a_file_whose_process_died_is_reported(
+    album: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spread(work, tasks, processes, prepare, report) -> None:
+        for task in tasks:
+            report(task, None)
+
+    monkeypatch.setattr(pool, "spread", spread)
+    assert main(["encode", str(album), "--jobs", "2"]) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines()[0] == f"cmamba: error: {album / 'a.png'}: {batch.PROCESS_DIED}"
+    assert out.startswith("encoded 0\nskipped 0\nfailed 3\n")
+
+
+def test_an_exception_leaves_no_process() -> None:
+    with pytest.raises(ValueError, match="raise"):
+        pool.spread(pool_helpers.work, ["raise"] * 4, 2, pool_helpers.prepare, lambda *_: None)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs process groups")
+def test_ctrl_c_leaves_whole_files_and_no_process(tmp_path: Path, model_dir: str) -> None:
+    """To all processes at once, as a terminal sends it."""
+    source = save(tmp_path / "source.png", 128, 128)
+    folder, out = tmp_path / "many", tmp_path / "out"
+    folder.mkdir()
+    for i in range(500):
+        (folder / f"{i}.png").symlink_to(source)
+    command = [sys.executable, "-m", "cmamba_ref", "encode", str(folder), "-o", str(out)]
+    process = subprocess.Popen(
+        [*command, "--model", model_dir, "--jobs", "2"],
+        env=os.environ | {"PYTHONPATH": str(Path(cmamba_ref.__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not out.is_dir() and process.poll() is None:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        printed = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert printed == ("", "cmamba: interrupted\n")
+    assert process.returncode == 130
+    assert 0 < len(contents(out)) < 500
+    assert all(name.endswith(".cmb") for name in contents(out))
+    for data in contents(out).values():
+        Container.unpack(data)
+    for _ in range(100):  # the resource tracker of multiprocessing ends a little later
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail("a process is left")
+
+
+# ---------------------------------------------------------------- one file
+
+
+def test_one_file_is_as_ever(
+    album: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = album / "one.cmb"
+    args = ["encode", str(album / "a.png"), "-o", str(target), "--model", model_dir]
+    assert main([*args, "--jobs", "2"]) == 0
+    assert capsys.readouterr().out.startswith(f"{target}: {target.stat().st_size} bytes, ")
+    assert main(args) == 1
+    assert "must not exist yet" in error_line(capsys)
+    assert main(["encode", str(album / "a.png"), "-o", str(album), "--model", model_dir]) == 1
+    assert "`-o` must be a file" in error_line(capsys)
+
+
+# ---------------------------------------------------------------- progress
+
+
+def test_progress_is_shown_on_a_terminal_only(
+    album: Path,
+    model_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = ["encode", str(album), "--model", model_dir, "--jobs", "1", "--force"]
+    assert main(args) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert main(args) == 0
+    assert re.search(r"cmamba: \d/3 \|.*\| \S+ gone, \S+ to go", capsys.readouterr().err)
+
+
+def test_each_process_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more threads than torch would take by itself, and at least one."""
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    job = batch.Job("decode", lambda: random_model(), None, None)
+    for threads in (1, 3, 8):
+        batch._prepare_here(job, threads)
+    monkeypatch.setattr(batch, "_here", None)
+    assert asked == [1, 3, 4]
