@@ -99,9 +99,9 @@ def test_table_csv_and_json_agree(tmp_path, capsys):
 
 
 def test_figures_have_four_digits():
-    figures = (0.06123456, 2.5, 12345.6, 1.23456e-6, 0.0, 20, None)
+    figures = (0.06123456, 2.5, 12345.6, 1.23456e-6, 0.0, 20, -0.25, None)
     texts = [profile_scan.as_text(figure) for figure in figures]
-    assert texts == ["0.06123", "2.500", "12346", "0.000001", "0", "20", "-"]
+    assert texts == ["0.06123", "2.500", "12346", "0.000001", "0", "20", "-0.2500", "-"]
 
 
 def test_interruption_keeps_what_was_measured(monkeypatch, tmp_path, capsys):

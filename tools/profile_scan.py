@@ -917,7 +917,7 @@ def as_text(value: float | None) -> str:
         return "-"
     if not value or isinstance(value, int):
         return str(int(value))
-    return f"{value:.{min(6, max(0, 3 - math.floor(math.log10(value))))}f}"
+    return f"{value:.{min(6, max(0, 3 - math.floor(math.log10(abs(value)))))}f}"
 
 
 def table_line(row: Row) -> str:

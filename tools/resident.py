@@ -17,12 +17,13 @@ from pathlib import Path
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
+MEMORY = Path("/proc/meminfo")
 
 
-def _status(key: str) -> int | None:
-    """A size in bytes out of the process's status; None where there is no such thing."""
+def _size(path: Path, key: str) -> int | None:
+    """A size in bytes out of one of the kernel's lists; None where there is no such thing."""
     try:
-        lines = STATUS.read_text().splitlines()
+        lines = path.read_text().splitlines()
     except OSError:
         return None
     for line in lines:
@@ -34,12 +35,17 @@ def _status(key: str) -> int | None:
 
 def resident_bytes() -> int | None:
     """What is in RAM now."""
-    return _status("VmRSS")
+    return _size(STATUS, "VmRSS")
 
 
 def peak_bytes() -> int | None:
     """The most that was in RAM since the start of the process or the last `restart_peak`."""
-    return _status("VmHWM")
+    return _size(STATUS, "VmHWM")
+
+
+def available_bytes() -> int | None:
+    """What could be taken without anything having to give way."""
+    return _size(MEMORY, "MemAvailable")
 
 
 def restart_peak() -> bool:
