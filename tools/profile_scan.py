@@ -15,6 +15,8 @@ VMamba runs them, on four copies of the map:
     mamba_ssm                   selective_scan_fn of the package mamba-ssm
     selective_scan_cuda_oflex   VMamba's extension; forward only
     mambapy                     pscan of mamba.py, which stores every state
+    ref-style                   position by position over stored decays and inputs of every state:
+                                the scheme of mamba-ssm's selective_scan_ref, nothing to install
     vmamba-pipeline             our own one-dimensional scan: what the copies cost
 
 How good the fixed rules of the Triton kernels are is measured by tune_scan.py, in the same way.
@@ -46,6 +48,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from provenance import of_run, processor
+from resident import peak_beyond
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -85,7 +88,8 @@ NOTES = (
     "ns/elt: per position, channel, state and direction (4 E N of them), whatever the mode",
     "of floor: the time that memory, exponential units or fp32 units of the GPU would take in full "
     "use, whichever is longest, over the median; empty where the device is not modelled",
-    "MiB: peak of memory beyond what was allocated before the timed part; measured on CUDA only",
+    "MiB: peak of memory beyond what was there before the timed part, results included; on CUDA of "
+    "torch's allocator, on the CPU of the process in RAM, in whole pages, on Linux only",
     "gate: max|K-O| <= 2 (max|R-O| + eps max|O|) with O the fp64 reference, R the reference in the "
     f"same type, K the candidate; for peers {PEER_ALLOWANCE} times that, and R rounds the time "
     "steps to that type, as they do",
@@ -411,6 +415,32 @@ def load_mambapy() -> Scan1d:
     return scan
 
 
+def load_ref_style() -> Scan1d:
+    """The scheme of mamba-ssm's `selective_scan_ref`, which runs wherever its kernels do not.
+
+    Decays and inputs of all states exist at once as `[B, D, L, N]`, B and C are repeated for every
+    channel, and a Python loop over positions forms one output at a time.  One thing is kinder here:
+    the original indexes the tensors in every step, and the gradient of each such index is a tensor
+    of the full size, which makes its backward quadratic in L.  `unbind` has one gradient for all.
+    """
+
+    def scan(u, delta, A, B, C, D, delta_bias):
+        per_group = A.shape[0] // B.shape[1]
+        B, C = (x.to(A.dtype).repeat_interleave(per_group, dim=1) for x in (B, C))
+        dt, u = F.softplus(delta.to(A.dtype) + delta_bias[:, None]), u.to(A.dtype)
+        decays = torch.exp(torch.einsum("bdl,dn->bdln", dt, A))
+        inputs = torch.einsum("bdl,bdnl,bdl->bdln", dt, B, u)
+        state = torch.zeros_like(inputs[:, :, 0])
+        ys = []
+        for decay, step, c in zip(decays.unbind(2), inputs.unbind(2), C.unbind(3), strict=True):
+            state = decay * state + step
+            ys.append(torch.einsum("bdn,bdn->bd", state, c))
+        y = torch.stack(ys, dim=2)
+        return y if D is None else y + D[:, None] * u
+
+    return scan
+
+
 @dataclass(frozen=True)
 class Peer:
     """How to get a one-dimensional scan, and what it can do.
@@ -430,6 +460,7 @@ PEERS = {
     "mamba_ssm": Peer(load_mamba_ssm, cuda_only=True),
     "selective_scan_cuda_oflex": Peer(load_oflex, cuda_only=True, differentiable=False),
     "mambapy": Peer(load_mambapy),
+    "ref-style": Peer(load_ref_style),
     "vmamba-pipeline": Peer(functools.partial(our_scan, "auto")),
 }
 
@@ -486,8 +517,9 @@ def default_names(device: torch.device) -> tuple[str, ...]:
     """What is measured unless something is asked for."""
     if device.type == "cpu":
         return ("reference", "chunked")
-    # Not the reference: on these maps it takes minutes, and in backward all of the memory.
-    return (*(name for name in BACKENDS if name != "reference"), *PEERS)
+    # Not position by position: on these maps that takes minutes, and in backward all of the memory.
+    slow = ("reference", "ref-style")
+    return tuple(name for name in (*BACKENDS, *PEERS) if name not in slow)
 
 
 def find_candidates(asked: list[str] | None, settings: Settings) -> list[Candidate]:
@@ -644,9 +676,9 @@ def pass_gate(candidates: list[Candidate], shape: Shape, settings: Settings) -> 
 
 
 class CpuMeter:
-    """Wall-clock time. Peak memory is not measured: torch does not count it on the CPU."""
+    """Wall-clock time; peak memory of the process, on Linux."""
 
-    warm_ups = 0  # `peak_bytes` is one
+    warm_ups = 1  # what compiles on its first call needs more memory in it
 
     def seconds(self, call: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -654,8 +686,7 @@ class CpuMeter:
         return time.perf_counter() - start
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
-        call()
-        return None
+        return peak_beyond(call)
 
 
 class CudaMeter:
@@ -886,7 +917,7 @@ def as_text(value: float | None) -> str:
         return "-"
     if not value or isinstance(value, int):
         return str(int(value))
-    return f"{value:.{min(6, max(0, 3 - math.floor(math.log10(value))))}f}"
+    return f"{value:.{min(6, max(0, 3 - math.floor(math.log10(abs(value)))))}f}"
 
 
 def table_line(row: Row) -> str:
@@ -1034,8 +1065,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=names,
         metavar="NAME",
-        help=f"of {', '.join(names)} (default: on CUDA all but reference, on the CPU reference "
-        "and chunked)",
+        help=f"of {', '.join(names)} (default: on CUDA all but reference and ref-style, on the CPU "
+        "reference and chunked)",
     )
     add("--threads", type=count, help="torch threads (default: torch's choice)")
     add("--csv", type=output, help="write the rows here")

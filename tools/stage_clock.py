@@ -1,0 +1,178 @@
+"""Where the time and the memory of the codec go, stage by stage.
+
+    data, timing = time_by_stage(model, lambda: cmamba_ref.encode(model, picture))
+    print(timing.stages)
+
+The stages are modules of the model, seen through forward hooks, and the functions of the entropy
+coder.  Work inside a stage that belongs to another counts for the inner one alone (LRP is not also
+the slice loop's), so that the stages together take at most as long as the whole.  A stage that is
+not called as a module of its own does not show by itself: its time is part of what is around it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from resident import peak_bytes, restart_peak
+from torch import nn
+
+from cmamba_ref import CMamba, ss2d
+from cmamba_ref.entropy import rans
+
+# Everything that is in no other stage: types and padding, scale indexes, CRC, gain, the container.
+OTHER = "other"
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass
+class Timing:
+    """One run, in seconds and bytes.
+
+    Attributes:
+        total: from beginning to end, measured by itself.
+        stages: of each stage that was entered, without the stages inside it.
+        peaks: the most bytes of the process in RAM while a stage was the innermost one; empty
+            unless asked for, or where the system does not count them.
+        scans: in four-direction scans.  They are part of the stages, not one of them.
+    """
+
+    total: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    scans: float = 0.0
+
+
+class _Clock:
+    """Knows which stage is at work, and books time and memory to it."""
+
+    def __init__(self, memory: bool) -> None:
+        self.timing = Timing()
+        self._memory = memory and restart_peak()  # costs some microseconds per stage
+        self._at_work = [OTHER]
+        self._since = time.perf_counter()
+
+    def book(self) -> None:
+        """What has passed since the last event belongs to the stage at work."""
+        timing, stage = self.timing, self._at_work[-1]
+        passed = time.perf_counter() - self._since
+        timing.stages[stage] = timing.stages.get(stage, 0.0) + passed
+        if self._memory:
+            timing.peaks[stage] = max(timing.peaks.get(stage, 0), peak_bytes() or 0)
+            restart_peak()
+        self._since = time.perf_counter()
+
+    def enter(self, stage: str) -> None:
+        self.book()
+        self._at_work.append(stage)
+
+    def leave(self) -> None:
+        self.book()
+        self._at_work.pop()
+
+    def run(self, call: Callable[[], ResultT]) -> ResultT:
+        start = self._since = time.perf_counter()
+        result = call()
+        self.book()
+        self.timing.total = time.perf_counter() - start
+        return result
+
+
+def time_by_stage(
+    model: CMamba, call: Callable[[], ResultT], memory: bool = False
+) -> tuple[ResultT, Timing]:
+    """Run a call that encodes or decodes with this model; its result, and where its time went.
+
+    Args:
+        memory: also note the peak memory of each stage.
+    """
+    clock = _Clock(memory)
+    with _watched(model, clock):
+        result = clock.run(call)
+    if sum(clock.timing.stages.values()) > clock.timing.total:
+        raise RuntimeError("the stages took longer than the whole; something was booked twice")
+    return result, clock.timing
+
+
+def transform_stages(name: str, transform: nn.Sequential, halvings: int) -> list[str]:
+    """For each child of g_a or g_s the stage that it belongs to.
+
+    Args:
+        halvings: the map that enters lies at H / 2^halvings.
+    """
+    stages = []
+    for child in transform:
+        if isinstance(child, nn.Conv2d | nn.ConvTranspose2d | nn.PixelShuffle):
+            stages.append(f"{name} convolutions")
+            if getattr(child, "stride", None) == (2, 2):
+                halvings += 1 if isinstance(child, nn.Conv2d) else -1
+        else:
+            stages.append(f"{name} blocks at H/{2**halvings}")
+    return stages
+
+
+def stages_of(model: CMamba) -> list[tuple[str, nn.Module]]:
+    """Every module that is watched, with its stage, outer before inner, in the order of coding."""
+    # Deriving the float64 copies here makes them the ones that the calls that follow use.
+    coding, _ = model._coding()
+    context = coding["context"]
+    watched: list[tuple[str, nn.Module]] = [("g_a other", model.g_a)]
+    watched += zip(transform_stages("g_a", model.g_a, 0), model.g_a, strict=True)
+    watched += [("h_a", model.h_a), ("h_s (fp64)", coding["h_s"])]
+    watched += [("slice loop", context)]
+    watched += [("context CAE (fp64)", cae) for cae in context.cae]  # type: ignore[union-attr]
+    watched += [("context LRP (fp64)", lrp) for lrp in context.lrp]  # type: ignore[union-attr]
+    watched += [("g_s other", model.g_s)]
+    watched += zip(transform_stages("g_s", model.g_s, 4), model.g_s, strict=True)
+    return watched
+
+
+@contextlib.contextmanager
+def _watched(model: CMamba, clock: _Clock) -> Iterator[None]:
+    """Within the `with` block, the clock sees the stages of this model and of the coder."""
+    with contextlib.ExitStack() as undo:
+        for stage, module in stages_of(model):
+            handle = module.register_forward_pre_hook(lambda *_, stage=stage: clock.enter(stage))
+            undo.callback(handle.remove)
+            # Also after an exception, or the stage would run on.
+            handle = module.register_forward_hook(lambda *_: clock.leave(), always_call=True)
+            undo.callback(handle.remove)
+        for owner, name in ((rans, "encode"), (rans.Decoder, "__init__"), (rans.Decoder, "take")):
+            _replace(undo, owner, name, lambda call: _as_stage(call, "entropy coder", clock))
+        _replace(undo, ss2d, "selective_scan_2d", lambda call: _as_scan(call, clock))
+        yield
+
+
+def _replace(
+    undo: contextlib.ExitStack, owner: object, name: str, wrap: Callable[[Callable], Callable]
+) -> None:
+    """Wrap a function where it is looked up, until `undo` closes."""
+    original = getattr(owner, name)
+    setattr(owner, name, wrap(original))
+    undo.callback(setattr, owner, name, original)
+
+
+def _as_stage(call: Callable, stage: str, clock: _Clock) -> Callable:
+    def in_stage(*args, **kwargs):
+        clock.enter(stage)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            clock.leave()
+
+    return in_stage
+
+
+def _as_scan(call: Callable, clock: _Clock) -> Callable:
+    def timed(*args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            clock.timing.scans += time.perf_counter() - start
+
+    return timed
