@@ -5,7 +5,8 @@ It goes through the four directions side by side, one strip of positions after t
 strip needs is read from the map in the order of each direction, and only then are its time steps
 formed; so the map is never copied as a whole.
 
-Types: all tensors of a call share one, fp32 or fp64.
+Types: all tensors of a call share one, fp32 or fp64. On a GPU the matrix products follow torch's
+setting for TF32, which is off unless you allow it.
 """
 
 from collections.abc import Callable, Iterator
