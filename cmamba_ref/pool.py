@@ -91,13 +91,13 @@ def _executor(processes: int, prepare: Callable[[], None]) -> Iterator[ProcessPo
     try:
         yield executor
     except BaseException:
-        executor.shutdown(wait=False, cancel_futures=True)
-        ours = set(multiprocessing.active_children()) - others
-        for process in ours:
+        for process in set(multiprocessing.active_children()) - others:
             process.terminate()
-        for process in ours:
             process.join(PATIENCE_SECONDS)
             process.kill()
+        # Last, and waiting: the thread of the executor collects its processes as well, and a process
+        # counts as alive in this one until whoever was first has said so.
+        executor.shutdown(cancel_futures=True)
         raise
     executor.shutdown()
 
@@ -125,7 +125,6 @@ def _prepare(prepare: Callable[[], None]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     prepare()
-    signal.signal(signal.SIGTERM, _end)
 
 
 def _end_with_parent() -> None:
@@ -142,8 +141,11 @@ def _end(*_: object) -> None:
 
 
 def _work(work: Callable[[Item], Result], item: Item) -> Result:
+    # Only in here: elsewhere in the process the executor would catch the exception, and go on.
+    signal.signal(signal.SIGTERM, _end)
     try:
         return work(item)
     except SystemExit:
-        # The executor would catch it, and go on.
         os._exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
