@@ -95,8 +95,8 @@ def _executor(processes: int, prepare: Callable[[], None]) -> Iterator[ProcessPo
             process.terminate()
             process.join(PATIENCE_SECONDS)
             process.kill()
-        # Last, and waiting: the thread of the executor collects its processes as well, and a process
-        # counts as alive in this one until whoever was first has said so.
+        # Last, and waiting: the thread of the executor collects its processes too, and one counts
+        # as alive here until whoever was first has said so.
         executor.shutdown(cancel_futures=True)
         raise
     executor.shutdown()

@@ -10,7 +10,7 @@ from scan_helpers import scan_2d_arguments, scan_arguments
 
 import cmamba_ref.ops as ops
 from cmamba_ref.errors import BackendUnavailableError, InvalidArgumentError
-from cmamba_ref.ops import dispatch, selective_scan, selective_scan_2d
+from cmamba_ref.ops import compiled, dispatch, selective_scan, selective_scan_2d
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_context_is_left_on_an_exception():
 
 
 def test_unknown_names_list_the_valid_ones(monkeypatch):
-    valid = "'auto', 'reference', 'chunked', 'triton'"
+    valid = "'auto', 'reference', 'chunked', 'compiled', 'triton'"
     with pytest.raises(InvalidArgumentError, match=f"`backend` must be one of {valid}, got 'fast'"):
         selective_scan(**scan_arguments(), backend="fast")
     with pytest.raises(InvalidArgumentError, match=valid):
@@ -84,6 +84,7 @@ def test_unknown_names_list_the_valid_ones(monkeypatch):
 
 @pytest.mark.usefixtures("_no_kernels")
 def test_triton_by_name_never_falls_back(monkeypatch):
+    monkeypatch.setattr(compiled, "unavailable_reason", lambda device_type: "no compiler")
     with pytest.raises(BackendUnavailableError, match="without being installed.*backend='auto'"):
         selective_scan(**scan_arguments(), backend="triton")
     with pytest.raises(BackendUnavailableError), ops.scan_backend("triton"):
@@ -101,6 +102,15 @@ def test_auto_on_cuda_without_kernels_logs_the_reason_once(caplog):
     assert dispatch.choose("auto", "cpu") == "chunked"
     messages = [r.getMessage() for r in caplog.records if r.name == "cmamba_ref.ops"]
     assert len(messages) == 1 and "without being installed" in messages[0]
+
+
+def test_compiled_by_name_never_falls_back(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BackendUnavailableError, match="'no-such-compiler'; use backend='auto'"):
+        selective_scan_2d(**scan_2d_arguments(), backend="compiled")
+    assert "compiled" not in ops.available_backends()
+    with pytest.raises(BackendUnavailableError, match="runs this scan on cuda.*on the CPU"):
+        dispatch.choose("compiled", "cuda")
 
 
 def test_auto_takes_triton_where_the_kernels_run(monkeypatch):

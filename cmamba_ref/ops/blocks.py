@@ -21,6 +21,7 @@ products. No sum depends on timing, so results repeat bit for bit.
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -49,9 +50,8 @@ def block_length(state_floats: int) -> int:
     return length
 
 
-def block_count(length: int, state_floats: int) -> int:
-    """Blocks of a sequence of `length` positions; the last one may be shorter."""
-    size = block_length(state_floats)
+def block_count(length: int, size: int) -> int:
+    """Blocks of `size` in a sequence of `length` positions; the last one may be shorter."""
     return (length + size - 1) // size
 
 
@@ -78,17 +78,6 @@ class Block(NamedTuple):
         return x[self.start : self.stop].unflatten(0, (self.chunks, self.steps)).transpose(0, 1)
 
 
-def plan(length: int, state_floats: int) -> list[Block]:
-    """The blocks of a sequence of `length` positions, first to last."""
-    size = block_length(state_floats)
-    blocks = []
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        chunks = _chunk_count(stop - start, state_floats)
-        blocks.append(Block(start, stop, chunks, (stop - start) // chunks))
-    return blocks
-
-
 class Buffer(NamedTuple):
     """Scratch memory of one block, whole and step by step."""
 
@@ -99,7 +88,7 @@ class Buffer(NamedTuple):
 class Scratch:
     """Buffers that every block of a scan uses again: decays, states and, backward, gradients."""
 
-    def __init__(self, state: Tensor, count: int, length: int):
+    def __init__(self, state: Tensor, length: int, count: int):
         self._state = state.shape
         longest = min(length, block_length(state.numel()))
         self._memory = state.new_empty(count, longest * state.numel())
@@ -175,7 +164,7 @@ def run_states(
     torch.exp2(decay.whole, out=decay.whole)
     torch.mul(dtu, B, out=states.whole)
 
-    if states.whole.shape[1] == 1:
+    if len(states.at[0]) == 1:
         starts = first.unsqueeze(0)
     else:
         ends = states.at[0].clone()
@@ -189,72 +178,109 @@ def run_states(
     return starts
 
 
-def forward_block(
-    dt: Tensor, dtu: Tensor, A2: Tensor, B: Tensor, C: Tensor, first: Tensor, buffers: list[Buffer]
-) -> tuple[Tensor, Tensor]:
-    """Output `[steps, chunks, S, G, 1, D]` and last state `[S, G, N, D]`; arguments as above."""
-    decay, states = buffers
-    run_states(dt, dtu, A2, B, first, decay, states)
-    return _sum_over_states(states.whole, C), states.at[-1][-1].clone()
+class Operands(NamedTuple):
+    """What a scan reads, in the axes of the blocks."""
+
+    u: Tensor  # [L, S, G, 1, D]
+    dt: Tensor  # [L, S, G, 1, D]
+    B: Tensor  # [L, S, G, N, 1] or constant [1, 1, G, N, D]
+    C: Tensor  # likewise
 
 
-class BlockGradients(NamedTuple):
-    """Gradients of a block. `dt` holds the part that does not come through dtu = dt * u."""
+class Gradients(NamedTuple):
+    """Gradients of `Operands`, and that of A, not yet summed over the batch `[S, G, N, D]`."""
 
+    u: Tensor
     dt: Tensor
-    dtu: Tensor
-    A: Tensor  # not yet summed over the batch: [S, G, N, D]
     B: Tensor
     C: Tensor
-    first: Tensor
+    A: Tensor
 
 
-def backward_block(
-    grad_y: Tensor,
-    grad_last: Tensor,
-    dt: Tensor,
-    dtu: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    first: Tensor,
-    buffers: list[Buffer],
-) -> BlockGradients:
-    """Gradients of a block from those of its output and of its last state.
+class Blocks:
+    """The blocks of one scan in eager PyTorch.
 
-    With g_t the gradient of h_t, the recurrence runs backwards: `g_t = C_t dy_t + a_{t+1} g_{t+1}`
-    where `a_t = exp(dt_t A)`. Then dC_t = dy_t h_t, the gradient of B_t is g_t dt_t u_t, and that
-    of the exponent dt_t A is w_t = g_t a_t h_{t-1}.
+    Args:
+        A: `[G, N, D]`.
+        state: any state, for its form `[S, G, N, D]`.
+        length: L.
     """
-    decay, states, grads = buffers
-    A2 = A * LOG2_E
-    starts = run_states(dt, dtu, A2, B, first, decay, states)
 
-    torch.mul(grad_y, C, out=grads.whole)
-    last, earlier = grads.at[-1], grads.at[-2::-1]
-    decay_after = decay.at[:0:-1]  # of the step that follows each of the earlier ones
-    if states.whole.shape[1] == 1:
-        last.add_(grad_last)
-    else:
-        ends = last.clone()
+    block_length = staticmethod(block_length)
+
+    def __init__(self, A: Tensor, state: Tensor, length: int):
+        self._A, self._A2 = A, A * LOG2_E
+        self._state_floats = state.numel()
+        self._new_scratch = partial(Scratch, state, length=length)
+        self._scratch: Scratch | None = None
+
+    def _prepare(self, start: int, stop: int, buffers: int) -> tuple[Block, list[Buffer]]:
+        if self._scratch is None:
+            self._scratch = self._new_scratch(count=buffers)
+        chunks = _chunk_count(stop - start, self._state_floats)
+        block = Block(start, stop, chunks, (stop - start) // chunks)
+        return block, self._scratch.buffers(block)
+
+    def forward(
+        self, start: int, stop: int, operands: Operands, first: Tensor, y: Tensor
+    ) -> Tensor:
+        """Fills y `[L, S, G, 1, D]` from start to stop; first state to last `[S, G, N, D]`."""
+        block, (decay, states) = self._prepare(start, stop, 2)
+        u, dt, B, C = map(block.view, operands)
+        run_states(dt, dt * u, self._A2, B, first, decay, states)
+        block.view(y).copy_(_sum_over_states(states.whole, C))
+        return states.at[-1][-1].clone()
+
+    def backward(
+        self,
+        start: int,
+        stop: int,
+        operands: Operands,
+        first: Tensor,
+        grad_y: Tensor,
+        grad_last: Tensor,
+        gradients: Gradients,
+    ) -> Tensor:
+        """Fills gradients of u and dt from start to stop and adds to the others; gradient of the
+        last state to that of the first.
+
+        With g_t the gradient of h_t, the recurrence runs backwards: `g_t = C_t dy_t + a_{t+1}
+        g_{t+1}` where `a_t = exp(dt_t A)`. Then dC_t = dy_t h_t, the gradient of B_t is
+        g_t dt_t u_t, and that of the exponent dt_t A is w_t = g_t a_t h_{t-1}.
+        """
+        block, (decay, states, grads) = self._prepare(start, stop, 3)
+        u, dt, B, C = map(block.view, operands)
+        grad_y = block.view(grad_y)
+        dtu = dt * u
+        starts = run_states(dt, dtu, self._A2, B, first, decay, states)
+
+        torch.mul(grad_y, C, out=grads.whole)
+        last, earlier = grads.at[-1], grads.at[-2::-1]
+        decay_after = decay.at[:0:-1]  # of the step that follows each of the earlier ones
+        if block.chunks == 1:
+            last.add_(grad_last)
+        else:
+            ends = last.clone()
+            for g, a in zip(earlier, decay_after, strict=True):
+                torch.addcmul(g, a, ends, out=ends)
+            ends *= decay.at[0]
+            # The same carry as in the forward, from the last chunk to the first.
+            chunk_decay = _chunk_decay(dt, self._A2)
+            last.add_(_carry(grad_last, ends.flip(0), chunk_decay.flip(0)).flip(0))
+        grad = last
         for g, a in zip(earlier, decay_after, strict=True):
-            torch.addcmul(g, a, ends, out=ends)
-        ends *= decay.at[0]
-        # The same carry as in the forward, from the last chunk to the first.
-        chunk_decay = _chunk_decay(dt, A2)
-        last.add_(_carry(grad_last, ends.flip(0), chunk_decay.flip(0)).flip(0))
-    grad = last
-    for g, a in zip(earlier, decay_after, strict=True):
-        grad = g.addcmul_(a, grad)
+            grad = g.addcmul_(a, grad)
 
-    # Each buffer is overwritten by products to sum, as soon as nothing else needs it.
-    exponent = decay.whole.mul_(grads.whole)
-    grad_first = exponent[0, 0].clone()
-    exponent[0].mul_(starts)
-    exponent[1:].mul_(states.whole[:-1])
-    grad_dtu = _sum_over_states(grads.whole, B)
-    grad_B = _gradient_of_weights(grads.whole, dtu, B)
-    grad_C = _gradient_of_weights(states.whole, grad_y, C)
-    grad_dt = torch.mul(exponent, A, out=grads.whole).sum(-2, keepdim=True)
-    grad_A = exponent.mul_(dt).sum((0, 1))
-    return BlockGradients(grad_dt, grad_dtu, grad_A, grad_B, grad_C, grad_first)
+        # Each buffer is overwritten by products to sum, as soon as nothing else needs it.
+        exponent = decay.whole.mul_(grads.whole)
+        grad_first = exponent[0, 0].clone()
+        exponent[0].mul_(starts)
+        exponent[1:].mul_(states.whole[:-1])
+        grad_dtu = _sum_over_states(grads.whole, B)
+        block.view(gradients.u).copy_(grad_dtu * dt)
+        block.view(gradients.B).add_(_gradient_of_weights(grads.whole, dtu, B))
+        block.view(gradients.C).add_(_gradient_of_weights(states.whole, grad_y, C))
+        grad_dt = torch.mul(exponent, self._A, out=grads.whole).sum(-2, keepdim=True)
+        block.view(gradients.dt).copy_(grad_dt.addcmul_(grad_dtu, u))
+        gradients.A.add_(exponent.mul_(dt).sum((0, 1)))
+        return grad_first

@@ -1,4 +1,4 @@
-"""The scans of the backend `chunked`; `blocks.py` explains the method.
+"""The scans of the backends `chunked` and `compiled`; `blocks.py` explains the method.
 
 `scan_*` takes sequences whose time steps are known. `scan_2d_*` takes a map and its projections.
 It goes through the four directions side by side, one strip of positions after the other: what a
@@ -14,15 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from cmamba_ref.ops.blocks import (
-    LOG2_E,
-    Scratch,
-    backward_block,
-    block_count,
-    block_length,
-    forward_block,
-    plan,
-)
+from cmamba_ref.ops.blocks import Blocks, Gradients, Operands, block_count
+from cmamba_ref.ops.compiled import CompiledBlocks
 
 DIRECTIONS = 4
 # Floats of the memory of a strip, about: few enough to stay in cache, enough to be worth the calls.
@@ -35,11 +28,23 @@ PRODUCT_LENGTH = 32
 Read = Callable[[int, int, int, Tensor, Tensor], None]
 
 
+def block_kind(is_compiled: bool) -> type[Blocks]:
+    """The blocks of the backend `compiled`, or those of `chunked`."""
+    return CompiledBlocks if is_compiled else Blocks
+
+
 # ---------------------------------------------------------------- sequences
 
 
 def scan_forward(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, keep_starts: bool
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor,
+    keep_starts: bool,
+    is_compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence without skip, gate and bias.
 
@@ -49,16 +54,18 @@ def scan_forward(
         B, C: `[L, S, G, N, 1]` varying or `[1, 1, G, N, D]` constant.
         initial_state: `[S, G, N, D]`.
         keep_starts: whether to keep what the backward needs.
+        is_compiled: whether the blocks are compiled.
 
     Returns:
         y `[L, S, G, D]`, last state `[S, G, N, D]` and, if kept, the state before each block
         `[blocks, S, G, N, D]`.
     """
-    u, dt = u.contiguous().unsqueeze(3), dt.contiguous().unsqueeze(3)
-    y = torch.empty_like(u)
-    starts = _room_for_starts(len(u), initial_state, keep_starts)
-    scratch = Scratch(initial_state, 2, len(u))
-    last = _run(u, dt, A * LOG2_E, B, C, initial_state.clone(), y, starts, scratch)
+    operands = Operands(u.contiguous().unsqueeze(3), dt.contiguous().unsqueeze(3), B, C)
+    y = torch.empty_like(operands.u)
+    blocks = block_kind(is_compiled)(A, initial_state, len(u))
+    starts = _room_for_starts(blocks, len(u), initial_state, keep_starts)
+    state = initial_state.clone(memory_format=torch.contiguous_format)
+    last = _run(blocks, operands, state, y, starts)
     return y.squeeze(3), last, starts
 
 
@@ -71,81 +78,55 @@ def scan_backward(
     B: Tensor,
     C: Tensor,
     starts: Tensor,
+    is_compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B, C and initial_state of `scan_forward`."""
-    u, dt = u.contiguous().unsqueeze(3), dt.contiguous().unsqueeze(3)
-    grad_u, grad_dt = torch.empty_like(u), torch.empty_like(dt)
-    grad_A = grad_last.new_zeros(grad_last.shape)
-    # Not zeros_like: the operator's results are contiguous whatever the strides of its arguments.
-    grad_B, grad_C = B.new_zeros(B.shape), C.new_zeros(C.shape)
-    grad_first = _run_backward(
-        grad_y.contiguous().unsqueeze(3),
-        grad_last.clone(),
-        *(u, dt, A, B, C, starts),
-        *(grad_u, grad_dt, grad_A, grad_B, grad_C),
-        Scratch(grad_last, 3, len(u)),
+    operands = Operands(u.contiguous().unsqueeze(3), dt.contiguous().unsqueeze(3), B, C)
+    gradients = Gradients(
+        *(torch.empty_like(operands.u), torch.empty_like(operands.dt)),
+        # Not zeros_like: results are contiguous whatever the strides of the arguments.
+        *(B.new_zeros(B.shape), C.new_zeros(C.shape), grad_last.new_zeros(grad_last.shape)),
     )
-    return grad_u.squeeze(3), grad_dt.squeeze(3), grad_A.sum(0), grad_B, grad_C, grad_first
+    blocks = block_kind(is_compiled)(A, grad_last, len(u))
+    grad_y = grad_y.contiguous().unsqueeze(3)
+    grad_last = grad_last.clone(memory_format=torch.contiguous_format)
+    grad_first = _run_backward(blocks, operands, starts, grad_y, grad_last, gradients)
+    return (
+        *(gradients.u.squeeze(3), gradients.dt.squeeze(3), gradients.A.sum(0)),
+        *(gradients.B, gradients.C, grad_first),
+    )
 
 
-def _room_for_starts(length: int, state: Tensor, keep: bool) -> Tensor:
+def _room_for_starts(blocks: Blocks, length: int, state: Tensor, keep: bool) -> Tensor:
     """For the state before each block; without any block if they are not to be kept."""
-    return state.new_empty(block_count(length, state.numel()) if keep else 0, *state.shape)
+    count = block_count(length, blocks.block_length(state.numel())) if keep else 0
+    return state.new_empty(count, *state.shape)
 
 
-def _run(
-    u: Tensor,
-    dt: Tensor,
-    A2: Tensor,
-    B: Tensor,
-    C: Tensor,
-    state: Tensor,
-    y: Tensor,
-    starts: Tensor,
-    scratch: Scratch,
-) -> Tensor:
-    """Fills y, and starts unless empty, block by block; returns the last state. u, dt, y:
-    `[L, S, G, 1, D]`, the others as in `scan_forward`, A2 times log2 e."""
-    for number, block in enumerate(plan(len(u), state.numel())):
+def _run(blocks: Blocks, operands: Operands, state: Tensor, y: Tensor, starts: Tensor) -> Tensor:
+    """Fills y `[L, S, G, 1, D]`, and starts unless empty, block by block; the last state."""
+    length, size = len(operands.u), blocks.block_length(state.numel())
+    for number, start in enumerate(range(0, length, size)):
         if len(starts):
             starts[number] = state
-        dt_, B_, C_ = block.view(dt), block.view(B), block.view(C)
-        dtu = dt_ * block.view(u)
-        y_, state = forward_block(dt_, dtu, A2, B_, C_, state, scratch.buffers(block))
-        block.view(y).copy_(y_)
+        state = blocks.forward(start, min(start + size, length), operands, state, y)
     return state
 
 
 def _run_backward(
+    blocks: Blocks,
+    operands: Operands,
+    starts: Tensor,
     grad_y: Tensor,
     grad_last: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    starts: Tensor,
-    grad_u: Tensor,
-    grad_dt: Tensor,
-    grad_A: Tensor,
-    grad_B: Tensor,
-    grad_C: Tensor,
-    scratch: Scratch,
+    gradients: Gradients,
 ) -> Tensor:
-    """Fills grad_u and grad_dt, adds to grad_A `[S, G, N, D]`, grad_B and grad_C, block by block
-    from the last to the first; returns the gradient of the state before the first."""
-    blocks = plan(len(u), grad_last.numel())
-    for block, start in zip(reversed(blocks), starts.flip(0), strict=True):
-        u_, dt_, B_, C_ = block.view(u), block.view(dt), block.view(B), block.view(C)
-        grads = backward_block(
-            block.view(grad_y), grad_last, dt_, dt_ * u_, A, B_, C_, start, scratch.buffers(block)
-        )
-        block.view(grad_u).copy_(grads.dtu * dt_)
-        block.view(grad_dt).copy_(grads.dt.addcmul_(grads.dtu, u_))
-        grad_A += grads.A
-        block.view(grad_B).add_(grads.B)
-        block.view(grad_C).add_(grads.C)
-        grad_last = grads.first
+    """Fills the gradients of u and dt and adds to the others, block by block from the last to the
+    first; gradient of the state before the first."""
+    length, size = len(operands.u), blocks.block_length(grad_last.numel())
+    for number in reversed(range(len(starts))):
+        at = number * size, min((number + 1) * size, length)
+        grad_last = blocks.backward(*at, operands, starts[number], grad_y, grad_last, gradients)
     return grad_last
 
 
@@ -203,9 +184,8 @@ def _add(x: Tensor, direction: int, start: int, stop: int, sequence: Tensor) -> 
 # fresh memory costs as much as the work on it.
 
 
-def _strip_length(length: int, state_floats: int, position_floats: int) -> int:
-    """Positions per strip: as many whole blocks as STRIP_FLOATS allows, at least one."""
-    size = block_length(state_floats)
+def _strip_length(length: int, size: int, position_floats: int) -> int:
+    """Positions per strip: as many whole blocks of `size` as STRIP_FLOATS allows, at least one."""
     while size < length and 2 * size * position_floats <= STRIP_FLOATS:
         size *= 2
     return min(size, length)
@@ -235,6 +215,7 @@ def scan_2d_strips(
     dt_weight: Tensor,
     dt_bias: Tensor,
     keep_starts: bool = False,
+    is_compiled: bool = False,
 ) -> Tensor:
     """Adds the four directions, without skip, to a map y `[S, H, W, D]`.
 
@@ -243,6 +224,7 @@ def scan_2d_strips(
             of all four directions in turn.
         A, dt_weight, dt_bias: `[4, D, N]`, `[4, D, R]`, `[4, D]`.
         keep_starts: whether to keep what the backward needs.
+        is_compiled: whether the blocks are compiled.
 
     Returns:
         If kept, the state before each block `[blocks, S, 4, N, D]`.
@@ -250,12 +232,12 @@ def scan_2d_strips(
     batch, height, width, channels = y.shape
     length, n, rank = height * width, A.shape[2], dt_weight.shape[2]
     state = y.new_zeros(batch, DIRECTIONS, n, channels)
-    starts = _room_for_starts(length, state, keep_starts)
-    scratch = Scratch(state, 2, length)
-    A2 = A.mT.contiguous() * LOG2_E
+    blocks = block_kind(is_compiled)(A.mT.contiguous(), state, length)
+    size = blocks.block_length(state.numel())
+    starts = _room_for_starts(blocks, length, state, keep_starts)
 
     features = (channels, rank + 2 * n, channels, channels)
-    per_strip = _strip_length(length, state.numel(), batch * DIRECTIONS * sum(features))
+    per_strip = _strip_length(length, size, batch * DIRECTIONS * sum(features))
     rooms = [y.new_empty(per_strip, batch, DIRECTIONS, count) for count in features]
     for start in range(0, length, max(per_strip, 1)):
         stop = min(start + per_strip, length)
@@ -265,13 +247,8 @@ def scan_2d_strips(
         r, B, C = projections.split((rank, n, n), dim=3)
         _pre_softplus(r, dt_weight, dt_bias, out=dt)
         torch.ops.aten.softplus.out(dt, out=dt)
-        state = _run(
-            *(_per_channel(u), _per_channel(dt), A2, _per_state(B), _per_state(C)),
-            state,
-            _per_channel(output),
-            starts[start // block_length(state.numel()) :],
-            scratch,
-        )
+        operands = Operands(_per_channel(u), _per_channel(dt), _per_state(B), _per_state(C))
+        state = _run(blocks, operands, state, _per_channel(output), starts[start // size :])
         for k in range(DIRECTIONS):
             _add(y, k, start, stop, output[:, :, k])
     return starts
@@ -288,20 +265,27 @@ def _reading(x: Tensor, proj: Tensor) -> Read:
 
 
 def scan_2d_forward(
-    x: Tensor, proj: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor, keep_starts: bool
+    x: Tensor,
+    proj: Tensor,
+    A: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    keep_starts: bool,
+    is_compiled: bool,
 ) -> tuple[Tensor, Tensor]:
     """The sum of four directions without skip.
 
     Args:
         x: `[S, H, W, D]`.
         proj: `[S, H, W, 4, R + 2N]`.
-        A, dt_weight, dt_bias, keep_starts: as in `scan_2d_strips`.
+        A, dt_weight, dt_bias, keep_starts, is_compiled: as in `scan_2d_strips`.
 
     Returns:
         y `[S, H, W, D]` and, if kept, the state before each block `[blocks, S, 4, N, D]`.
     """
     y = x.new_zeros(x.shape)
-    return y, scan_2d_strips(_reading(x, proj), y, A, dt_weight, dt_bias, keep_starts)
+    read = _reading(x, proj)
+    return y, scan_2d_strips(read, y, A, dt_weight, dt_bias, keep_starts, is_compiled)
 
 
 def scan_2d_backward(
@@ -312,6 +296,7 @@ def scan_2d_backward(
     dt_weight: Tensor,
     dt_bias: Tensor,
     starts: Tensor,
+    is_compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, proj, A, dt_weight and dt_bias of `scan_2d_forward`."""
     batch, height, width, channels = x.shape
@@ -320,12 +305,12 @@ def scan_2d_backward(
     grad_weight, grad_bias = x.new_zeros(dt_weight.shape), x.new_zeros(dt_bias.shape)
     grad_state = starts.new_zeros(starts.shape[1:])
     grad_A = torch.zeros_like(grad_state)
-    scratch = Scratch(grad_state, 3, length)
-    transposed_A = A.mT.contiguous()
+    blocks = block_kind(is_compiled)(A.mT.contiguous(), grad_state, length)
+    size = blocks.block_length(grad_state.numel())
     read = _reading(x, proj)
 
     features = (channels, rank + 2 * n, channels, channels) * 2
-    per_strip = _strip_length(length, grad_state.numel(), batch * DIRECTIONS * sum(features))
+    per_strip = _strip_length(length, size, batch * DIRECTIONS * sum(features))
     rooms = [x.new_empty(per_strip, batch, DIRECTIONS, count) for count in features]
     for start in reversed(range(0, length, max(per_strip, 1))):
         stop = min(start + per_strip, length)
@@ -339,15 +324,16 @@ def scan_2d_backward(
         grad_r, grad_B, grad_C = grads.zero_().split((rank, n, n), dim=3)
         _pre_softplus(r, dt_weight, dt_bias, out=pre)
         torch.ops.aten.softplus.out(pre, out=dt)
-        first_block = start // block_length(grad_state.numel())
         grad_state = _run_backward(
+            blocks,
+            Operands(_per_channel(u), _per_channel(dt), _per_state(B), _per_state(C)),
+            starts[start // size :][: block_count(stop - start, size)],
             _per_channel(grad_output),
             grad_state,
-            *(_per_channel(u), _per_channel(dt), transposed_A, _per_state(B), _per_state(C)),
-            starts[first_block : first_block + block_count(stop - start, grad_state.numel())],
-            *(_per_channel(grad_u), _per_channel(grad_dt), grad_A),
-            *(_per_state(grad_B), _per_state(grad_C)),
-            scratch,
+            Gradients(
+                *(_per_channel(grad_u), _per_channel(grad_dt)),
+                *(_per_state(grad_B), _per_state(grad_C), grad_A),
+            ),
         )
 
         grad_pre = torch.ops.aten.softplus_backward(grad_dt, pre, 1, 20)  # F.softplus's defaults

@@ -5,18 +5,29 @@ each scan as one opaque operator. Both operators also return the state before ea
 their backward needs; without gradients nobody does, and they return none.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from cmamba_ref.ops import blocks, chunked
+from cmamba_ref.ops import chunked
+from cmamba_ref.ops.blocks import block_count
 
 
 @torch.library.custom_op("cmamba::chunked_scan", mutates_args=())
 def chunked_scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, keep_starts: bool
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor,
+    keep_starts: bool,
+    is_compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`chunked.scan_forward` as an operator: (y, last state, block starts)."""
-    return chunked.scan_forward(u, dt, A, B, C, initial_state, keep_starts)
+    return chunked.scan_forward(u, dt, A, B, C, initial_state, keep_starts, is_compiled)
 
 
 @torch.library.custom_op("cmamba::chunked_scan_backward", mutates_args=())
@@ -29,17 +40,24 @@ def chunked_scan_backward(
     B: Tensor,
     C: Tensor,
     starts: Tensor,
+    is_compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`chunked.scan_backward` as an operator: gradients of u, dt, A, B, C, initial_state."""
-    return chunked.scan_backward(grad_y, grad_last, u, dt, A, B, C, starts)
+    return chunked.scan_backward(grad_y, grad_last, u, dt, A, B, C, starts, is_compiled)
 
 
 @torch.library.custom_op("cmamba::chunked_scan_2d", mutates_args=())
 def chunked_scan_2d(
-    x: Tensor, proj: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor, keep_starts: bool
+    x: Tensor,
+    proj: Tensor,
+    A: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    keep_starts: bool,
+    is_compiled: bool,
 ) -> tuple[Tensor, Tensor]:
     """`chunked.scan_2d_forward` as an operator: (y, block starts)."""
-    return chunked.scan_2d_forward(x, proj, A, dt_weight, dt_bias, keep_starts)
+    return chunked.scan_2d_forward(x, proj, A, dt_weight, dt_bias, keep_starts, is_compiled)
 
 
 @torch.library.custom_op("cmamba::chunked_scan_2d_backward", mutates_args=())
@@ -51,9 +69,10 @@ def chunked_scan_2d_backward(
     dt_weight: Tensor,
     dt_bias: Tensor,
     starts: Tensor,
+    is_compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`chunked.scan_2d_backward` as an operator: gradients of x, proj, A, dt_weight, dt_bias."""
-    return chunked.scan_2d_backward(grad_y, x, proj, A, dt_weight, dt_bias, starts)
+    return chunked.scan_2d_backward(grad_y, x, proj, A, dt_weight, dt_bias, starts, is_compiled)
 
 
 def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -61,32 +80,40 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in tensors)
 
 
+def _starts(
+    length: int, state: Sequence[int], keep_starts: bool, is_compiled: bool
+) -> tuple[int, ...]:
+    """Shape of the states before each block."""
+    size = chunked.block_kind(is_compiled).block_length(math.prod(state))
+    return block_count(length, size) if keep_starts else 0, *state
+
+
 @chunked_scan.register_fake
-def _(u, dt, A, B, C, initial_state, keep_starts):
-    count = blocks.block_count(u.shape[0], initial_state.numel()) if keep_starts else 0
-    return *_like(u, initial_state), u.new_empty(count, *initial_state.shape)
+def _(u, dt, A, B, C, initial_state, keep_starts, is_compiled):
+    starts = _starts(u.shape[0], initial_state.shape, keep_starts, is_compiled)
+    return *_like(u, initial_state), u.new_empty(starts)
 
 
 @chunked_scan_backward.register_fake
-def _(grad_y, grad_last, u, dt, A, B, C, starts):
+def _(grad_y, grad_last, u, dt, A, B, C, starts, is_compiled):
     return _like(u, dt, A, B, C, grad_last)
 
 
 @chunked_scan_2d.register_fake
-def _(x, proj, A, dt_weight, dt_bias, keep_starts):
+def _(x, proj, A, dt_weight, dt_bias, keep_starts, is_compiled):
     batch, height, width, channels = x.shape
     state = (batch, 4, A.shape[2], channels)
-    count = blocks.block_count(height * width, A.numel() * batch) if keep_starts else 0
-    return *_like(x), x.new_empty(count, *state)
+    return *_like(x), x.new_empty(_starts(height * width, state, keep_starts, is_compiled))
 
 
 @chunked_scan_2d_backward.register_fake
-def _(grad_y, x, proj, A, dt_weight, dt_bias, starts):
+def _(grad_y, x, proj, A, dt_weight, dt_bias, starts, is_compiled):
     return _like(x, proj, A, dt_weight, dt_bias)
 
 
 def _save(ctx, inputs, output):
     starts = output[2]
+    ctx.is_compiled = inputs[-1]
     ctx.mark_non_differentiable(starts)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:5], starts)
@@ -95,16 +122,18 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad_y, grad_last, _):
     u, *_, starts = ctx.saved_tensors
     if grad_y is None and grad_last is None:
-        return (None,) * 7
+        return (None,) * 8
     if grad_y is None:
         grad_y = u.new_zeros(u.shape)
     if grad_last is None:
         grad_last = starts.new_zeros(starts.shape[1:])
-    return *chunked_scan_backward(grad_y, grad_last, *ctx.saved_tensors), None
+    grads = chunked_scan_backward(grad_y, grad_last, *ctx.saved_tensors, ctx.is_compiled)
+    return *grads, None, None
 
 
 def _save_2d(ctx, inputs, output):
     starts = output[1]
+    ctx.is_compiled = inputs[-1]
     ctx.mark_non_differentiable(starts)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:5], starts)
@@ -112,8 +141,9 @@ def _save_2d(ctx, inputs, output):
 
 def _differentiate_2d(ctx, grad_y, _):
     if grad_y is None:
-        return (None,) * 6
-    return *chunked_scan_2d_backward(grad_y, *ctx.saved_tensors), None
+        return (None,) * 7
+    grads = chunked_scan_2d_backward(grad_y, *ctx.saved_tensors, ctx.is_compiled)
+    return *grads, None, None
 
 
 def _refuse_second_derivative(ctx, *grads):
