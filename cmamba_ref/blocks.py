@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from cmamba_ref import strips
 from cmamba_ref.ss2d import SS2D
 
 
@@ -24,7 +26,12 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(self.act(self.conv1(x)))
+        if not strips.are_needed(x):
+            return x + self.conv2(self.act(self.conv1(x)))
+        out = x.clone()
+        for rows, with_halo, inside in strips.of_map(x, halo=2):
+            out[:, :, rows] += self.conv2(self.act(self.conv1(x[:, :, with_halo])))[:, :, inside]
+        return out
 
 
 class VSSBlock(nn.Module):
@@ -38,6 +45,10 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         channel_last = rearrange(x, "b c h w -> b h w c")
+        if strips.are_needed(x):
+            large = x.clone()
+            self.ss2d.add_in_strips(channel_last, self.norm, rearrange(large, "b c h w -> b h w c"))
+            return large
         out = self.ss2d(self.norm(channel_last))
         return x + rearrange(out, "b h w c -> b c h w")
 
@@ -70,14 +81,26 @@ class CASSM(nn.Module):
         """Map `[B, C, H, W]` to `[B, C, H, W]`."""
         f_ssm, f_cnn = self.ssm(x), self.cnn(x)
         alpha, beta = self.fusion_weights(f_ssm, f_cnn)
-        return self.w(alpha * f_ssm + beta * f_cnn)
+        if not strips.are_needed(x):
+            return self.w(alpha * f_ssm + beta * f_cnn)
+        for rows, *_ in strips.of_map(x):
+            f_ssm[:, :, rows] = self.w(alpha * f_ssm[:, :, rows] + beta * f_cnn[:, :, rows])
+        return f_ssm
 
     def fusion_weights(self, f_ssm: Tensor, f_cnn: Tensor) -> tuple[Tensor, Tensor]:
         """Attention weights alpha and beta, each `[B, C, 1, 1]` in 0...1, with alpha + beta = 1."""
-        pooled = reduce(f_ssm + f_cnn, "b c h w -> b c", "max")
+        pooled = _max_of_sum(f_ssm, f_cnn)
         logits = rearrange(self.attention(pooled), "b (branch c) -> branch b c 1 1", branch=2)
         alpha, beta = logits.softmax(dim=0)
         return alpha, beta
+
+
+def _max_of_sum(x: Tensor, y: Tensor) -> Tensor:
+    """Largest value of x + y per channel: maps `[B, C, H, W]` to `[B, C]`."""
+    if not strips.are_needed(x):
+        return reduce(x + y, "b c h w -> b c", "max")
+    sums = (x[:, :, rows] + y[:, :, rows] for rows, *_ in strips.of_map(x))
+    return torch.stack([reduce(part, "b c h w -> b c", "max") for part in sums]).amax(0)
 
 
 def stage(

@@ -144,14 +144,14 @@ def test_each_direction_is_a_1d_scan_of_the_permuted_sequence(direction, backend
 
 
 def test_a_direction_read_in_the_wrong_order_is_noticed(monkeypatch):
-    read = chunked._read
+    read = chunked.read_direction
 
     def broken(x, direction, *rest):
         read(x, 1 if direction == 3 else direction, *rest)
 
     arguments = scan_2d_arguments(dtype=torch.float32)
     assert_as_accurate_as_reference(arguments, "chunked")
-    monkeypatch.setattr(chunked, "_read", broken)
+    monkeypatch.setattr(chunked, "read_direction", broken)
     with pytest.raises(AssertionError, match="above the bound"):
         assert_as_accurate_as_reference(arguments, "chunked")
 

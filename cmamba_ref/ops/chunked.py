@@ -166,14 +166,14 @@ def _parts(
         done += count
 
 
-def _read(x: Tensor, direction: int, start: int, stop: int, sequence: Tensor) -> None:
+def read_direction(x: Tensor, direction: int, start: int, stop: int, sequence: Tensor) -> None:
     """Copies positions start to stop of a direction from the map into `sequence`."""
     for part, place in _parts(x, direction, start, stop, sequence):
         place.copy_(part.flip(0, 1) if direction >= 2 else part)
 
 
 def _add(x: Tensor, direction: int, start: int, stop: int, sequence: Tensor) -> None:
-    """The adjoint of `_read`: adds `sequence` to the map."""
+    """The adjoint of `read_direction`: adds `sequence` to the map."""
     for part, place in _parts(x, direction, start, stop, sequence):
         part.add_(place.flip(0, 1) if direction >= 2 else place)
 
@@ -258,8 +258,8 @@ def _reading(x: Tensor, proj: Tensor) -> Read:
     """Reads from a map and its projections in memory."""
 
     def read(direction: int, start: int, stop: int, u: Tensor, projections: Tensor) -> None:
-        _read(x, direction, start, stop, u)
-        _read(proj[:, :, :, direction], direction, start, stop, projections)
+        read_direction(x, direction, start, stop, u)
+        read_direction(proj[:, :, :, direction], direction, start, stop, projections)
 
     return read
 
@@ -319,7 +319,7 @@ def scan_2d_backward(
         )
         for k in range(DIRECTIONS):
             read(k, start, stop, u[:, :, k], projections[:, :, k])
-            _read(grad_y, k, start, stop, grad_output[:, :, k])
+            read_direction(grad_y, k, start, stop, grad_output[:, :, k])
         r, B, C = projections.split((rank, n, n), dim=3)
         grad_r, grad_B, grad_C = grads.zero_().split((rank, n, n), dim=3)
         _pre_softplus(r, dt_weight, dt_bias, out=pre)

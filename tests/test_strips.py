@@ -1,0 +1,104 @@
+"""Maps that are cut into strips give what they would give as a whole."""
+
+import pytest
+import torch
+
+from cmamba_ref import blocks, scan_backend, ss2d, strips
+from cmamba_ref.blocks import CASSM, ResBlock
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    """Strips of a few positions; the list of the scans that went through them."""
+    calls = []
+    scan = ss2d.scan_2d_strips
+
+    def recorded(*args, **kwargs):
+        calls.append(kwargs["is_compiled"])
+        return scan(*args, **kwargs)
+
+    monkeypatch.setattr(ss2d, "scan_2d_strips", recorded)
+    monkeypatch.setattr(strips, "STRIP_POSITIONS", 70)
+    monkeypatch.setattr(strips, "REGION_POSITIONS", 45)
+    return calls
+
+
+def noisy(module: torch.nn.Module) -> torch.nn.Module:
+    """A module in fp64 that is not the identity, as a fresh block is."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return module.double().eval()
+
+
+def map_of(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def whole(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():  # with gradients nothing is cut
+        return block(x).detach()
+
+
+# The last ones are cut into single rows and single columns.
+SHAPES = [(1, 6, 13, 17), (2, 6, 9, 11), (1, 6, 1, 90), (1, 6, 90, 1), (3, 6, 4, 40)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_block_in_strips_is_the_block(shape, scans):
+    block = noisy(CASSM(6, d_state=2, ssm_ratio=1.5, fusion_reduction=2))
+    x = map_of(*shape)
+    expected = whole(block, x)
+    assert not scans
+    with torch.no_grad():
+        y = block(x)
+    assert scans == [False]
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_map_in_any_memory_order_is_left_as_it_was(scans):
+    block = noisy(CASSM(6, d_state=2, ssm_ratio=1.5, fusion_reduction=2))
+    x = map_of(1, 6, 13, 17).contiguous()
+    before = x.clone()
+    with torch.no_grad():
+        y = block(x)
+    assert torch.equal(x, before) and len(scans) == 1
+    torch.testing.assert_close(y, whole(block, x), rtol=1e-12, atol=1e-12)
+
+
+def test_each_strip_sees_its_neighbours(scans, monkeypatch):
+    """With one row of halo where the local path needs two, the result is another."""
+    block = noisy(ResBlock(6))
+    x = map_of(1, 6, 13, 17)
+    of_map = strips.of_map
+    monkeypatch.setattr(blocks.strips, "of_map", lambda x, halo: of_map(x, halo - 1))
+    with torch.no_grad():
+        assert not torch.allclose(block(x), whole(block, x))
+
+
+def test_strips_cover_every_line_once_and_stay_inside():
+    for lines in (1, 5, 64, 131):
+        for halo in (0, 1, 2):
+            seen = []
+            for rows, with_halo, inside in strips.cut(lines, 7, 50, halo):
+                seen += range(lines)[rows]
+                assert list(range(lines)[with_halo][inside]) == list(range(lines)[rows])
+                assert with_halo.start in (0, rows.start - halo) and with_halo.start >= 0
+                assert with_halo.stop in (lines, rows.stop + halo) and with_halo.stop <= lines
+            assert seen == list(range(lines))
+
+
+def test_only_large_maps_on_the_default_scans_are_cut(scans):
+    with torch.no_grad():
+        assert strips.are_needed(map_of(1, 6, 13, 17).float())
+        assert not strips.are_needed(map_of(1, 6, 5, 5))
+        assert not strips.are_needed(map_of(1, 6, 13, 17).bfloat16())
+        with scan_backend("reference"):
+            assert not strips.are_needed(map_of(1, 6, 13, 17))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not strips.are_needed(map_of(1, 6, 13, 17))
+    assert not strips.are_needed(map_of(1, 6, 13, 17))
