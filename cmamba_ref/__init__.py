@@ -21,6 +21,7 @@ from cmamba_ref.errors import (
     CMambaError,
     ImageError,
     InvalidArgumentError,
+    MemoryLimitError,
     WeightsError,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "CMambaError",
     "ImageError",
     "InvalidArgumentError",
+    "MemoryLimitError",
     "WeightsError",
     "available_backends",
     "decode",

@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import torch
 
+from cmamba_ref import memory
 from cmamba_ref.bitstream import Container
 from cmamba_ref.errors import BitstreamError, InvalidArgumentError
 from cmamba_ref.model import MULTIPLE, CMamba
@@ -29,6 +30,7 @@ def encode(
     quality: float | None = None,
     *,
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_memory: int | None = None,
 ) -> bytes:
     """Encode a picture.
 
@@ -38,12 +40,15 @@ def encode(
         quality: 1 (small) to 8 (good), any number in between in steps of 0.01; `None` for the
             default of 4, and for a model of one rate.
         max_pixels: refuse larger pictures; sides count as padded to multiples of 64.
+        max_memory: refuse pictures that will take more bytes than this on the CPU; None for what is
+            available there, as far as the system tells.
 
     Returns:
         the bytes of a `.cmb` file, see docs/format.md.
 
     Raises:
         InvalidArgumentError: wrong shape, type, size or quality.
+        MemoryLimitError: more memory is needed than there is or than is allowed.
     """
     model = model or default_model()
     if not isinstance(image, np.ndarray):
@@ -62,6 +67,7 @@ def encode(
             f"`image` must have 1 to {max_pixels} pixels when its sides are padded to multiples of "
             f"{MULTIPLE}, got {width}x{height}; raise `max_pixels` if there is the memory"
         )
+    _check_memory(model, height, width, max_memory)
     grey = image.ndim == 2
     rgb = np.stack([image] * 3, axis=-1) if grey else np.array(image)
     x = torch.from_numpy(rgb).permute(2, 0, 1)[None].float() / 255
@@ -70,7 +76,11 @@ def encode(
 
 
 def decode(
-    data: bytes, model: CMamba | None = None, *, max_pixels: int = DEFAULT_MAX_PIXELS
+    data: bytes,
+    model: CMamba | None = None,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_memory: int | None = None,
 ) -> np.ndarray:
     """Decode a picture.
 
@@ -78,12 +88,14 @@ def decode(
         data: the bytes of a `.cmb` file.
         model: the model it was encoded with; `None` for the one that ships.
         max_pixels: refuse files that declare more; sides count as padded to multiples of 64.
+        max_memory: as in `encode`.
 
     Returns:
         uint8 `[H, W, 3]`, or `[H, W]` where the encoded picture was grey.
 
     Raises:
         BitstreamError: damaged, truncated, of another model, or too large.
+        MemoryLimitError: more memory is needed than there is or than is allowed.
     """
     container = Container.unpack(data)
     model = model or default_model()
@@ -99,6 +111,7 @@ def decode(
             f"multiples of {MULTIPLE} more than the limit of {max_pixels}; "
             "raise `max_pixels` if you trust it"
         )
+    _check_memory(model, container.height, container.width, max_memory)
     y_bar, quality = model.decode_latent([[container.y], [container.z]], (rows, columns))
     x_hat = model.reconstruct(y_bar, quality)[0, :, : container.height, : container.width]
     rgb = (x_hat.float() * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
@@ -110,3 +123,8 @@ def decode(
 def latent_shape(height: int, width: int) -> tuple[int, int]:
     """The shape of z for a picture of that size."""
     return -(-height // MULTIPLE), -(-width // MULTIPLE)
+
+
+def _check_memory(model: CMamba, height: int, width: int, max_memory: int | None) -> None:
+    if next(model.parameters()).device.type == "cpu":
+        memory.check(model.config, height, width, max_memory)

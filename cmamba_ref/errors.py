@@ -13,6 +13,10 @@ class BackendUnavailableError(CMambaError, RuntimeError):
     """A scan backend asked for by name cannot run here; the message says why and the fix."""
 
 
+class MemoryLimitError(CMambaError, RuntimeError):
+    """A picture would take more memory than there is, or than was allowed."""
+
+
 class BitstreamError(CMambaError, ValueError):
     """A file or string is damaged, truncated, of another model or of a newer format version."""
 

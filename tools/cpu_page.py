@@ -26,7 +26,9 @@ WHY_ABOVE_THE_LIMIT = (
     "recurrence and the sum over states are calls of their own, each of which reads and writes the "
     "states of a block through the cache, and the recurrence is a call per step, which has its "
     "price whatever it computes. Blocks keep that traffic in the cache and chunks give each call "
-    "enough to do; what is left of the gap is the price of needing no compiler."
+    "enough to do; what is left of the gap is the price of needing no compiler. The backend "
+    "`compiled` has the one pass, but writes the states out once: TorchInductor has no loop that "
+    "carries a state along one axis and adds it up along another."
 )
 
 

@@ -38,7 +38,8 @@ class Timing:
         stages: of each stage that was entered, without the stages inside it.
         peaks: the most bytes of the process in RAM while a stage was the innermost one; empty
             unless asked for, or where the system does not count them.
-        scans: in four-direction scans.  They are part of the stages, not one of them.
+        scans: in four-direction scans, for large maps with the projections that they compute on
+            the way.  They are part of the stages, not one of them.
     """
 
     total: float = 0.0
@@ -143,7 +144,8 @@ def _watched(model: CMamba, clock: _Clock) -> Iterator[None]:
             undo.callback(handle.remove)
         for owner, name in ((rans, "encode"), (rans.Decoder, "__init__"), (rans.Decoder, "take")):
             _replace(undo, owner, name, lambda call: _as_stage(call, "entropy coder", clock))
-        _replace(undo, ss2d, "selective_scan_2d", lambda call: _as_scan(call, clock))
+        for name in ("selective_scan_2d", "scan_2d_strips"):
+            _replace(undo, ss2d, name, lambda call: _as_scan(call, clock))
         yield
 
 

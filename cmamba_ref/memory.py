@@ -1,0 +1,91 @@
+"""How much memory a picture takes on the CPU, and whether there is so much.
+
+Maps of features are what counts. A transform holds, at each of its scales, the input and the output
+of a block and what a block needs as a whole in between (`cmamba_ref.strips`); the coding path holds
+the latent in float64, and for its 3x3 convolutions nine shifted copies of it. The largest of these
+moments is the peak.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cmamba_ref import strips
+from cmamba_ref.config import CMambaConfig
+from cmamba_ref.errors import MemoryLimitError
+
+GIB = 2**30
+FLOAT, DOUBLE = 4, 8
+# Floats per pixel of pictures: what is coded, the same padded, and its bytes before and after.
+PICTURE_FLOATS = 3 * 2 + 2
+# Maps that are at work on one strip at a time: of the block's channels and of those of its scan.
+STRIP_MAPS = 6
+# Latents in float64 that are held beside the context: y, y_bar, both halves of Phi', symbols,
+# scales, and what is made of them one after the other.
+LATENTS = 8
+
+
+def predict(config: CMambaConfig, height: int, width: int) -> int:
+    """Bytes that encoding or decoding one picture takes at its peak, beside model and program.
+
+    Without gradient, on the CPU, in float32. Measured peaks are in benchmarks/cpu.md.
+    """
+    positions = (-(-height // 64) * 64) * (-(-width // 64) * 64)
+    picture = FLOAT * PICTURE_FLOATS * positions
+    moments = []
+    before = 3 * positions
+    for channels, has_scan in zip(config.widths, config.ssm_stages, strict=True):
+        positions //= 4
+        inner = round(config.ssm_ratio * channels) if has_scan else channels
+        at_work = STRIP_MAPS * (channels + inner) * min(positions, strips.STRIP_POSITIONS)
+        moments.append(before + channels * positions)
+        moments.append((2 * channels + inner) * positions + at_work)
+        before = channels * positions
+    transforms = FLOAT * max(moments)
+
+    positions //= 4
+    context = 2 * config.latent_channels + config.latent_channels
+    convolved = 9 * max(context, *config.lrp_widths)
+    coding = DOUBLE * (LATENTS * config.latent_channels + context + convolved) * positions
+    return picture + max(transforms, coding)
+
+
+def available() -> int | None:
+    """Bytes that this process may still take, as Linux and its control groups say; else None."""
+    found = []
+    for line in _lines("/proc/meminfo"):
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            found.append(int(value.split()[0]) * 1024)
+    limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
+    if limit and used and limit[0] != "max":
+        found.append(max(int(limit[0]) - int(used[0]), 0))
+    return min(found, default=None)
+
+
+def check(config: CMambaConfig, height: int, width: int, max_memory: int | None) -> None:
+    """Refuse a picture before any work if it will take too much.
+
+    Args:
+        max_memory: bytes; None for what is available, as far as that can be found out.
+
+    Raises:
+        MemoryLimitError: it will.
+    """
+    limit = available() if max_memory is None else max_memory
+    needed = predict(config, height, width)
+    if limit is not None and needed > limit:
+        source = "are available" if max_memory is None else "are allowed"
+        raise MemoryLimitError(
+            f"{width}x{height} pixels take about {needed / GIB:.1f} GiB with {config.name!r}, and "
+            f"{limit / GIB:.1f} GiB {source}; raise `max_memory` if you know better, "
+            "take a smaller model or a smaller picture"
+        )
+
+
+def _lines(path: str | os.PathLike) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
