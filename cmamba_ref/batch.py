@@ -52,8 +52,7 @@ class Job:
         load: gives the model; runs once in every process.
         quality: for `encode`, as in `cmamba_ref.encode`.
         max_pixels: as in `cmamba_ref.encode` and `decode`; None for the default.
-        max_memory: of each process, in bytes; None for its share of what is available.
-        processes: that share it.
+        max_memory: as in `cmamba_ref.encode` and `decode`, for each process.
     """
 
     command: str
@@ -61,20 +60,11 @@ class Job:
     quality: float | None
     max_pixels: int | None
     max_memory: int | None
-    processes: int
 
     def pixel_limit(self) -> int:
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS
 
         return self.max_pixels or DEFAULT_MAX_PIXELS
-
-    def memory_limit(self) -> int | None:
-        from cmamba_ref import memory
-
-        there_is = memory.available()
-        if self.max_memory is not None or there_is is None:
-            return self.max_memory
-        return there_is // self.processes
 
 
 @dataclass(frozen=True)
@@ -246,7 +236,7 @@ def _encode(model: CMamba, job: Job, task: Task) -> Outcome:
 
     max_pixels = job.pixel_limit()
     picture = read_image(task.source, max_pixels=max_pixels)
-    data = encode(model, picture, job.quality, max_pixels=max_pixels, max_memory=job.memory_limit())
+    data = encode(model, picture, job.quality, max_pixels=max_pixels, max_memory=job.max_memory)
     task.target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(task.target, data)
     height, width = picture.shape[:2]
@@ -258,7 +248,7 @@ def _decode(model: CMamba, job: Job, task: Task) -> Outcome:
     from cmamba_ref.images import write_png
 
     data = task.source.read_bytes()
-    picture = decode(data, model, max_pixels=job.pixel_limit(), max_memory=job.memory_limit())
+    picture = decode(data, model, max_pixels=job.pixel_limit(), max_memory=job.max_memory)
     task.target.parent.mkdir(parents=True, exist_ok=True)
     write_png(task.target, picture)
     height, width = picture.shape[:2]

@@ -30,7 +30,8 @@ class ResBlock(nn.Module):
             return x + self.conv2(self.act(self.conv1(x)))
         out = x.clone()
         for rows, with_halo, inside in strips.of_map(x, halo=2):
-            out[:, :, rows] += self.conv2(self.act(self.conv1(x[:, :, with_halo])))[:, :, inside]
+            change = self.conv2(self.act(self.conv1(x[:, :, with_halo])))
+            out[:, :, rows].add_(change[:, :, inside])
         return out
 
 
@@ -46,9 +47,9 @@ class VSSBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         channel_last = rearrange(x, "b c h w -> b h w c")
         if strips.are_needed(x):
-            large = x.clone()
-            self.ss2d.add_in_strips(channel_last, self.norm, rearrange(large, "b c h w -> b h w c"))
-            return large
+            out = x.clone()
+            self.ss2d.add_in_strips(channel_last, self.norm, rearrange(out, "b c h w -> b h w c"))
+            return out
         out = self.ss2d(self.norm(channel_last))
         return x + rearrange(out, "b h w c -> b c h w")
 

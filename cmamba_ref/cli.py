@@ -153,7 +153,6 @@ def _many(args: argparse.Namespace, command: str) -> int:
         getattr(args, "quality", None),
         args.max_pixels,
         args.max_memory,
-        processes,
     )
     summary = batch.Summary(command, skipped=len(tasks) - len(waiting))
     form = "cmamba: {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} to go"
@@ -447,6 +446,8 @@ def _positive(text: str) -> int:
 
 def _gibibytes(text: str) -> int:
     try:
-        return int(float(text) * 2**30)
+        if float(text) > 0:
+            return int(float(text) * 2**30)
     except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"must be a number of GiB, got {text!r}") from None
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number of GiB above 0, got {text!r}")

@@ -29,7 +29,8 @@ LATENTS = 8
 def predict(config: CMambaConfig, height: int, width: int) -> int:
     """Bytes that encoding or decoding one picture takes at its peak, beside model and program.
 
-    Without gradient, on the CPU, in float32. Measured peaks are in benchmarks/cpu.md.
+    Without gradient, on the CPU, in float32 and with the default scans; another type, autocast or
+    another backend takes more. Measured peaks are in benchmarks/cpu.md.
     """
     positions = (-(-height // 64) * 64) * (-(-width // 64) * 64)
     picture = FLOAT * PICTURE_FLOATS * positions
@@ -45,14 +46,17 @@ def predict(config: CMambaConfig, height: int, width: int) -> int:
     transforms = FLOAT * max(moments)
 
     positions //= 4
-    context = 2 * config.latent_channels + config.latent_channels
+    context = 3 * config.latent_channels  # Phi' and all slices but for one
     convolved = 9 * max(context, *config.lrp_widths)
     coding = DOUBLE * (LATENTS * config.latent_channels + context + convolved) * positions
     return picture + max(transforms, coding)
 
 
 def available() -> int | None:
-    """Bytes that this process may still take, as Linux and its control groups say; else None."""
+    """Bytes that this process may still take, as Linux says; None where it does not.
+
+    Of control groups only that of a container is asked, which sees itself as the root.
+    """
     found = []
     for line in _lines("/proc/meminfo"):
         name, _, value = line.partition(":")
@@ -60,7 +64,10 @@ def available() -> int | None:
             found.append(int(value.split()[0]) * 1024)
     limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
     if limit and used and limit[0] != "max":
-        found.append(max(int(limit[0]) - int(used[0]), 0))
+        # Cached files count as used, and give way.
+        counts = dict(line.split() for line in _lines("/sys/fs/cgroup/memory.stat"))
+        cached = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
+        found.append(max(int(limit[0]) - int(used[0]) + cached, 0))
     return min(found, default=None)
 
 

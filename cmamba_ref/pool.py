@@ -91,8 +91,10 @@ def _executor(processes: int, prepare: Callable[[], None]) -> Iterator[ProcessPo
     try:
         yield executor
     except BaseException:
-        for process in set(multiprocessing.active_children()) - others:
+        ours = set(multiprocessing.active_children()) - others
+        for process in ours:
             process.terminate()
+        for process in ours:
             process.join(PATIENCE_SECONDS)
             process.kill()
         # Last, and waiting: the thread of the executor collects its processes too, and one counts
@@ -142,8 +144,8 @@ def _end(*_: object) -> None:
 
 def _work(work: Callable[[Item], Result], item: Item) -> Result:
     # Only in here: elsewhere in the process the executor would catch the exception, and go on.
-    signal.signal(signal.SIGTERM, _end)
     try:
+        signal.signal(signal.SIGTERM, _end)
         return work(item)
     except SystemExit:
         os._exit(1)

@@ -24,7 +24,7 @@ class SS2D(nn.Module):
 
     `in_proj -> (x, z)`, `x = SiLU(conv3x3(x))`, four-direction scan of x, LayerNorm, times
     `SiLU(z)`, `out_proj`.  The projections of the scan are pointwise, so they commute with every
-    order of traversal and are computed once, in raster order.
+    order of traversal and are computed once, in raster order; of large maps, see `add_in_strips`.
 
     Args:
         channels: input and output channels C.
@@ -78,7 +78,8 @@ class SS2D(nn.Module):
         """`out += forward(norm(x))` for large maps x and out `[B, H, W, C]`, without gradient.
 
         Besides x and out only the output of the scan exists as a whole: the scan's input is
-        computed anew wherever it is needed, by each of the four directions and for the skip.
+        computed anew wherever it is needed, by each of the four directions and for the skip. For
+        that the weights of `in_proj` and `x_proj` are used in parts: hooks on these two do not run.
         """
         batch, height, width, _ = x.shape
         inner = self.D.shape[1]
@@ -102,7 +103,7 @@ class SS2D(nn.Module):
         for rows, *_ in strips.cut(height, batch * width, strips.REGION_POSITIONS):
             scanned = y[:, rows].addcmul_(scan_input(1, rows), D.sum(0))
             z = F.linear(norm(x[:, rows]), to_z)
-            out[:, rows] += self._output(scanned, z)
+            out[:, rows].add_(self._output(scanned, z))
 
     def _convolve(self, x: Tensor) -> Tensor:
         x = self.conv(rearrange(x, "b h w d -> b d h w"))

@@ -2,8 +2,9 @@
 
 A layer that looks no further than a few rows needs its input and its output as a whole, and what
 lies between only for one strip. The scan looks at everything, but in the order of a direction, and
-so it too needs what it reads only for a few lines at a time; see `ReadByRegion`. The strips are the
-same for every picture size, so there is nothing for an encoder and a decoder to agree on.
+so it too needs what it reads only for a few lines at a time; see `ReadByRegion`. Strips change the result by its rounding only. That is
+nothing for an encoder and a decoder to agree on: what decides how symbols are read is computed in
+float64, with a margin (docs/format.md).
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ Project = Callable[[int, slice], tuple[Tensor, Tensor]]
 def are_needed(x: Tensor) -> bool:
     """Whether a map `[B, C, H, W]` is cut: a large one on the CPU, without gradient or compiler."""
     return (
-        x.device.type == "cpu"
+        x.shape[0] * x.shape[2] * x.shape[3] > STRIP_POSITIONS
+        and type(x) is Tensor  # not a fake tensor, for instance
+        and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and x.dtype in (torch.float32, torch.float64)
         and dispatch.choose("auto", "cpu") in ("chunked", "compiled")
-        and x.shape[0] * x.shape[2] * x.shape[3] > STRIP_POSITIONS
     )
 
 

@@ -394,7 +394,7 @@ def test_each_process_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    job = batch.Job("decode", lambda: random_model(), None, None, None, 1)
+    job = batch.Job("decode", lambda: random_model(), None, None, None)
     for threads in (1, 3, 8):
         batch._prepare_here(job, threads)
     monkeypatch.setattr(batch, "_here", None)

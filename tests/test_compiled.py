@@ -69,6 +69,22 @@ def test_sequence_with_a_constant_and_a_grouped_projection_is_as_accurate_as_ref
     assert made == ["forward_steps", "left over", "backward_steps"]
 
 
+def test_constant_projections_of_single_channels_and_a_long_rest(made, monkeypatch):
+    """As many groups as channels; and more left over than a block of eager steps would hold."""
+    monkeypatch.setattr(compiled.blocks, "MAX_BLOCK_LENGTH", 2)
+    monkeypatch.setattr(compiled.blocks, "MIN_BLOCK_LENGTH", 2)
+    arguments = scan_arguments(
+        channels=3, length=7, n=2, b_form="constant", c_form="grouped", groups=3
+    )
+    assert_as_accurate_as_reference(arguments, "compiled")
+    assert made == ["forward_steps", "left over", "backward_steps"]
+
+
+def test_no_batch_is_nothing_to_compile(made):
+    evaluate(scan_2d_arguments(batch=0, height=3, width=5, dtype=torch.float32), "compiled")
+    assert set(made) == {"left over"}
+
+
 def test_what_was_compiled_serves_the_next_scan_of_the_same_form():
     arguments = scan_2d_arguments(dtype=torch.float32)
     first = evaluate(arguments, "compiled")

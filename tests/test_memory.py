@@ -99,6 +99,8 @@ def test_control_groups_are_asked(monkeypatch):
     }
     monkeypatch.setattr(memory, "_lines", lambda path: files.get(path, []))
     assert memory.available() == 1_000_000
+    files["/sys/fs/cgroup/memory.stat"] = ["anon 7", "inactive_file 3000", "active_file 2000"]
+    assert memory.available() == 1_005_000
     files["/sys/fs/cgroup/memory.max"] = ["max"]
     assert memory.available() == 2_048_000
     files.clear()

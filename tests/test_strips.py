@@ -5,11 +5,19 @@ import torch
 
 from cmamba_ref import blocks, scan_backend, ss2d, strips
 from cmamba_ref.blocks import CASSM, ResBlock
+from cmamba_ref.ops import blocks as ops_blocks
+from cmamba_ref.ops import chunked
 
 
-@pytest.fixture
-def scans(monkeypatch):
-    """Strips of a few positions; the list of the scans that went through them."""
+@pytest.fixture(params=["one strip of the scan", "many strips of the scan"])
+def scans(monkeypatch, request):
+    """Strips of a few positions; the list of the scans that went through them.
+
+    The scan has strips of its own: one over all regions, or many in each, as large maps have.
+    """
+    if request.param == "many strips of the scan":
+        monkeypatch.setattr(ops_blocks, "MAX_BLOCK_LENGTH", 8)
+        monkeypatch.setattr(chunked, "STRIP_FLOATS", 1)
     calls = []
     scan = ss2d.scan_2d_strips
 

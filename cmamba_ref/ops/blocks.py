@@ -88,9 +88,8 @@ class Buffer(NamedTuple):
 class Scratch:
     """Buffers that every block of a scan uses again: decays, states and, backward, gradients."""
 
-    def __init__(self, state: Tensor, length: int, count: int):
+    def __init__(self, state: Tensor, longest: int, count: int):
         self._state = state.shape
-        longest = min(length, block_length(state.numel()))
         self._memory = state.new_empty(count, longest * state.numel())
         self._cut: dict[tuple[int, int], list[Buffer]] = {}
 
@@ -211,12 +210,13 @@ class Blocks:
     def __init__(self, A: Tensor, state: Tensor, length: int):
         self._A, self._A2 = A, A * LOG2_E
         self._state_floats = state.numel()
-        self._new_scratch = partial(Scratch, state, length=length)
+        longest = min(length, self.block_length(state.numel()))
+        self._new_scratch = partial(Scratch, state, longest)
         self._scratch: Scratch | None = None
 
     def _prepare(self, start: int, stop: int, buffers: int) -> tuple[Block, list[Buffer]]:
         if self._scratch is None:
-            self._scratch = self._new_scratch(count=buffers)
+            self._scratch = self._new_scratch(buffers)
         chunks = _chunk_count(stop - start, self._state_floats)
         block = Block(start, stop, chunks, (stop - start) // chunks)
         return block, self._scratch.buffers(block)

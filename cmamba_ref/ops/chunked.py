@@ -60,7 +60,7 @@ def scan_forward(
         y `[L, S, G, D]`, last state `[S, G, N, D]` and, if kept, the state before each block
         `[blocks, S, G, N, D]`.
     """
-    operands = Operands(u.contiguous().unsqueeze(3), dt.contiguous().unsqueeze(3), B, C)
+    operands = _operands(u, dt, B, C, is_compiled)
     y = torch.empty_like(operands.u)
     blocks = block_kind(is_compiled)(A, initial_state, len(u))
     starts = _room_for_starts(blocks, len(u), initial_state, keep_starts)
@@ -81,7 +81,7 @@ def scan_backward(
     is_compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B, C and initial_state of `scan_forward`."""
-    operands = Operands(u.contiguous().unsqueeze(3), dt.contiguous().unsqueeze(3), B, C)
+    operands = _operands(u, dt, B, C, is_compiled)
     gradients = Gradients(
         *(torch.empty_like(operands.u), torch.empty_like(operands.dt)),
         # Not zeros_like: results are contiguous whatever the strides of the arguments.
@@ -95,6 +95,12 @@ def scan_backward(
         *(gradients.u.squeeze(3), gradients.dt.squeeze(3), gradients.A.sum(0)),
         *(gradients.B, gradients.C, grad_first),
     )
+
+
+def _operands(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, is_compiled: bool) -> Operands:
+    if is_compiled:  # strides that hold the length would make a program for each length
+        B, C = B.contiguous(), C.contiguous()
+    return Operands(u.contiguous().unsqueeze(3), dt.contiguous().unsqueeze(3), B, C)
 
 
 def _room_for_starts(blocks: Blocks, length: int, state: Tensor, keep: bool) -> Tensor:

@@ -23,7 +23,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from cmamba_ref.ops.blocks import BLOCK_FLOATS, LOG2_E, Blocks, Gradients, Operands
+from cmamba_ref.ops import blocks
+from cmamba_ref.ops.blocks import LOG2_E, Blocks, Gradients, Operands
 
 # Steps per block. More take longer to compile; fewer do not pay for the call.
 MAX_STEPS = 64
@@ -74,7 +75,7 @@ class CompiledBlocks(Blocks):
     def block_length(state_floats: int) -> int:
         """Steps per block; by comparisons only, as in `blocks.block_length`."""
         steps = MAX_STEPS
-        while steps > MIN_STEPS and steps * state_floats > BLOCK_FLOATS:
+        while steps > MIN_STEPS and steps * state_floats > blocks.BLOCK_FLOATS:
             steps //= 2
         return steps
 
@@ -83,7 +84,7 @@ class CompiledBlocks(Blocks):
         self._programs: dict[Steps, Steps] = {}
 
     def _is_whole(self, start: int, stop: int) -> bool:
-        return stop - start == self.block_length(self._state_floats)
+        return self._state_floats > 0 and stop - start == self.block_length(self._state_floats)
 
     def forward(
         self, start: int, stop: int, operands: Operands, first: Tensor, y: Tensor
@@ -143,7 +144,8 @@ def _program(
     from torch.fx.experimental.proxy_tensor import make_fx
 
     _logger.info("compiling a block of the scan for %s, %d threads", forms, threads)
-    with _compiling, torch.inference_mode(False), torch.no_grad():
+    no_autocast = torch.autocast("cpu", enabled=False)
+    with _compiling, torch.inference_mode(False), torch.no_grad(), no_autocast:
         examples: list[Any] = [
             torch.empty_strided(*form, dtype=dtype, device="cpu").zero_() for form in forms
         ]
@@ -200,7 +202,8 @@ def backward_steps(
 def exp2(x: Tensor) -> Tensor:
     """2^x; in fp32 in a form that is all vector arithmetic, where a library call would be made.
 
-    To 1 unit in the last place; 0 below -126.5 and inf from 127.5 on.
+    To 1 unit in the last place; 0 below -126.5 and inf from 127.5 on. NaN for infinite x, which no
+    scan of finite arguments has.
     """
     if x.dtype != torch.float32:
         return torch.exp2(x)
@@ -239,6 +242,5 @@ def _sum_over_states(x: Tensor, weights: Tensor) -> Tensor:
 
 def _gradient_of_weights(x: Tensor, grad: Tensor, weights: Tensor) -> Tensor:
     """Gradient of `weights` of `_sum_over_states` from that of its result."""
-    if weights.shape[-1] == 1:
-        return (grad @ x.mT).mT
-    return (grad * x).sum((0, 1), keepdim=True)
+    product = (grad @ x.mT).mT if weights.shape[-1] == 1 else grad * x
+    return product.sum((0, 1), keepdim=True) if len(weights) == 1 else product
