@@ -2,9 +2,10 @@
 
 A layer that looks no further than a few rows needs its input and its output as a whole, and what
 lies between only for one strip. The scan looks at everything, but in the order of a direction, and
-so it too needs what it reads only for a few lines at a time; see `ReadByRegion`. Strips change the result by its rounding only. That is
-nothing for an encoder and a decoder to agree on: what decides how symbols are read is computed in
-float64, with a margin (docs/format.md).
+so it too needs what it reads only for a few lines at a time; see `ReadByRegion`.
+
+Strips change a result by its rounding only, and so there is nothing for an encoder and a decoder to
+agree on: what decides how symbols are read is computed in float64, with a margin (docs/format.md).
 """
 
 from __future__ import annotations
