@@ -18,6 +18,7 @@ from profile_scan import BOTH, FORWARD, Settings, Shape
 import cmamba_ref
 from cmamba_ref import CMamba, CMambaConfig, ss2d
 from cmamba_ref.entropy import rans
+from cmamba_ref.ops import compiled
 
 CPU = torch.device("cpu")
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counted on Linux only")
@@ -25,6 +26,13 @@ on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="coun
 
 def settings(repeats=1):
     return Settings(CPU, "fp32", bench_cpu.MODES, repeats, seconds=0.01)
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """What is compiled is compiled in seconds."""
+    for name in ("MAX_STEPS", "MIN_STEPS"):
+        monkeypatch.setattr(compiled, name, 4)
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,9 @@ from scan_helpers import (
 from cmamba_ref import ops
 from cmamba_ref.ops import compiled, selective_scan_2d
 
-pytestmark = [
-    pytest.mark.skipif(
-        compiled.unavailable_reason("cpu") is not None, reason="there is no C++ compiler"
-    ),
-    # TorchInductor's own, on import.
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
-]
+pytestmark = pytest.mark.skipif(
+    compiled.unavailable_reason("cpu") is not None, reason="there is no C++ compiler"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -518,8 +518,9 @@ def default_names(device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
         return ("reference", "chunked")
     # Not position by position: on these maps that takes minutes, and in backward all of the memory.
-    slow = ("reference", "ref-style")
-    return tuple(name for name in (*BACKENDS, *PEERS) if name not in slow)
+    # And `compiled` is for CPUs.
+    left_out = ("reference", "ref-style", "compiled")
+    return tuple(name for name in (*BACKENDS, *PEERS) if name not in left_out)
 
 
 def find_candidates(asked: list[str] | None, settings: Settings) -> list[Candidate]:
