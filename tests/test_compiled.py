@@ -10,7 +10,7 @@ from scan_helpers import (
 )
 
 from cmamba_ref import ops
-from cmamba_ref.ops import compiled, selective_scan_2d
+from cmamba_ref.ops import blocks, compiled, selective_scan_2d
 
 pytestmark = pytest.mark.skipif(
     compiled.unavailable_reason("cpu") is not None, reason="there is no C++ compiler"
@@ -67,8 +67,8 @@ def test_sequence_with_a_constant_and_a_grouped_projection_is_as_accurate_as_ref
 
 def test_constant_projections_of_single_channels_and_a_long_rest(made, monkeypatch):
     """As many groups as channels; and more left over than a block of eager steps would hold."""
-    monkeypatch.setattr(compiled.blocks, "MAX_BLOCK_LENGTH", 2)
-    monkeypatch.setattr(compiled.blocks, "MIN_BLOCK_LENGTH", 2)
+    monkeypatch.setattr(blocks, "MAX_BLOCK_LENGTH", 2)
+    monkeypatch.setattr(blocks, "MIN_BLOCK_LENGTH", 2)
     arguments = scan_arguments(
         channels=3, length=7, n=2, b_form="constant", c_form="grouped", groups=3
     )

@@ -40,12 +40,17 @@ MATMUL_STATES = 4
 
 
 def block_length(state_floats: int) -> int:
-    """Positions per block, a power of two, for a state of that many floats (all of S, G, N, D).
+    """Positions per block for a state of that many floats (all of S, G, N, D)."""
+    return fitting_length(state_floats, MAX_BLOCK_LENGTH, MIN_BLOCK_LENGTH)
+
+
+def fitting_length(state_floats: int, longest: int, shortest: int) -> int:
+    """`longest`, halved until the states of a block fit in BLOCK_FLOATS, but not below `shortest`.
 
     It is found by comparisons only, so that it stays a plain int when the sizes are symbolic.
     """
-    length = MAX_BLOCK_LENGTH
-    while length > MIN_BLOCK_LENGTH and length * state_floats > BLOCK_FLOATS:
+    length = longest
+    while length > shortest and length * state_floats > BLOCK_FLOATS:
         length //= 2
     return length
 

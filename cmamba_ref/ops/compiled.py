@@ -23,8 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from cmamba_ref.ops import blocks
-from cmamba_ref.ops.blocks import LOG2_E, Blocks, Gradients, Operands
+from cmamba_ref.ops.blocks import LOG2_E, Blocks, Gradients, Operands, fitting_length
 
 # Steps per block. More take longer to compile; fewer do not pay for the call.
 MAX_STEPS = 64
@@ -73,11 +72,8 @@ class CompiledBlocks(Blocks):
 
     @staticmethod
     def block_length(state_floats: int) -> int:
-        """Steps per block; by comparisons only, as in `blocks.block_length`."""
-        steps = MAX_STEPS
-        while steps > MIN_STEPS and steps * state_floats > blocks.BLOCK_FLOATS:
-            steps //= 2
-        return steps
+        """Steps per block for a state of that many floats (all of S, G, N, D)."""
+        return fitting_length(state_floats, MAX_STEPS, MIN_STEPS)
 
     def __init__(self, A: Tensor, state: Tensor, length: int):
         super().__init__(A, state, length)
@@ -113,8 +109,8 @@ class CompiledBlocks(Blocks):
         u, dt, B, C, A, grad_first = self._call(backward_steps, self._A2, *arguments)
         gradients.u[start:stop].copy_(u)
         gradients.dt[start:stop].copy_(dt)
-        for total, part, whole in ((gradients.B, B, operands.B), (gradients.C, C, operands.C)):
-            (total if len(whole) == 1 else total[start:stop]).add_(part)
+        _part(gradients.B, slice(start, stop)).add_(B)
+        _part(gradients.C, slice(start, stop)).add_(C)
         gradients.A.add_(A)
         return grad_first
 
@@ -128,7 +124,12 @@ class CompiledBlocks(Blocks):
 
 
 def _cut(operands: Operands, start: int, stop: int) -> Operands:
-    return Operands(*(x if len(x) == 1 else x[start:stop] for x in operands))
+    return Operands(*(_part(x, slice(start, stop)) for x in operands))
+
+
+def _part(x: Tensor, at: slice) -> Tensor:
+    """These steps of x, or all of a constant x."""
+    return x if len(x) == 1 else x[at]
 
 
 @functools.cache
@@ -167,8 +168,8 @@ def forward_steps(
     stretch = max(STRETCH_FLOATS // first.numel(), 1)
     for start in range(0, len(dt), stretch):
         at = slice(start, start + stretch)
-        states = _states(A2, dt[at], dtu[at], B if len(B) == 1 else B[at], state)
-        outputs.append(_sum_over_states(states, C if len(C) == 1 else C[at]))
+        states = _states(A2, dt[at], dtu[at], _part(B, at), state)
+        outputs.append(_sum_over_states(states, _part(C, at)))
         state = states[-1].clone()
     return torch.cat(outputs), state
 
