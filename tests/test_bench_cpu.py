@@ -29,10 +29,10 @@ def settings(repeats=1):
 
 
 @pytest.fixture(autouse=True)
-def few_steps(monkeypatch):
+def small_programs(monkeypatch):
     """What is compiled is compiled in seconds."""
-    for name in ("MAX_STEPS", "MIN_STEPS"):
-        monkeypatch.setattr(compiled, name, 4)
+    for name in ("UNROLLED", "MAX_CHUNKS", "MIN_CHUNKS"):
+        monkeypatch.setattr(compiled, name, 2)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The blocks that TorchInductor compiles; with few steps, so that this takes seconds."""
+"""The blocks that TorchInductor compiles; small ones, so that this takes seconds."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from scan_helpers import (
     scan_2d_arguments,
     scan_arguments,
 )
+from torch._dynamo.utils import counters
 
 from cmamba_ref import ops
 from cmamba_ref.ops import blocks, compiled, selective_scan_2d
@@ -19,42 +20,48 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def steps(monkeypatch):
-    """Blocks of four steps, worked on in stretches of two states."""
-    monkeypatch.setattr(compiled, "MAX_STEPS", 4)
-    monkeypatch.setattr(compiled, "MIN_STEPS", 4)
-    monkeypatch.setattr(compiled, "STRETCH_FLOATS", 2 * 2 * 4 * 5 * 20)
-    compiled._program.cache_clear()
+    """Blocks of two chunks, with up to eight pairs of a step and a state written out."""
+    monkeypatch.setattr(compiled, "UNROLLED", 8)
+    monkeypatch.setattr(compiled, "UNROLLED_STATES", 4)
+    monkeypatch.setattr(compiled, "MAX_CHUNKS", 2)
+    monkeypatch.setattr(compiled, "MIN_CHUNKS", 2)
+    compiled._compiled.cache_clear()
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """The names of what was compiled, and of what was left over for eager blocks."""
+    """What was compiled, and what was left over for eager blocks."""
     calls = []
-    program, forward = compiled._program, compiled.Blocks.forward
+    compile_, forward = compiled._compiled, compiled.Blocks.forward
 
-    def recorded(steps, *rest):
-        calls.append(steps.__name__)
-        return program(steps, *rest)
+    def recorded(*args):
+        calls.append("compiled")
+        return compile_(*args)
 
     def left_over(*args):
         calls.append("left over")
         return forward(*args)
 
-    monkeypatch.setattr(compiled, "_program", recorded)
+    monkeypatch.setattr(compiled, "_compiled", recorded)
     monkeypatch.setattr(compiled.Blocks, "forward", left_over)
     return calls
 
 
-def test_map_with_a_rest_is_as_accurate_as_reference(made):
-    sizes = {"batch": 2, "height": 3, "width": 5, "channels": 20, "n": 5}
-    arguments = scan_2d_arguments(**sizes, dtype=torch.float32)
-    assert_as_accurate_as_reference(arguments, "compiled")
-    assert made == ["forward_steps", "left over", "backward_steps"]
+@pytest.fixture
+def map_arguments():
+    """A map with three blocks and a rest; six states are two parts of three."""
+    sizes = {"batch": 2, "height": 3, "width": 5, "channels": 20, "n": 6}
+    return scan_2d_arguments(**sizes, dtype=torch.float32)
 
-    without_gradient = {name: x.detach() for name, x in arguments.items()}
+
+def test_map_with_a_rest_is_as_accurate_as_reference(map_arguments, made):
+    assert_as_accurate_as_reference(map_arguments, "compiled")
+    assert made == ["compiled", "left over"]
+
+    without_gradient = {name: x.detach() for name, x in map_arguments.items()}
     with torch.no_grad():
         y = selective_scan_2d(**without_gradient, backend="compiled")
-    assert torch.equal(y, evaluate(arguments, "compiled")["y"])
+    assert torch.equal(y, evaluate(map_arguments, "compiled")["y"])
 
 
 def test_sequence_with_a_constant_and_a_grouped_projection_is_as_accurate_as_reference(made):
@@ -62,7 +69,7 @@ def test_sequence_with_a_constant_and_a_grouped_projection_is_as_accurate_as_ref
         channels=8, length=9, n=3, b_form="constant", c_form="grouped", groups=2
     )
     assert_as_accurate_as_reference(arguments, "compiled")
-    assert made == ["forward_steps", "left over", "backward_steps"]
+    assert made == ["compiled", "left over"]
 
 
 def test_constant_projections_of_single_channels_and_a_long_rest(made, monkeypatch):
@@ -70,10 +77,10 @@ def test_constant_projections_of_single_channels_and_a_long_rest(made, monkeypat
     monkeypatch.setattr(blocks, "MAX_BLOCK_LENGTH", 2)
     monkeypatch.setattr(blocks, "MIN_BLOCK_LENGTH", 2)
     arguments = scan_arguments(
-        channels=3, length=7, n=2, b_form="constant", c_form="grouped", groups=3
+        channels=3, length=15, n=2, b_form="constant", c_form="grouped", groups=3
     )
     assert_as_accurate_as_reference(arguments, "compiled")
-    assert made == ["forward_steps", "left over", "backward_steps"]
+    assert made == ["compiled", *["left over"] * 4]
 
 
 def test_no_batch_is_nothing_to_compile(made):
@@ -81,14 +88,19 @@ def test_no_batch_is_nothing_to_compile(made):
     assert set(made) == {"left over"}
 
 
-def test_what_was_compiled_serves_the_next_scan_of_the_same_form():
-    arguments = scan_2d_arguments(dtype=torch.float32)
-    first = evaluate(arguments, "compiled")
-    count = compiled._program.cache_info().misses
-    second = evaluate(arguments, "compiled")
-    assert compiled._program.cache_info().misses == count == 2
+def test_what_was_compiled_serves_the_next_scan_of_the_same_form(map_arguments):
+    first = evaluate(map_arguments, "compiled")
+    assert compiled._compiled.cache_info().misses == 1
+    second = evaluate(map_arguments, "compiled")
+    assert compiled._compiled.cache_info().misses == 1
+
+    compiled._compiled.cache_clear()  # as in a new process: what is on disk serves it
+    counters["inductor"].clear()
+    third = evaluate(map_arguments, "compiled")
+    assert counters["inductor"]["fxgraph_cache_hit"] == 1
     for name, x in first.items():
         assert torch.equal(second[name], x), name
+        assert torch.equal(third[name], x), name
 
 
 def test_a_model_around_it_compiles_without_a_graph_break():

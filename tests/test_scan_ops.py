@@ -306,9 +306,10 @@ def operator_arguments(batch, strided):
         torch.randn(1, 1, groups, n, channels, generator=generator),
         torch.randn(batch, groups, n, channels, generator=generator),
     )
-    of_scan_2d = [x.detach() for x in scan_2d_arguments(batch=batch, dtype=torch.float32).values()][
-        :5
-    ]
+    *of_scan_2d, D = (
+        x.detach() for x in scan_2d_arguments(batch=batch, dtype=torch.float32).values()
+    )
+    of_scan_2d.append(D.sum(0))
     for operator, arguments in (
         (library.chunked_scan, of_scan),
         (library.chunked_scan_2d, of_scan_2d),
@@ -341,7 +342,7 @@ def test_operators_return_contiguous_tensors_as_the_compiler_is_told(batch):
         y, last, starts = scan(*of_scan)
         y_2d, starts_2d = scan_2d(*of_scan_2d)
         grads = library.chunked_scan_backward(y, last, *of_scan[:5], starts, False)
-        grads_2d = library.chunked_scan_2d_backward(y_2d, *of_scan_2d[:5], starts_2d, False)
+        grads_2d = library.chunked_scan_2d_backward(y_2d, *of_scan_2d[:6], starts_2d, False)
     for x in (y, last, starts, y_2d, starts_2d, *grads, *grads_2d):
         assert x.is_contiguous()
 

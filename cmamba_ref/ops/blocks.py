@@ -9,8 +9,9 @@ element-wise in everything else. Four decisions make that fast without a compile
 2. *Chunks.* Where one position is too small to fill a call, a block is cut into equal chunks
    that advance side by side. A first sweep finds what each chunk adds to its end state, a short
    loop carries the states from chunk to chunk, and the second sweep starts where it should.
-3. *Recomputation.* Of the states, at most those at the start of every block are kept. The backward
-   visits the blocks last to first, repeats the forward of each, then sweeps back through it.
+3. *Recomputation.* Of the states, at most those at the start of every segment of a few blocks are
+   kept. The backward visits segments and blocks last to first, repeats the forward of each, then
+   sweeps back through it.
 4. *Base 2.* Decays are `exp2(dt_t (A log2 e))`: measured on a CPU with AVX-512, torch's exp2 takes
    a third of the time of its exp, which would be half of the time of a scan.
 
@@ -21,6 +22,7 @@ products. No sum depends on timing, so results repeat bit for bit.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -35,28 +37,30 @@ MAX_BLOCK_LENGTH = 1024
 MIN_BLOCK_LENGTH = 8
 # Floats that one step of the recurrence should update to be worth the call.
 STEP_FLOATS = 8 * 1024
+# Blocks per segment: with more of them there are fewer states to keep and more to find again.
+SEGMENT_BLOCKS = 2
 # Sums over fewer states than this cost less one state at a time than as matrix products.
 MATMUL_STATES = 4
 
 
-def block_length(state_floats: int) -> int:
-    """Positions per block for a state of that many floats (all of S, G, N, D)."""
-    return fitting_length(state_floats, MAX_BLOCK_LENGTH, MIN_BLOCK_LENGTH)
+def block_length(state: Sequence[int]) -> int:
+    """Positions per block for states of that shape `[S, G, N, D]`."""
+    return fitting(BLOCK_FLOATS, math.prod(state), MAX_BLOCK_LENGTH, MIN_BLOCK_LENGTH)
 
 
-def fitting_length(state_floats: int, longest: int, shortest: int) -> int:
-    """`longest`, halved until the states of a block fit in BLOCK_FLOATS, but not below `shortest`.
+def fitting(floats: int, each: int, most: int, least: int) -> int:
+    """`most`, halved until so many times `each` is at most `floats`, but not below `least`.
 
     It is found by comparisons only, so that it stays a plain int when the sizes are symbolic.
     """
-    length = longest
-    while length > shortest and length * state_floats > BLOCK_FLOATS:
-        length //= 2
-    return length
+    count = most
+    while count > least and count * each > floats:
+        count //= 2
+    return count
 
 
-def block_count(length: int, size: int) -> int:
-    """Blocks of `size` in a sequence of `length` positions; the last one may be shorter."""
+def count_of(size: int, length: int) -> int:
+    """Blocks or segments of `size` in so many positions; the last one may be shorter."""
     return (length + size - 1) // size
 
 
@@ -204,18 +208,26 @@ class Gradients(NamedTuple):
 class Blocks:
     """The blocks of one scan in eager PyTorch.
 
+    The forward takes blocks of `forward_length`, the backward segments of `segment_length`. All
+    lengths are powers of two, so that the longer ones are multiples of the shorter.
+
     Args:
         A: `[G, N, D]`.
         state: any state, for its form `[S, G, N, D]`.
         length: L.
     """
 
-    block_length = staticmethod(block_length)
+    block_length = forward_length = staticmethod(block_length)
+
+    @classmethod
+    def segment_length(cls, state: Sequence[int]) -> int:
+        """Positions between the states that are kept, for states of that shape `[S, G, N, D]`."""
+        return max(SEGMENT_BLOCKS * cls.block_length(state), cls.forward_length(state))
 
     def __init__(self, A: Tensor, state: Tensor, length: int):
         self._A, self._A2 = A, A * LOG2_E
         self._state_floats = state.numel()
-        longest = min(length, self.block_length(state.numel()))
+        longest = min(length, self.block_length(state.shape))
         self._new_scratch = partial(Scratch, state, longest)
         self._scratch: Scratch | None = None
 
@@ -246,8 +258,35 @@ class Blocks:
         grad_last: Tensor,
         gradients: Gradients,
     ) -> Tensor:
-        """Fills gradients of u and dt from start to stop and adds to the others; gradient of the
-        last state to that of the first.
+        """Of one segment: fills gradients of u and dt from start to stop and adds to the others;
+        gradient of the last state to that of the first."""
+        size = self.block_length(first.shape)
+        firsts = [first]
+        for at in range(start, stop - size, size):
+            firsts.append(self._last_state(at, at + size, operands, firsts[-1]))
+        for at in reversed(range(start, stop, size)):
+            block = (at, min(at + size, stop))
+            arguments = (operands, firsts.pop(), grad_y, grad_last, gradients)
+            grad_last = self._backward_of_block(*block, *arguments)
+        return grad_last
+
+    def _last_state(self, start: int, stop: int, operands: Operands, first: Tensor) -> Tensor:
+        block, (decay, states, _) = self._prepare(start, stop, 3)
+        u, dt, B, _ = map(block.view, operands)
+        run_states(dt, dt * u, self._A2, B, first, decay, states)
+        return states.at[-1][-1].clone()
+
+    def _backward_of_block(
+        self,
+        start: int,
+        stop: int,
+        operands: Operands,
+        first: Tensor,
+        grad_y: Tensor,
+        grad_last: Tensor,
+        gradients: Gradients,
+    ) -> Tensor:
+        """As `backward`, of one block.
 
         With g_t the gradient of h_t, the recurrence runs backwards: `g_t = C_t dy_t + a_{t+1}
         g_{t+1}` where `a_t = exp(dt_t A)`. Then dC_t = dy_t h_t, the gradient of B_t is

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from cmamba_ref.ops.blocks import Blocks, Gradients, Operands, block_count
+from cmamba_ref.ops.blocks import Blocks, Gradients, Operands, count_of
 from cmamba_ref.ops.compiled import CompiledBlocks
 
 DIRECTIONS = 4
@@ -57,8 +57,8 @@ def scan_forward(
         is_compiled: whether the blocks are compiled.
 
     Returns:
-        y `[L, S, G, D]`, last state `[S, G, N, D]` and, if kept, the state before each block
-        `[blocks, S, G, N, D]`.
+        y `[L, S, G, D]`, last state `[S, G, N, D]` and, if kept, the state before each segment
+        `[segments, S, G, N, D]`.
     """
     operands = _operands(u, dt, B, C, is_compiled)
     y = torch.empty_like(operands.u)
@@ -104,17 +104,18 @@ def _operands(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, is_compiled: bool) ->
 
 
 def _room_for_starts(blocks: Blocks, length: int, state: Tensor, keep: bool) -> Tensor:
-    """For the state before each block; without any block if they are not to be kept."""
-    count = block_count(length, blocks.block_length(state.numel())) if keep else 0
+    """For the state before each segment; without any if they are not to be kept."""
+    count = count_of(blocks.segment_length(state.shape), length) if keep else 0
     return state.new_empty(count, *state.shape)
 
 
 def _run(blocks: Blocks, operands: Operands, state: Tensor, y: Tensor, starts: Tensor) -> Tensor:
     """Fills y `[L, S, G, 1, D]`, and starts unless empty, block by block; the last state."""
-    length, size = len(operands.u), blocks.block_length(state.numel())
-    for number, start in enumerate(range(0, length, size)):
-        if len(starts):
-            starts[number] = state
+    length, size = len(operands.u), blocks.forward_length(state.shape)
+    segment = blocks.segment_length(state.shape)
+    for start in range(0, length, size):
+        if len(starts) and start % segment == 0:
+            starts[start // segment] = state
         state = blocks.forward(start, min(start + size, length), operands, state, y)
     return state
 
@@ -127,9 +128,9 @@ def _run_backward(
     grad_last: Tensor,
     gradients: Gradients,
 ) -> Tensor:
-    """Fills the gradients of u and dt and adds to the others, block by block from the last to the
-    first; gradient of the state before the first."""
-    length, size = len(operands.u), blocks.block_length(grad_last.numel())
+    """Fills the gradients of u and dt and adds to the others, segment by segment from the last to
+    the first; gradient of the state before the first."""
+    length, size = len(operands.u), blocks.segment_length(grad_last.shape)
     for number in reversed(range(len(starts))):
         at = number * size, min((number + 1) * size, length)
         grad_last = blocks.backward(*at, operands, starts[number], grad_y, grad_last, gradients)
@@ -190,11 +191,12 @@ def _add(x: Tensor, direction: int, start: int, stop: int, sequence: Tensor) -> 
 # fresh memory costs as much as the work on it.
 
 
-def _strip_length(length: int, size: int, position_floats: int) -> int:
-    """Positions per strip: as many whole blocks of `size` as STRIP_FLOATS allows, at least one."""
-    while size < length and 2 * size * position_floats <= STRIP_FLOATS:
-        size *= 2
-    return min(size, length)
+def _strip_length(length: int, segment: int, position_floats: int) -> int:
+    """Positions per strip: as many whole segments as STRIP_FLOATS allows, at least one."""
+    strip = segment
+    while strip < length and 2 * strip * position_floats <= STRIP_FLOATS:
+        strip *= 2
+    return min(strip, length)
 
 
 def _per_channel(x: Tensor) -> Tensor:
@@ -233,17 +235,17 @@ def scan_2d_strips(
         is_compiled: whether the blocks are compiled.
 
     Returns:
-        If kept, the state before each block `[blocks, S, 4, N, D]`.
+        If kept, the state before each segment `[segments, S, 4, N, D]`.
     """
     batch, height, width, channels = y.shape
     length, n, rank = height * width, A.shape[2], dt_weight.shape[2]
     state = y.new_zeros(batch, DIRECTIONS, n, channels)
     blocks = block_kind(is_compiled)(A.mT.contiguous(), state, length)
-    size = blocks.block_length(state.numel())
+    segment = blocks.segment_length(state.shape)
     starts = _room_for_starts(blocks, length, state, keep_starts)
 
     features = (channels, rank + 2 * n, channels, channels)
-    per_strip = _strip_length(length, size, batch * DIRECTIONS * sum(features))
+    per_strip = _strip_length(length, segment, batch * DIRECTIONS * sum(features))
     rooms = [y.new_empty(per_strip, batch, DIRECTIONS, count) for count in features]
     for start in range(0, length, max(per_strip, 1)):
         stop = min(start + per_strip, length)
@@ -254,7 +256,7 @@ def scan_2d_strips(
         _pre_softplus(r, dt_weight, dt_bias, out=dt)
         torch.ops.aten.softplus.out(dt, out=dt)
         operands = Operands(_per_channel(u), _per_channel(dt), _per_state(B), _per_state(C))
-        state = _run(blocks, operands, state, _per_channel(output), starts[start // size :])
+        state = _run(blocks, operands, state, _per_channel(output), starts[start // segment :])
         for k in range(DIRECTIONS):
             _add(y, k, start, stop, output[:, :, k])
     return starts
@@ -276,22 +278,30 @@ def scan_2d_forward(
     A: Tensor,
     dt_weight: Tensor,
     dt_bias: Tensor,
+    skip: Tensor | None,
     keep_starts: bool,
     is_compiled: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The sum of four directions without skip.
+    """The sum of four directions and of the map times `skip`.
 
     Args:
         x: `[S, H, W, D]`.
         proj: `[S, H, W, 4, R + 2N]`.
+        skip: `[D]`; none is 0.
         A, dt_weight, dt_bias, keep_starts, is_compiled: as in `scan_2d_strips`.
 
     Returns:
-        y `[S, H, W, D]` and, if kept, the state before each block `[blocks, S, 4, N, D]`.
+        y `[S, H, W, D]` and, if kept, the state before each segment `[segments, S, 4, N, D]`.
     """
-    y = x.new_zeros(x.shape)
+    y = _skipped(x, skip)
     read = _reading(x, proj)
     return y, scan_2d_strips(read, y, A, dt_weight, dt_bias, keep_starts, is_compiled)
+
+
+def _skipped(x: Tensor, skip: Tensor | None) -> Tensor:
+    """A new map, what a skip connection adds to the output or, backwards, to the gradient of x."""
+    y = x.new_zeros(x.shape)
+    return y if skip is None else torch.mul(x, skip, out=y)
 
 
 def scan_2d_backward(
@@ -301,22 +311,24 @@ def scan_2d_backward(
     A: Tensor,
     dt_weight: Tensor,
     dt_bias: Tensor,
+    skip: Tensor | None,
     starts: Tensor,
     is_compiled: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, proj, A, dt_weight and dt_bias of `scan_2d_forward`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, proj, A, dt_weight, dt_bias and skip (0 of none) of `scan_2d_forward`."""
     batch, height, width, channels = x.shape
     length, n, rank = height * width, A.shape[2], dt_weight.shape[2]
-    grad_x, grad_proj = x.new_zeros(x.shape), proj.new_zeros(proj.shape)
+    grad_x, grad_proj = _skipped(grad_y, skip), proj.new_zeros(proj.shape)
     grad_weight, grad_bias = x.new_zeros(dt_weight.shape), x.new_zeros(dt_bias.shape)
+    grad_skip = x.new_zeros(channels)
     grad_state = starts.new_zeros(starts.shape[1:])
     grad_A = torch.zeros_like(grad_state)
     blocks = block_kind(is_compiled)(A.mT.contiguous(), grad_state, length)
-    size = blocks.block_length(grad_state.numel())
+    segment = blocks.segment_length(grad_state.shape)
     read = _reading(x, proj)
 
     features = (channels, rank + 2 * n, channels, channels) * 2
-    per_strip = _strip_length(length, size, batch * DIRECTIONS * sum(features))
+    per_strip = _strip_length(length, segment, batch * DIRECTIONS * sum(features))
     rooms = [x.new_empty(per_strip, batch, DIRECTIONS, count) for count in features]
     for start in reversed(range(0, length, max(per_strip, 1))):
         stop = min(start + per_strip, length)
@@ -326,6 +338,8 @@ def scan_2d_backward(
         for k in range(DIRECTIONS):
             read(k, start, stop, u[:, :, k], projections[:, :, k])
             read_direction(grad_y, k, start, stop, grad_output[:, :, k])
+        if skip is not None:
+            grad_skip += (u[:, :, 0] * grad_output[:, :, 0]).sum((0, 1))
         r, B, C = projections.split((rank, n, n), dim=3)
         grad_r, grad_B, grad_C = grads.zero_().split((rank, n, n), dim=3)
         _pre_softplus(r, dt_weight, dt_bias, out=pre)
@@ -333,7 +347,7 @@ def scan_2d_backward(
         grad_state = _run_backward(
             blocks,
             Operands(_per_channel(u), _per_channel(dt), _per_state(B), _per_state(C)),
-            starts[start // size :][: block_count(stop - start, size)],
+            starts[start // segment :][: count_of(segment, stop - start)],
             _per_channel(grad_output),
             grad_state,
             Gradients(
@@ -350,7 +364,7 @@ def scan_2d_backward(
             grad_r[:, :, k] = (grad_pre_k @ dt_weight[k]).view(grad_r[:, :, k].shape)
             _add(grad_x, k, start, stop, grad_u[:, :, k])
             _add(grad_proj[:, :, :, k], k, start, stop, grads[:, :, k])
-    return grad_x, grad_proj, grad_A.sum(0).mT.contiguous(), grad_weight, grad_bias
+    return grad_x, grad_proj, grad_A.sum(0).mT.contiguous(), grad_weight, grad_bias, grad_skip
 
 
 def _product_over_positions(x: Tensor, y: Tensor) -> Tensor:

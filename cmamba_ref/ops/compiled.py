@@ -1,9 +1,15 @@
-"""The blocks of the backend `compiled`: blocks.py's arithmetic, fused by TorchInductor.
+"""The blocks of the backend `compiled`: the forward of blocks.py, fused by TorchInductor.
 
-A block is a fixed number of steps, written out one after the other: from that TorchInductor makes
-one loop over batch, groups, states and channels in which the state never leaves its register, and
-a second one for the sums over states. In the eager blocks the same work is one trip through memory
-per operation.
+TorchInductor makes one loop of much arithmetic, but none that carries a state from step to step. So
+a block is cut into many chunks of few steps. Steps and states are written out, and what is left to
+loop over, chunks, batch, groups and channels, is independent. The first loop finds what each chunk
+adds to its last state, the second carries states from chunk to chunk, and the third goes through
+the chunks again with the states in registers and adds up the output. Decays are computed twice,
+which costs less than to write and read the states of all steps.
+
+The backward is that of the eager blocks. Its gradients of B and C are sums over channels of as many
+products as there are states and steps; TorchInductor has no loop that adds them up without writing
+all of them to memory first, and with that a compiled backward was not faster.
 
 The graph goes to TorchInductor without torch.compile, whose guards take as long at every call as
 the arithmetic of a block. So a program fits sizes, strides and number of threads exactly, and there
@@ -13,23 +19,28 @@ its results on disk (TORCHINDUCTOR_CACHE_DIR says where).
 
 import functools
 import logging
+import math
 import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from cmamba_ref.ops.blocks import LOG2_E, Blocks, Gradients, Operands, fitting_length
+from cmamba_ref.ops.blocks import Block, Blocks, Operands, fitting
 
-# Steps per block. More take longer to compile; fewer do not pay for the call.
-MAX_STEPS = 64
-MIN_STEPS = 16
-# Floats of the states that the forward has in memory at a time: few enough for a core's cache.
-STRETCH_FLOATS = 192 * 1024
+# Pairs of a step and a state that are written out, and how many of these are states: more take
+# longer to compile; fewer steps mean more chunks to carry states between.
+UNROLLED = 64
+UNROLLED_STATES = 16
+# Chunks per block: they are written out where states are carried, and few do not pay for the call.
+MAX_CHUNKS = 32
+MIN_CHUNKS = 4
+# Floats of the states before all chunks of a block.
+CHUNKS_FLOATS = 512 * 1024
 
 # 2^x on [-1/2, 1/2] as a polynomial that is exact at 0 and elsewhere off by at most 2e-9 of the
 # value (our fit, by linear programming). Lowest power first.
@@ -45,9 +56,11 @@ _OPTIONS = {
     "cpp.max_horizontal_fusion_size": 1_000_000,
     # A product and a sum may be one instruction, which rounds once.
     "cpp.enable_floating_point_contract_flag": "fast",
+    # What is put together is first computed, each part in its own loop and not all in every loop.
+    "max_pointwise_cat_inputs": 1,
 }
 
-Steps = Callable[..., tuple[Tensor, ...]]
+Program = Callable[..., tuple[Tensor, Tensor]]
 
 _logger = logging.getLogger("cmamba_ref.ops")
 _compiling = threading.Lock()
@@ -68,81 +81,50 @@ unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class CompiledBlocks(Blocks):
-    """The blocks of one scan, compiled; what is left over at the end is done as in `Blocks`."""
+    """The blocks of one scan, the forward compiled; a rest at the end is done as in `Blocks`."""
 
     @staticmethod
-    def block_length(state_floats: int) -> int:
-        """Steps per block for a state of that many floats (all of S, G, N, D)."""
-        return fitting_length(state_floats, MAX_STEPS, MIN_STEPS)
+    def forward_length(state: Sequence[int]) -> int:
+        return _steps(state[2]) * fitting(CHUNKS_FLOATS, math.prod(state), MAX_CHUNKS, MIN_CHUNKS)
 
     def __init__(self, A: Tensor, state: Tensor, length: int):
         super().__init__(A, state, length)
-        self._programs: dict[Steps, Steps] = {}
-
-    def _is_whole(self, start: int, stop: int) -> bool:
-        return self._state_floats > 0 and stop - start == self.block_length(self._state_floats)
+        self._steps = _steps(state.shape[2])
+        self._whole = self.forward_length(state.shape) if state.numel() else 0  # no block
+        self._program: Program | None = None
 
     def forward(
         self, start: int, stop: int, operands: Operands, first: Tensor, y: Tensor
     ) -> Tensor:
-        if not self._is_whole(start, stop):
-            return super().forward(start, stop, operands, first, y)
-        y_, last = self._call(forward_steps, self._A2, *_cut(operands, start, stop), first)
-        y[start:stop].copy_(y_)
-        return last
-
-    def backward(
-        self,
-        start: int,
-        stop: int,
-        operands: Operands,
-        first: Tensor,
-        grad_y: Tensor,
-        grad_last: Tensor,
-        gradients: Gradients,
-    ) -> Tensor:
-        if not self._is_whole(start, stop):
-            arguments = (operands, first, grad_y, grad_last, gradients)
-            return super().backward(start, stop, *arguments)
-        block = _cut(operands, start, stop)
-        arguments = (*block, first, grad_y[start:stop], grad_last)
-        u, dt, B, C, A, grad_first = self._call(backward_steps, self._A2, *arguments)
-        gradients.u[start:stop].copy_(u)
-        gradients.dt[start:stop].copy_(dt)
-        _part(gradients.B, slice(start, stop)).add_(B)
-        _part(gradients.C, slice(start, stop)).add_(C)
-        gradients.A.add_(A)
-        return grad_first
-
-    def _call(self, steps: Steps, *arguments: Tensor) -> tuple[Tensor, ...]:
-        # All whole blocks of one scan have the same form.
-        if steps not in self._programs:
+        if stop - start != self._whole:
+            size = self.block_length(first.shape)
+            for at in range(start, stop, size):
+                first = super().forward(at, min(at + size, stop), operands, first, y)
+            return first
+        block = Block(start, stop, self._whole // self._steps, self._steps)
+        arguments = (self._A2, *map(block.view, operands), first)
+        if self._program is None:  # all whole blocks of one scan have the same form
             forms = tuple((x.shape, x.stride()) for x in arguments)
-            threads = torch.get_num_threads()
-            self._programs[steps] = _program(steps, forms, arguments[0].dtype, threads)
-        return self._programs[steps](*arguments)
-
-
-def _cut(operands: Operands, start: int, stop: int) -> Operands:
-    return Operands(*(_part(x, slice(start, stop)) for x in operands))
-
-
-def _part(x: Tensor, at: slice) -> Tensor:
-    """These steps of x, or all of a constant x."""
-    return x if len(x) == 1 else x[at]
+            self._program = _compiled(forms, first.dtype, torch.get_num_threads())
+        y_, last = self._program(*arguments)
+        block.view(y).copy_(y_)
+        # From parts, see below, to [S, G, N, D], contiguous.
+        return last.movedim(0, 2).flatten(2, 3).clone(memory_format=torch.contiguous_format)
 
 
 @functools.cache
-def _program(
-    steps: Steps,
+def _compiled(
     forms: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...],
     dtype: torch.dtype,
     threads: int,
-) -> Steps:
-    """`steps` compiled for arguments of these shapes and strides, and for this many threads."""
+) -> Program:
+    """`forward_block` compiled for these shapes and strides, and for this many threads."""
     # Imported here: this takes seconds, which only those who use it should wait.
     import torch._inductor
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     _logger.info("compiling a block of the scan for %s, %d threads", forms, threads)
     no_autocast = torch.autocast("cpu", enabled=False)
@@ -150,54 +132,53 @@ def _program(
         examples: list[Any] = [
             torch.empty_strided(*form, dtype=dtype, device="cpu").zero_() for form in forms
         ]
-        graph = make_fx(steps)(*examples)
-        return cast(Steps, torch._inductor.compile(graph, examples, options=_OPTIONS))
+        graph = make_fx(forward_block)(*examples)
+        # TorchInductor keeps what it makes on disk only where it finds a ShapeEnv.
+        with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
+            return cast(Program, torch._inductor.compile(graph, examples, options=_OPTIONS))
 
 
 # ---------------------------------------------------------------- what is compiled
 #
-# Axes as in blocks.py, without chunks: A2 (A times log2 e) [G, N, D]; u and dt [steps, S, G, 1, D];
-# B and C [steps, S, G, N, 1] or constant [1, 1, G, N, D]; states [S, G, N, D].
+# Axes as in blocks.py: A2 (A times log2 e) [G, N, D]; u and dt [steps, chunks, S, G, 1, D]; B and C
+# [steps, chunks, S, G, N, 1] or constant [1, 1, 1, G, N, D]; states [S, G, N, D].
+#
+# The N states are taken apart into n parts of N/n. What is done to a part is written out, and the
+# loop that TorchInductor makes runs over the states within a part; N/n is 1 for up to
+# UNROLLED_STATES states. A list of parts becomes a tensor with n as its first axis, in which every
+# part is contiguous and need not be copied to its place.
 
 
-def forward_steps(
+def _part_count(states: int) -> int:
+    """n, the largest divisor of N that is not above UNROLLED_STATES."""
+    return max(n for n in range(1, UNROLLED_STATES + 1) if states % n == 0)
+
+
+def _steps(states: int) -> int:
+    """Steps per chunk: a power of two, as the lengths of all blocks are."""
+    return fitting(UNROLLED, _part_count(states), UNROLLED, 1)
+
+
+def _split(x: Tensor) -> tuple[Tensor, ...]:
+    """The n parts [..., N/n, D] of x [..., N, D]."""
+    return x.unflatten(-2, (_part_count(x.shape[-2]), -1)).unbind(-3)
+
+
+def forward_block(
     A2: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, first: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Output `[steps, S, G, 1, D]` and last state."""
-    dtu, state, outputs = dt * u, first, []
-    stretch = max(STRETCH_FLOATS // first.numel(), 1)
-    for start in range(0, len(dt), stretch):
-        at = slice(start, start + stretch)
-        states = _states(A2, dt[at], dtu[at], _part(B, at), state)
-        outputs.append(_sum_over_states(states, _part(C, at)))
-        state = states[-1].clone()
-    return torch.cat(outputs), state
-
-
-def backward_steps(
-    A2: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    B: Tensor,
-    C: Tensor,
-    first: Tensor,
-    grad_y: Tensor,
-    grad_last: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, dt, B, C, A (per batch element) and first; see `Blocks.backward`."""
+    """Output `[steps, chunks, S, G, 1, D]` and last state, in parts `[n, S, G, N/n, D]`."""
     dtu = dt * u
-    states = _states(A2, dt, dtu, B, first)
-    grad, grads, exponents = grad_last, [], []
-    for t in reversed(range(len(dt))):
-        grad = grad + grad_y[t] * _at(C, t)
-        grads.append(grad)
-        grad = grad * exp2(dt[t] * A2)
-        exponents.append(grad * (states[t - 1] if t else first))
-    g, w = torch.stack(grads[::-1]), torch.stack(exponents[::-1])
-    grad_dtu = _sum_over_states(g, B)
-    grad_dt = _sum_over_states(w, A2 / LOG2_E) + grad_dtu * u
-    grad_B, grad_C = _gradient_of_weights(g, dtu, B), _gradient_of_weights(states, grad_y, C)
-    return grad_dtu * dt, grad_dt, grad_B, grad_C, (w * dt).sum(0), grad
+    ends = [_end_of_chunk(A_, B_, dt, dtu) for A_, B_ in zip(_split(A2), _split(B), strict=True)]
+    *starts, last = _carry(first, ends, _decays_of_chunks(A2, dt))
+
+    outputs: list[Tensor | None] = [None] * len(dt)
+    parts = zip(_split(A2), _split(B), _split(C), torch.stack(starts).unbind(1), strict=True)
+    for A_, B_, C_, state in parts:
+        for t in range(len(dt)):
+            state = exp2(dt[t] * A_) * state + dtu[t] * _at(B_, t)
+            outputs[t] = _plus(outputs[t], state * _at(C_, t))
+    return torch.stack(cast(list[Tensor], outputs)).sum(-2, keepdim=True), last
 
 
 def exp2(x: Tensor) -> Tensor:
@@ -224,24 +205,27 @@ def _at(x: Tensor, t: int) -> Tensor:
     return x[t if len(x) > 1 else 0]
 
 
-def _states(A2: Tensor, dt: Tensor, dtu: Tensor, B: Tensor, first: Tensor) -> Tensor:
-    """States after each step `[steps, S, G, N, D]`."""
-    state, states = first, []
-    for t in range(len(dt)):
-        state = exp2(dt[t] * A2) * state + dtu[t] * _at(B, t)
-        states.append(state)
-    return torch.stack(states)
+def _plus(total: Tensor | None, x: Tensor) -> Tensor:
+    return x if total is None else total + x
 
 
-def _sum_over_states(x: Tensor, weights: Tensor) -> Tensor:
-    """Sum over N of x * weights, `[.., 1, D]`: written out, so that it is fused."""
-    total = x[..., :1, :] * weights[..., :1, :]
-    for n in range(1, x.shape[-2]):
-        total = total + x[..., n : n + 1, :] * weights[..., n : n + 1, :]
-    return total
+def _end_of_chunk(A2: Tensor, B: Tensor, dt: Tensor, dtu: Tensor) -> Tensor:
+    """What each chunk adds to its last state: a part `[chunks, S, G, N/n, D]`."""
+    end = dtu[0] * _at(B, 0)
+    for t in range(1, len(dt)):
+        end = exp2(dt[t] * A2) * end + dtu[t] * _at(B, t)
+    return end
 
 
-def _gradient_of_weights(x: Tensor, grad: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of `weights` of `_sum_over_states` from that of its result."""
-    product = (grad @ x.mT).mT if weights.shape[-1] == 1 else grad * x
-    return product.sum((0, 1), keepdim=True) if len(weights) == 1 else product
+def _decays_of_chunks(A2: Tensor, dt: Tensor) -> list[Tensor]:
+    """The product of the decays of each chunk, all parts `[n, S, G, N/n, D]`."""
+    parts = torch.stack(_split(A2)).unsqueeze(1)
+    return [exp2(total * parts) for total in dt.sum(0).unbind(0)]
+
+
+def _carry(first: Tensor, ends: list[Tensor], decays: list[Tensor]) -> list[Tensor]:
+    """The state before each chunk, and that after the last: all parts `[n, S, G, N/n, D]`."""
+    states = [torch.stack(_split(first))]
+    for end, decay in zip(torch.stack(ends).unbind(1), decays, strict=True):
+        states.append(decay * states[-1] + end)
+    return states

@@ -104,8 +104,7 @@ def selective_scan_2d(
     dtype = compute_dtype(x.dtype)
     inputs = x.to(dtype)
     scan = chunked.scan_2d_forward if _unobserved(x) else chunked_scan_2d
-    keep_starts = torch.is_grad_enabled()
-    y, _ = scan(inputs, proj.to(dtype), A, dt_weight, dt_bias, keep_starts, is_compiled)
-    if D is not None:
-        y = y + D.sum(0) * inputs
+    skip = None if D is None else D.sum(0)
+    flags = torch.is_grad_enabled(), is_compiled
+    y, _ = scan(inputs, proj.to(dtype), A, dt_weight, dt_bias, skip, *flags)
     return y.to(x.dtype)

@@ -1,18 +1,17 @@
 """Registration of the chunked scans with torch.library: autograd, fake tensors, autocast.
 
 The public functions prepare their arguments in ordinary PyTorch; a compiler or an exporter sees
-each scan as one opaque operator. Both operators also return the state before each block, which
+each scan as one opaque operator. Both operators also return the state before each segment, which
 their backward needs; without gradients nobody does, and they return none.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from cmamba_ref.ops import chunked
-from cmamba_ref.ops.blocks import block_count
+from cmamba_ref.ops.blocks import count_of
 
 
 @torch.library.custom_op("cmamba::chunked_scan", mutates_args=())
@@ -26,7 +25,7 @@ def chunked_scan(
     keep_starts: bool,
     is_compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`chunked.scan_forward` as an operator: (y, last state, block starts)."""
+    """`chunked.scan_forward` as an operator: (y, last state, segment starts)."""
     return chunked.scan_forward(u, dt, A, B, C, initial_state, keep_starts, is_compiled)
 
 
@@ -53,11 +52,12 @@ def chunked_scan_2d(
     A: Tensor,
     dt_weight: Tensor,
     dt_bias: Tensor,
+    skip: Tensor | None,
     keep_starts: bool,
     is_compiled: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`chunked.scan_2d_forward` as an operator: (y, block starts)."""
-    return chunked.scan_2d_forward(x, proj, A, dt_weight, dt_bias, keep_starts, is_compiled)
+    """`chunked.scan_2d_forward` as an operator: (y, segment starts)."""
+    return chunked.scan_2d_forward(x, proj, A, dt_weight, dt_bias, skip, keep_starts, is_compiled)
 
 
 @torch.library.custom_op("cmamba::chunked_scan_2d_backward", mutates_args=())
@@ -68,11 +68,14 @@ def chunked_scan_2d_backward(
     A: Tensor,
     dt_weight: Tensor,
     dt_bias: Tensor,
+    skip: Tensor | None,
     starts: Tensor,
     is_compiled: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`chunked.scan_2d_backward` as an operator: gradients of x, proj, A, dt_weight, dt_bias."""
-    return chunked.scan_2d_backward(grad_y, x, proj, A, dt_weight, dt_bias, starts, is_compiled)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`chunked.scan_2d_backward` as an operator: gradients of the tensors of `chunked_scan_2d`."""
+    return chunked.scan_2d_backward(
+        grad_y, x, proj, A, dt_weight, dt_bias, skip, starts, is_compiled
+    )
 
 
 def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -83,9 +86,9 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _starts(
     length: int, state: Sequence[int], keep_starts: bool, is_compiled: bool
 ) -> tuple[int, ...]:
-    """Shape of the states before each block."""
-    size = chunked.block_kind(is_compiled).block_length(math.prod(state))
-    return block_count(length, size) if keep_starts else 0, *state
+    """Shape of the states before each segment."""
+    size = chunked.block_kind(is_compiled).segment_length(state)
+    return count_of(size, length) if keep_starts else 0, *state
 
 
 @chunked_scan.register_fake
@@ -100,15 +103,15 @@ def _(grad_y, grad_last, u, dt, A, B, C, starts, is_compiled):
 
 
 @chunked_scan_2d.register_fake
-def _(x, proj, A, dt_weight, dt_bias, keep_starts, is_compiled):
+def _(x, proj, A, dt_weight, dt_bias, skip, keep_starts, is_compiled):
     batch, height, width, channels = x.shape
     state = (batch, 4, A.shape[2], channels)
     return *_like(x), x.new_empty(_starts(height * width, state, keep_starts, is_compiled))
 
 
 @chunked_scan_2d_backward.register_fake
-def _(grad_y, x, proj, A, dt_weight, dt_bias, starts, is_compiled):
-    return _like(x, proj, A, dt_weight, dt_bias)
+def _(grad_y, x, proj, A, dt_weight, dt_bias, skip, starts, is_compiled):
+    return *_like(x, proj, A, dt_weight, dt_bias), x.new_empty(x.shape[3])
 
 
 def _save(ctx, inputs, output):
@@ -136,14 +139,15 @@ def _save_2d(ctx, inputs, output):
     ctx.is_compiled = inputs[-1]
     ctx.mark_non_differentiable(starts)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:5], starts)
+    ctx.save_for_backward(*inputs[:6], starts)
 
 
 def _differentiate_2d(ctx, grad_y, _):
     if grad_y is None:
-        return (None,) * 7
-    grads = chunked_scan_2d_backward(grad_y, *ctx.saved_tensors, ctx.is_compiled)
-    return *grads, None, None
+        return (None,) * 8
+    *grads, grad_skip = chunked_scan_2d_backward(grad_y, *ctx.saved_tensors, ctx.is_compiled)
+    has_skip = ctx.needs_input_grad[5]
+    return *grads, grad_skip if has_skip else None, None, None
 
 
 def _refuse_second_derivative(ctx, *grads):
