@@ -85,10 +85,14 @@ def check(config: CMambaConfig, height: int, width: int, max_memory: int | None)
     if limit is not None and needed > limit:
         source = "are available" if max_memory is None else "are allowed"
         raise MemoryLimitError(
-            f"{width}x{height} pixels take about {needed / GIB:.1f} GiB with {config.name!r}, and "
-            f"{limit / GIB:.1f} GiB {source}; raise `max_memory` if you know better, "
+            f"{width}x{height} pixels take about {_in_words(needed)} with {config.name!r}, and "
+            f"{_in_words(limit)} {source}; raise `max_memory` if you know better, "
             "take a smaller model or a smaller picture"
         )
+
+
+def _in_words(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
 
 
 def _lines(path: str | os.PathLike) -> list[str]:

@@ -85,10 +85,13 @@ def estimated_bytes(model: CMamba, image: np.ndarray, quality: float | None) -> 
 
 
 def test_kodak_through_files(kodak_paths, tmp_path):
-    """Symbols equal, y_bar within 1e-9; sizes within 1 % + 64 bytes of the model's estimate."""
+    """Symbols equal, y_bar within 1e-9; sizes within 1 % + 64 bytes of the model's estimate.
+
+    Of every third picture; all of them are among the slow tests.
+    """
     model = shipped_model()
     sizes, estimates = [], []
-    for k, path in enumerate(kodak_paths):
+    for k, path in enumerate(kodak_paths[::3]):
         quality = QUALITIES[k % len(QUALITIES)]
         done = round_trip(model, load_picture(path), quality, tmp_path / "photo.cmb")
         sizes.append(done.size)

@@ -87,7 +87,7 @@ def test_a_file_that_takes_too_much_is_refused_before_any_work(monkeypatch, tmp_
     path = tmp_path / "x.cmb"
     path.write_bytes(data)
     assert main(["decode", str(path), "--max-memory", "0.001"]) == 1
-    assert "0.0 GiB are allowed" in capsys.readouterr().err
+    assert "1 MiB are allowed" in capsys.readouterr().err
     assert main(["decode", str(path), "--max-memory", "2"]) == 0
 
 
