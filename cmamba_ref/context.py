@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmamba_ref.config import CMambaConfig
+from cmamba_ref.convolution import Conv3x3
 from cmamba_ref.entropy.precision import StoredPrecision
 from cmamba_ref.ss2d import SS2D
 
@@ -64,11 +65,11 @@ class LRP(nn.Module):
         super().__init__()
         hidden1, hidden2 = config.lrp_widths
         self.layers = nn.Sequential(
-            nn.Conv2d(context_channels, hidden1, 3, padding=1),
+            Conv3x3(context_channels, hidden1),
             nn.GELU(),
-            nn.Conv2d(hidden1, hidden2, 3, padding=1),
+            Conv3x3(hidden1, hidden2),
             nn.GELU(),
-            nn.Conv2d(hidden2, config.slice_channels, 3, padding=1),
+            Conv3x3(hidden2, config.slice_channels),
         )
 
     def forward(self, context: Tensor) -> Tensor:

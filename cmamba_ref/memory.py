@@ -2,8 +2,8 @@
 
 Maps of features are what counts. A transform holds, at each of its scales, the input and the output
 of a block and what a block needs as a whole in between (`cmamba_ref.strips`); the coding path holds
-the latent in float64, and for its 3x3 convolutions nine shifted copies of it. The largest of these
-moments is the peak.
+the latent in float64, with what the slices see of each other. The largest of these moments is the
+peak.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def predict(config: CMambaConfig, height: int, width: int) -> int:
 
     positions //= 4
     context = 3 * config.latent_channels  # Phi' and all slices but for one
-    convolved = 9 * max(context, *config.lrp_widths)
+    convolved = context + 2 * max(config.lrp_widths)  # padded, and before and after a function
     coding = DOUBLE * (LATENTS * config.latent_channels + context + convolved) * positions
     return picture + max(transforms, coding)
 

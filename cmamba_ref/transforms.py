@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cmamba_ref import walsh
 from cmamba_ref.blocks import stage
 from cmamba_ref.config import CMambaConfig
+from cmamba_ref.convolution import Conv3x3
 from cmamba_ref.entropy.precision import StoredPrecision
 
 
@@ -101,7 +102,7 @@ class HyperSynthesis(StoredPrecision):
             nn.GELU(),
             upsample(z_channels, hidden),
             nn.GELU(),
-            nn.Conv2d(hidden, config.latent_channels, 3, padding=1),
+            Conv3x3(hidden, config.latent_channels),
         )
 
     def forward(self, z_hat: Tensor) -> tuple[Tensor, Tensor]:
