@@ -1,6 +1,6 @@
 """Weights on disk: `config.json` and `model.safetensors` in a directory.  Pickle is never read.
 
-Beside them may lie the SHA-256 of `model.safetensors`, in a file that `sha256sum --check` takes too.
+Beside them may lie the SHA-256 of `model.safetensors`, in a form that `sha256sum --check` reads.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def _find(source: str) -> Path:
     if Path(source).exists() or not HUB_ID.fullmatch(source):
         return Path(source)
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import (  # pyright: ignore[reportMissingImports]
+            snapshot_download,
+        )
     except ImportError as error:
         raise WeightsError(
             f"there is no directory {source!r}; to take it for a repository of the Hugging Face "

@@ -296,8 +296,10 @@ def resolve(file: Mapping[str, Any], overrides: Mapping[str, Any]) -> Settings:
         if winner in overrides:
             for loser in losers:
                 values.pop(loser, None)
-    model = {**values.get("model", {}), **overrides.get("model", {})}
-    return Settings(**{**values, **overrides, **({"model": model} if model else {})})
+    tables = [given["model"] for given in (values, overrides) if "model" in given]
+    if len(tables) == 2 and all(isinstance(table, Mapping) for table in tables):
+        overrides = {**overrides, "model": {**tables[0], **tables[1]}}
+    return Settings(**{**values, **overrides})
 
 
 def conflicts(saved: Mapping[str, Any], now: Settings, *, extend: bool) -> list[str]:

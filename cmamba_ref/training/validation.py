@@ -81,9 +81,9 @@ def _measure(
     x = torch.from_numpy(picture).to(device).permute(2, 0, 1)[None].float() / 255
     qualities = None if quality is None else torch.tensor([quality], device=device)
     output = model(x, qualities)
-    losses = objective(model, dict(output), x, qualities, settings)
-    x_hat = (output["x_hat"][0].clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-    reconstruction = x_hat.permute(1, 2, 0).numpy()
+    levels = (output["x_hat"].clamp(0, 1) * 255).round()  # what is written is what counts
+    losses = objective(model, {**output, "x_hat": levels / 255}, x, qualities, settings)
+    reconstruction = levels[0].to("cpu", torch.uint8).permute(1, 2, 0).numpy()
     row = {
         "loss": float(losses["loss"]),
         "bpp": float(losses["bpp"]),
