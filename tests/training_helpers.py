@@ -1,5 +1,7 @@
 """A miniature model, a folder of photographs, and runs of the trainer on them."""
 
+import functools
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,24 @@ PHOTOGRAPH = Path(cmamba_ref.__file__).parent / "data" / "coffee.png"
 LOSSES = ("loss", "bpp", "distortion", "aux", "grad_norm")
 
 
-def make_photographs(folder: Path) -> Path:
-    """Six parts of a photograph, 200x200 pixels, some in a folder below."""
-    (folder / "more").mkdir(parents=True)
+@functools.cache
+def parts_of_a_photograph() -> list[bytes]:
+    """Six PNG files of 200x200 pixels."""
+    files = []
     with Image.open(PHOTOGRAPH) as image:
         for number in range(6):
             left, top = 200 * (number % 3), 200 * (number // 3)
-            part = image.crop((left, top, left + 200, top + 200))
-            part.save(folder / ("more" if number % 2 else ".") / f"{number}.png")
-    return folder
+            buffer = io.BytesIO()
+            image.crop((left, top, left + 200, top + 200)).save(buffer, "PNG")
+            files.append(buffer.getvalue())
+    return files
+
+
+def make_photographs(folder: Path) -> None:
+    """Six photographs, some in a folder below."""
+    (folder / "more").mkdir(parents=True)
+    for number, file in enumerate(parts_of_a_photograph()):
+        (folder / ("more" if number % 2 else ".") / f"{number}.png").write_bytes(file)
 
 
 def write_config(path: Path, config: CMambaConfig = SMALL) -> Path:
