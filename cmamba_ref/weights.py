@@ -98,7 +98,7 @@ def _find(source: str) -> Path:
     try:
         wanted = [CONFIG_FILE, WEIGHTS_FILE, HASH_FILE]
         return Path(snapshot_download(source, allow_patterns=wanted))
-    # The hub's own errors are of both kinds, and httpx's, where there is no network, of neither.
+    # Of many types: its own, and those of the HTTP library below it.
     except Exception as error:
         raise WeightsError(
             f"there is no directory {source!r}, and it cannot be downloaded from the Hugging Face "
