@@ -363,13 +363,13 @@ def test_two_processes_train_as_one(folder, root):
     one, two = losses(folder / "one"), losses(folder / "two")
     assert one.keys() == two.keys() == {1, 2, 3}
     for step in one:
-        assert two[step] == pytest.approx(one[step], rel=1e-4), step
+        assert two[step] == pytest.approx(one[step], rel=1e-5), step
 
     weights = [load_file(folder / out / "model" / "model.safetensors") for out in ("one", "two")]
     moved = {n: (weights[0][n].float() - weights[1][n].float()).abs() for n in weights[0]}
     values = torch.cat([moved[n].flatten() for n in moved if "stored" not in n])
-    assert values.max() < 1e-3  # three steps of 1e-3 at most, were they unrelated
-    assert values.mean() < 1e-6
+    assert values.max() < 1e-4  # of three steps of up to 1e-3
+    assert values.mean() < 1e-7
     ends = [records(folder / out)[-1]["qualities"] for out in ("one", "two")]
     for quality, measures in ends[0].items():
         assert ends[1][quality] == pytest.approx(measures, rel=1e-3)
