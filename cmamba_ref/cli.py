@@ -383,8 +383,9 @@ def _model_options() -> argparse.ArgumentParser:
     parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument(
         "--model",
-        metavar="NAME|DIR",
-        help="a model that ships, or a directory with one (default: tiny, which ships)",
+        metavar="NAME|DIR|USER/REPO",
+        help="a model that ships, a directory with one, or a repository of the Hugging Face Hub "
+        "(default: tiny, which ships)",
     )
     parent.add_argument(
         "--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, mps, ... (default: cpu)"

@@ -29,6 +29,10 @@ class WeightsError(CMambaError, RuntimeError):
     """Weights are missing, damaged, or do not fit the configuration beside them."""
 
 
+class TrainingError(CMambaError, RuntimeError):
+    """A training run cannot start or go on: its photographs, checkpoints or settings forbid it."""
+
+
 def explain(error: BaseException) -> str | None:
     """One line for the user about an error that correct code can meet; None for a mistake in it."""
     # On the CPU torch reports exhausted memory by a plain RuntimeError.

@@ -17,6 +17,8 @@ from safetensors.numpy import load_file
 from cmamba_ref.errors import WeightsError
 
 WEIGHTS_FILE = "model.safetensors"
+# Beside it: the SHA-256 of its bytes, as `sha256sum` writes and checks it.
+HASH_FILE = "model.safetensors.sha256"
 PRETRAINED = Path(__file__).parent / "pretrained"
 ID_BYTES = 8
 

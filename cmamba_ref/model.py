@@ -9,6 +9,7 @@ Names are the field's: `g_a g_s h_a h_s y y_hat y_bar z z_hat x_hat`, as in the 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TypedDict
 
 import numpy as np
@@ -100,7 +101,12 @@ class CMamba(nn.Module):
 
     # ---------------------------------------------------------------- training and estimation
 
-    def forward(self, x: Tensor, quality: Tensor | float | None = None) -> ForwardOutput:
+    def forward(
+        self,
+        x: Tensor,
+        quality: Tensor | float | None = None,
+        noise: Mapping[str, Tensor] | None = None,
+    ) -> ForwardOutput:
         """Reconstruct pictures and give the likelihoods of their latents.
 
         In training mode the rate is that of latents with uniform noise, and quantisation is
@@ -111,8 +117,16 @@ class CMamba(nn.Module):
                 multiple of 64 (likelihoods are those of the padded picture).
             quality: for a variable-rate model, 1...Q, one number or one per picture `[B]`; None for
                 the default, 4.
+            noise: for training mode, `y` and `z` as in `latent_shapes`, uniform in -0.5...0.5; None
+                draws it from torch's generator.  A trainer that gives it decides which picture sees
+                which noise, whatever the pictures are batched with.
+
+        Raises:
+            InvalidArgumentError: wrong shape or quality, or noise of another shape.
         """
         _check_pictures(x)
+        if noise is not None:
+            self._check_noise(noise, x)
         height, width = x.shape[-2:]
         y, inverse_gain = self._analyse(pad(x), quality)
         z = self.h_a(y)
@@ -121,13 +135,17 @@ class CMamba(nn.Module):
             y, z = y.to(stored), z.to(stored)
             medians = self.entropy_bottleneck.medians
             z_hat = ste_round(z - medians) + medians
-            z_likelihood = self.entropy_bottleneck.likelihood(_noisy(z) if self.training else z_hat)
-            y_slices = y.chunk(self.config.slices, dim=1)
+            slices = self.config.slices
+            z_noise = None if noise is None else noise["z"]
+            y_noise = [None] * slices if noise is None else noise["y"].chunk(slices, dim=1)
+            z_seen = _noisy(z, z_noise) if self.training else z_hat
+            z_likelihood = self.entropy_bottleneck.likelihood(z_seen)
+            y_slices = y.chunk(slices, dim=1)
             y_likelihoods = []
 
             def quantise(i: int, means: Tensor, log_scales: Tensor) -> Tensor:
                 y_hat = ste_round(y_slices[i] - means) + means
-                seen = _noisy(y_slices[i]) if self.training else y_hat
+                seen = _noisy(y_slices[i], y_noise[i]) if self.training else y_hat
                 y_likelihoods.append(self.gaussian_conditional.likelihood(seen, means, log_scales))
                 return y_hat
 
@@ -136,6 +154,15 @@ class CMamba(nn.Module):
         return {
             "x_hat": x_hat[..., :height, :width],
             "likelihoods": {"y": torch.cat(y_likelihoods, dim=1), "z": z_likelihood},
+        }
+
+    def latent_shapes(self, height: int, width: int) -> dict[str, tuple[int, int, int]]:
+        """Shapes `[C, h, w]` of `y` and `z` of a picture of `height` x `width` pixels."""
+        rows, columns = -(-height // MULTIPLE), -(-width // MULTIPLE)
+        per_z = MULTIPLE // 16  # positions of y along one side of a position of z
+        return {
+            "y": (self.config.latent_channels, per_z * rows, per_z * columns),
+            "z": (self.config.hyper_widths[-1], rows, columns),
         }
 
     def aux_loss(self) -> Tensor:
@@ -356,11 +383,19 @@ class CMamba(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, device: str = "cpu") -> CMamba:
-        """A model in eval mode from a directory, or by the name of one that ships: "tiny"."""
+        """A model in eval mode, from weights that `save_pretrained` wrote.
+
+        Args:
+            source: the name of a model that ships, "tiny"; or a directory; or "user/repository" of
+                the Hugging Face Hub, where there is no such directory (extra: hub).
+
+        Raises:
+            WeightsError: nothing there, damaged, or not to be downloaded.
+        """
         return weights.load(cls, source).to(device).eval()
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write `config.json` and `model.safetensors` into `directory`."""
+        """Write `config.json`, `model.safetensors` and its hash into `directory`."""
         weights.save(self, directory)
 
     # ---------------------------------------------------------------- inside
@@ -392,12 +427,22 @@ class CMamba(nn.Module):
 
     def _check_qualities(self, quality: Tensor, batch: int) -> None:
         top = len(self.config.lmbdas)
-        in_range = ((quality >= 1) & (quality <= top)).all()
+        # A compiled graph cannot branch on values: there only the shape is checked.
+        in_range = torch.compiler.is_compiling() or ((quality >= 1) & (quality <= top)).all()
         if quality.shape not in ((), (1,), (batch,)) or not in_range:
             raise InvalidArgumentError(
                 f"`quality` must be from 1 to {top}, one number or one for each of {batch} "
                 f"pictures, got {quality.tolist()}"
             )
+
+    def _check_noise(self, noise: Mapping[str, Tensor], x: Tensor) -> None:
+        for name, shape in self.latent_shapes(*x.shape[-2:]).items():
+            found = list(noise[name].shape) if name in noise else "none"
+            if found != [x.shape[0], *shape]:
+                raise InvalidArgumentError(
+                    f"`noise` must hold {name} of shape {[x.shape[0], *shape]}, got {found}; "
+                    "see `latent_shapes`"
+                )
 
     def _synthesise(self, y_bar: Tensor, inverse_gain: Tensor | None) -> Tensor:
         # In this order: MPS refuses to take a float64 tensor over.
@@ -472,8 +517,8 @@ def _check_pictures(x: Tensor) -> None:
         )
 
 
-def _noisy(x: Tensor) -> Tensor:
-    return x + torch.empty_like(x).uniform_(-0.5, 0.5)
+def _noisy(x: Tensor, noise: Tensor | None) -> Tensor:
+    return x + (torch.empty_like(x).uniform_(-0.5, 0.5) if noise is None else noise)
 
 
 def _to_symbols(values: Tensor, name: str) -> Tensor:

@@ -1,15 +1,20 @@
-"""Weights on disk: `config.json` and `model.safetensors` in a directory.  Pickle is never read."""
+"""Weights on disk: `config.json` and `model.safetensors` in a directory.  Pickle is never read.
+
+Beside them may lie the SHA-256 of `model.safetensors`, in a form that `sha256sum --check` reads.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
@@ -17,12 +22,14 @@ from cmamba_ref import identity
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.errors import WeightsError
 from cmamba_ref.files import write_atomically
-from cmamba_ref.identity import WEIGHTS_FILE, pretrained_names
+from cmamba_ref.identity import HASH_FILE, WEIGHTS_FILE, pretrained_names
 
 if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
 
 CONFIG_FILE = "config.json"
+# A repository of the Hugging Face Hub: user/repository.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def content_id(state: Mapping[str, Tensor]) -> bytes:
@@ -54,8 +61,13 @@ def save(model: CMamba, directory: str | os.PathLike) -> None:
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     state = {name: _compact(tensor.cpu()) for name, tensor in model.state_dict().items()}
-    write_atomically(target / WEIGHTS_FILE, serialize(state, metadata={"format": "pt"}))
+    data = serialize(state, metadata={"format": "pt"})
+    # The hash goes first and comes last: it never stands beside weights that it is not of.
+    (target / HASH_FILE).unlink(missing_ok=True)
+    write_atomically(target / WEIGHTS_FILE, data)
     write_atomically(target / CONFIG_FILE, model.config.to_json().encode())
+    line = f"{hashlib.sha256(data).hexdigest()}  {WEIGHTS_FILE}\n"
+    write_atomically(target / HASH_FILE, line.encode())
 
 
 def _compact(tensor: Tensor) -> Tensor:
@@ -68,16 +80,55 @@ def _widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
-def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
-    """Read a model from the package, by name, or from a directory.
+def _find(source: str) -> Path:
+    """The directory that holds a model, downloaded if need be."""
+    if source in pretrained_names():
+        return identity.PRETRAINED / source
+    if Path(source).exists() or not HUB_ID.fullmatch(source):
+        return Path(source)
+    try:
+        from huggingface_hub import (  # pyright: ignore[reportMissingImports]
+            snapshot_download,
+        )
+    except ImportError as error:
+        raise WeightsError(
+            f"there is no directory {source!r}; to take it for a repository of the Hugging Face "
+            'Hub, run: python -m pip install "cmamba-ref[hub]"'
+        ) from error
+    try:
+        wanted = [CONFIG_FILE, WEIGHTS_FILE, HASH_FILE]
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    # Of many types: its own, and those of the HTTP library below it.
+    except Exception as error:
+        raise WeightsError(
+            f"there is no directory {source!r}, and it cannot be downloaded from the Hugging Face "
+            f"Hub: {error}"
+        ) from error
 
-    A name that ships comes first: write `./tiny` for a directory of that name.
+
+def _check_hash(data: bytes, path: Path) -> None:
+    """Compare the bytes of weights with the hash beside them; there need not be one."""
+    if not path.exists():
+        return
+    expected, found = path.read_text().partition(" ")[0].strip(), hashlib.sha256(data).hexdigest()
+    if expected != found:
+        raise WeightsError(
+            f"{str(path.with_name(WEIGHTS_FILE))!r} has the SHA-256 {found[:16]}..., {path.name} "
+            f"beside it says {expected[:16]}...: one of them is damaged or of another model"
+        )
+
+
+def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
+    """Read a model from the package, by name, from a directory, or from the Hugging Face Hub.
+
+    A name that ships comes first: write `./tiny` for a directory of that name.  Then comes a
+    directory, then, for "user/repository" where there is none, the Hub.
 
     Raises:
-        WeightsError: nothing there, damaged, or weights that do not fit the configuration.
+        WeightsError: nothing there, damaged, weights that do not fit the configuration or the hash
+            beside them, or a download that failed.
     """
-    ships = os.fspath(source) in pretrained_names()
-    directory = identity.PRETRAINED / source if ships else Path(source)
+    directory = _find(os.fspath(source))
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise WeightsError(
@@ -86,7 +137,9 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
             )
     try:
         config = CMambaConfig.from_json((directory / CONFIG_FILE).read_text())
-        stored = load_file(directory / WEIGHTS_FILE)
+        data = (directory / WEIGHTS_FILE).read_bytes()
+        _check_hash(data, directory / HASH_FILE)
+        stored = deserialize(data)
         state = {name: _widen(tensor) for name, tensor in stored.items()}
     # ValueError: InvalidArgumentError, and text that is not UTF-8; deep nesting ends in recursion.
     except (ValueError, RecursionError, SafetensorError, OSError) as error:

@@ -119,6 +119,38 @@ def test_training_is_noisy_and_evaluation_is_not(model):
     assert torch.equal(first["x_hat"], second["x_hat"])
 
 
+def test_noise_can_be_given(model):
+    """Then a picture sees its own, whatever it is batched with; x_hat has none."""
+    model.train()
+    x, quality = pictures(2, 64, 128), torch.tensor([2.0, 7.0])
+    shapes = model.latent_shapes(64, 128)
+    assert shapes == {"y": (32, 4, 8), "z": (16, 1, 2)}
+    noise = {name: torch.rand(2, *shape) - 0.5 for name, shape in shapes.items()}
+    both, again = model(x, quality, noise), model(x, quality, noise)
+    drawn = model(x, quality)
+    assert torch.equal(both["x_hat"], drawn["x_hat"])
+    for name in ("y", "z"):
+        assert torch.equal(both["likelihoods"][name], again["likelihoods"][name])
+        assert not torch.equal(both["likelihoods"][name], drawn["likelihoods"][name])
+    second = model(x[1:], quality[1:], {name: values[1:] for name, values in noise.items()})
+    # The noise of y stands in the likelihood that it is given to: that of the same element.
+    for name in ("y", "z"):
+        close = torch.allclose(
+            second["likelihoods"][name], both["likelihoods"][name][1:], atol=1e-4
+        )
+        assert close, name
+    none = model(x, quality, {name: torch.zeros_like(values) for name, values in noise.items()})
+    assert not torch.equal(none["likelihoods"]["y"], both["likelihoods"]["y"])
+
+
+@pytest.mark.parametrize("change", [{"y": None}, {"z": torch.zeros(1, 16, 1, 1)}])
+def test_noise_of_another_shape_is_refused(model, change):
+    noise = {name: torch.zeros(2, *shape) for name, shape in model.latent_shapes(64, 64).items()}
+    noise = {name: value for name, value in {**noise, **change}.items() if value is not None}
+    with pytest.raises(InvalidArgumentError, match=f"`noise` must hold {next(iter(change))}"):
+        model.train()(pictures(2, 64, 64), 3.0, noise)
+
+
 def test_every_parameter_is_trained(model):
     """The loss reaches every parameter; quantiles have a loss of their own."""
     x = pictures(2, 64, 64)

@@ -15,7 +15,7 @@ import pytest
 
 MAX_PRETRAINED_BYTES = 16_000_000
 # An application pays for these only when it uses them.
-OPTIONAL_MODULES = ("triton", "PIL", "matplotlib")
+OPTIONAL_MODULES = ("triton", "PIL", "matplotlib", "huggingface_hub", "cmamba_ref.training")
 
 
 def run_python(code: str, cwd: Path, **env: str) -> str:

@@ -1,166 +1,457 @@
-"""The trainer: it learns, resumes where it stopped, and exports a model that codes."""
+"""The command `tools/train.py`: it learns, never loses work, and exports a model that codes."""
 
-import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import cmamba_ref
+from cmamba_ref.training import checkpoints, trainer
+from tests.codec_helpers import ONE_RATE, SMALL
+from tests.training_helpers import (
+    PHOTOGRAPH,
+    arguments,
+    losses,
+    make_photographs,
+    records,
+    write_config,
+)
 from tools import train
-
-PHOTOGRAPH = Path(cmamba_ref.__file__).parent / "data" / "coffee.png"
 
 
 @pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    """A folder with two photographs, one of them in a folder below."""
-    folder = tmp_path / "photos"
-    (folder / "more").mkdir(parents=True)
-    with Image.open(PHOTOGRAPH) as image:
-        image.crop((0, 0, 300, 400)).save(folder / "left.png")
-        image.crop((300, 0, 600, 400)).save(folder / "more" / "right.png")
-    return folder
+def folder(tmp_path: Path) -> Path:
+    """A folder with photographs and the configuration of a miniature model."""
+    make_photographs(tmp_path / "photos")
+    write_config(tmp_path / "config.json")
+    return tmp_path
 
 
-def arguments(photographs: Path, out: Path, *more: str) -> list[str]:
+def command(root: Path, folder: Path, *more: str, processes: int = 1, **changes) -> list[str]:
+    """A training as a command of the shell."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    script = str(root / "tools" / "train.py")
     return [
-        *("--data", str(photographs), "--out", str(out), "--batch", "2", "--crop", "64"),
-        *("--validation", "1", "--warmup", "2", *more),
+        *(sys.executable, *(launch if processes > 1 else []), script),
+        *(*arguments(folder, **changes), *more),
     ]
 
 
-def test_training_exports_a_model_that_codes(photographs, tmp_path):
-    assert train.main(arguments(photographs, tmp_path / "run", "--steps", "3")) == 0
-    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    assert records[0]["event"] == "start"
-    assert records[-1]["event"] == "end" and records[-1]["step"] == 3
-    assert set(records[-1]["qualities"]) == {"1.0", "3.0", "5.0", "8.0"}
-    assert (tmp_path / "run" / "checkpoint.pt").exists()
-    assert not list((tmp_path / "run").rglob("*.tmp"))
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    model = cmamba_ref.CMamba.from_pretrained(tmp_path / "run" / "model")
-    picture = np.asarray(Image.open(PHOTOGRAPH))[:70, :90]
+
+# ---------------------------------------------------------------- what a run leaves behind
+
+
+def test_training_exports_a_model_that_codes(folder):
+    changes = {"steps": 3, "samples": 1, "coded": "end", "validate_every": 2}
+    assert train.main(arguments(folder, **changes)) == 0
+    out = folder / "run"
+    log = records(out)
+    assert log[0]["event"] == "start" and log[0]["settings"]["steps"] == 3
+    assert log[0]["model"]["latent_channels"] == SMALL.latent_channels
+    assert [record["step"] for record in log if record.get("event") == "validation"] == [2]
+    end = log[-1]
+    assert end["event"] == "end" and end["step"] == 3
+    assert set(end["qualities"]) == {"1.0", "3.0", "5.0", "8.0"}
+    assert not list(out.rglob("*.tmp"))
+
+    model = cmamba_ref.CMamba.from_pretrained(out / "model")
+    with Image.open(PHOTOGRAPH) as image:
+        picture = np.asarray(image)[:70, :90]
     decoded = cmamba_ref.decode(cmamba_ref.encode(model, picture, 5), model)
     assert decoded.shape == picture.shape
 
-
-def test_loss_falls(photographs, tmp_path):
-    args = train.parse_args(arguments(photographs, tmp_path, "--steps", "30", "--lr", "5e-4"))
-    trainer = train.Trainer(args)
-    photos = train.load_photographs(photographs)
-    losses = [trainer.train_step(photos)["loss"] for _ in range(30)]
-    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
-    assert trainer.skipped == 0
-
-
-def test_resumed_training_is_the_same_training(photographs, tmp_path):
-    """Three steps, a checkpoint and three steps give the losses of six steps."""
-    args = train.parse_args(arguments(photographs, tmp_path, "--steps", "6"))
-    photos = train.load_photographs(photographs)
-    whole = train.Trainer(args)
-    expected = [whole.train_step(photos) for _ in range(6)]
-
-    first = train.Trainer(args)
-    losses = [first.train_step(photos) for _ in range(3)]
-    first.save()
-    second = train.Trainer(args)
-    second.resume(tmp_path / "checkpoint.pt")
-    losses += [second.train_step(photos) for _ in range(3)]
-    assert losses == expected
-    assert second.step == 6
+    # The rate is that of files, and the sample is what a decoder makes of one.
+    with Image.open(out / "samples" / "000000003" / "0-original.png") as image:
+        original = np.asarray(image)
+    data = cmamba_ref.encode(model, original, 8)
+    assert end["qualities"]["8.0"]["file_bpp"] == 8 * len(data) / 64**2
+    with Image.open(out / "samples" / "000000003" / "0-quality-8.png") as image:
+        assert np.array_equal(np.asarray(image), cmamba_ref.decode(data, model))
 
 
-def test_checkpoint_of_another_configuration_is_refused(photographs, tmp_path):
-    args = train.parse_args(arguments(photographs, tmp_path, "--steps", "6"))
-    train.Trainer(args).save()
-    args.config = "small"
-    with pytest.raises(SystemExit, match="another configuration"):
-        train.Trainer(args).resume(tmp_path / "checkpoint.pt")
+def test_records_say_where_the_time_went(folder):
+    assert train.main(arguments(folder, steps=2)) == 0
+    record = records(folder / "run")[1]
+    assert set(record["share"]) == {"data", "forward", "backward", "optimiser"}
+    assert sum(record["share"].values()) == pytest.approx(1, abs=1e-3)
+    assert record["images_per_second"] > 0
 
 
-def test_nan_gradients_are_skipped_and_counted(photographs, tmp_path, monkeypatch):
-    args = train.parse_args(arguments(photographs, tmp_path, "--steps", "6"))
-    trainer = train.Trainer(args)
-    photos = train.load_photographs(photographs)
-    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
-    loss_of = train.rate_distortion_loss
-
-    def broken(*args):
-        return {name: value * torch.nan for name, value in loss_of(*args).items()}
-
-    monkeypatch.setattr(train, "rate_distortion_loss", broken)
-    trainer.train_step(photos)
-    assert trainer.skipped == 1
-    for name, parameter in trainer.model.named_parameters():
-        if (
-            name != "entropy_bottleneck.quantiles"
-        ):  # these have a loss and an optimiser of their own
-            assert torch.equal(parameter, before[name]), name
+def test_a_model_of_one_rate_trains_for_ms_ssim(folder):
+    write_config(folder / "config.json", ONE_RATE)
+    changes = {"steps": 1, "crop": [192], "distortion": "ms-ssim", "lmbda": 30.0}
+    assert train.main(arguments(folder, validation_crop=192, optimiser="adamw", **changes)) == 0
+    _, step, end = records(folder / "run")
+    assert step["loss"] == pytest.approx(step["bpp"] + 30 * step["distortion"], rel=1e-5)
+    measured = end["qualities"]["None"]
+    assert measured["ms_ssim"] > 0.5
+    expected = measured["bpp"] + 30 * (1 - measured["ms_ssim"])
+    assert measured["loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_learning_rate_rises_stays_and_falls(photographs, tmp_path):
-    args = train.parse_args(
-        arguments(photographs, tmp_path, "--steps", "100", "--lr", "1e-3", "--final-lr", "1e-5")
+def test_profile_finds_all_parts(folder):
+    assert train.main(arguments(folder, steps=5, profile=1)) == 0
+    (record,) = [r for r in records(folder / "run") if r.get("event") == "profile"]
+    parts = record["share_of_operators"]
+    assert set(parts) == {"entropy model", "scan", "convolution", "rest"}
+    assert min(parts.values()) > 0.02
+    assert sum(parts.values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_tensorboard_is_optional(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit, match=r"cmamba-ref\[train\]"):
+        train.main(arguments(folder, tensorboard=True))
+
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            assert Path(folder).name == "tensorboard" and purge_step == 1
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            written.append("closed")
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    assert train.main(arguments(folder, steps=1, tensorboard=True)) == 0
+    assert {("loss", 1), ("share/data", 1), ("qualities/8.0/psnr", 1), "closed"} <= set(written)
+
+
+# ---------------------------------------------------------------- nothing is lost
+
+
+def test_killed_training_goes_on_as_if_it_had_not_been(folder, root):
+    """SIGKILL at a random moment, resumed: the losses and weights of an uninterrupted run."""
+    changes = {"steps": 18, "save_every": 0.0, "keep": 2, "log_every": 1}
+    assert train.main(arguments(folder, **changes, out=folder / "whole")) == 0
+
+    process = subprocess.Popen(
+        command(root, folder, **changes, out=folder / "killed"),
+        env=environment(),
+        stderr=subprocess.DEVNULL,
     )
-    args.warmup, args.decay = 10, 0.5
-    rates = [args.lr * train.lr_factor(step, step / 100, args) for step in range(101)]
-    assert rates[0] == pytest.approx(1e-4)
-    assert rates[9] == rates[50] == pytest.approx(1e-3)
-    assert rates[75] == pytest.approx((1e-3 + 1e-5) / 2)
-    assert rates[100] == pytest.approx(1e-5)
+    log = folder / "killed" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and '"step": 3,' in log.read_text()):
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.3))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert max(record["step"] for record in records_of_whole_lines(log)) < 18
+
+    assert train.main(arguments(folder, **changes, out=folder / "killed")) == 0
+    assert losses(folder / "killed") == losses(folder / "whole")
+    assert len(losses(folder / "whole")) == 18
+    assert_same_weights(folder / "killed", folder / "whole")
 
 
-def test_crops_come_from_the_photograph_at_several_scales(photographs):
-    photo = train.load_photographs(photographs)[0]
-    rng = np.random.default_rng(0)
-    crops = [train.random_crop(photo, 128, rng) for _ in range(20)]
-    assert {crop.shape for crop in crops} == {(128, 128, 3)}
-    assert len({crop.tobytes() for crop in crops}) == 20
-    whole = photo.reshape(-1, 3).mean(0)
-    assert np.abs(np.mean([crop.reshape(-1, 3).mean(0) for crop in crops], 0) - whole).max() < 25
+def records_of_whole_lines(log: Path) -> list[dict]:
+    """A kill may have cut the last line short."""
+    log.write_text(log.read_text().rpartition("\n")[0] + "\n")
+    return records(log.parent)
 
 
-def test_a_folder_without_photographs_is_named(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match="empty"):
-        train.main(arguments(tmp_path / "empty", tmp_path / "run", "--steps", "1"))
+def assert_same_weights(one: Path, other: Path) -> None:
+    weights = [load_file(out / "model" / "model.safetensors") for out in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends(folder, monkeypatch, number):
+    step = trainer.Trainer.train_step
+
+    def interrupted(self, **options):
+        if self.step == 2:
+            os.kill(os.getpid(), number)
+        return step(self, **options)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
+    assert train.main(arguments(folder, log_every=5)) == 128 + number
+    assert signal.getsignal(number) is before
+    out = folder / "run"
+    saved = checkpoints.newest(out / "checkpoints")
+    assert saved is not None and 3 <= saved.state["step"] < 6
+    assert not (out / "model").exists()
+
+    # A window of the log that was open is closed by the run that goes on.
+    monkeypatch.setattr(trainer.Trainer, "train_step", step)
+    assert train.main(arguments(folder, log_every=5)) == 0
+    assert train.main(arguments(folder, log_every=5, out=folder / "whole")) == 0
+    assert losses(out) == losses(folder / "whole")
+    assert_same_weights(out, folder / "whole")
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "flipped":
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data[: len(data) // 2] if how == "cut" else data)
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(folder, how, caplog):
+    changes = {"steps": 4, "save_every": 0.0}
+    assert train.main(arguments(folder, **changes, out=folder / "whole")) == 0
+    assert train.main(arguments(folder, **changes)) == 0
+    out = folder / "run"
+    *_, before, last = sorted((out / "checkpoints").iterdir())
+    damage(last, how)
+    caplog.set_level(logging.WARNING)
+    assert train.main(arguments(folder, **changes)) == 0
+    assert f"{last} is damaged" in caplog.text and "the one before" in caplog.text
+    assert [r["step"] for r in records(out) if r.get("event") == "resume"] == [3]
+    assert losses(out) == losses(folder / "whole")
+    assert_same_weights(out, folder / "whole")
+
+    for path in (out / "checkpoints").iterdir():
+        damage(path, how)
+    with pytest.raises(SystemExit, match=r"damaged ones .* start anew"):
+        train.main(arguments(folder, **changes))
+
+
+def test_the_newest_and_the_best_are_kept(folder, monkeypatch):
+    scores = iter([3.0, 1.0, 2.0, 5.0, 4.0])
+    monkeypatch.setattr(train.validation, "mean_loss", lambda _: next(scores))
+    changes = {"steps": 10, "validate_every": 2, "keep": 2, "save_every": 0.0}
+    assert train.main(arguments(folder, **changes)) == 0
+    out = folder / "run"
+    steps = sorted(int(path.name.split("-")[1]) for path in (out / "checkpoints").iterdir())
+    assert steps == [4, 9, 10]
+    saved = checkpoints.newest(out / "checkpoints")
+    assert saved is not None and saved.state["best"] == {"step": 4, "loss": 1.0}
+    best = load_file(out / "best" / "model.safetensors")
+    name = "g_a.0.weight" if "g_a.0.weight" in best else next(n for n in best if "weight" in n)
+    (of_step_4,) = (out / "checkpoints").glob("checkpoint-000000004-*")
+    assert torch.equal(best[name].float(), checkpoints.read(of_step_4).tensors[f"average.{name}"])
+
+
+def test_no_pickle_is_written(folder):
+    assert train.main(arguments(folder, steps=1)) == 0
+    suffixes = {path.suffix for path in (folder / "run").rglob("*") if path.is_file()}
+    assert suffixes == {".safetensors", ".json", ".jsonl", ".sha256"}
+
+
+# ---------------------------------------------------------------- going on
 
 
 @pytest.mark.parametrize(
-    "more",
-    [["--steps", "0"], ["--steps", "1", "--validation", "0"], ["--steps", "1", "--crop", "70"]],
+    ("changes", "message"),
+    [
+        ({"lr": 5e-4}, r"lr was 0.0001 and is now 0.0005"),
+        ({"batch": [4]}, r"batch was \[2\] and is now \[4\]"),
+        ({"steps": 3}, r"steps was 2 and is now 3, unless you say --extend"),
+        ({"steps": 1}, r"steps was 2 and is now 1[.]"),
+        ({"steps": None, "minutes": 1.0}, r"minutes was 0.0 and is now 1.0"),
+        ({"model": ["d_state=3"]}, r"the model's configuration is another"),
+    ],
 )
-def test_impossible_arguments_are_refused(photographs, tmp_path, more, capsys):
-    with pytest.raises(SystemExit):
-        train.main(arguments(photographs, tmp_path / "run", *more))
-    assert "must be" in capsys.readouterr().err
+def test_going_on_with_other_settings_is_refused(folder, changes, message):
+    assert train.main(arguments(folder, steps=2)) == 0
+    before = (folder / "run" / "log.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match=message):
+        train.main(arguments(folder, **{"steps": 2, **changes}))
+    assert (folder / "run" / "log.jsonl").read_bytes() == before
 
 
-def test_too_few_photographs_are_refused(photographs, tmp_path):
-    args = arguments(photographs, tmp_path / "run", "--steps", "1", "--validation", "2")
+def test_going_on_with_other_photographs_is_refused(folder):
+    assert train.main(arguments(folder, steps=2)) == 0
+    (folder / "photos" / "4.png").unlink()
+    with pytest.raises(SystemExit, match="photographs are not the ones"):
+        train.main(arguments(folder, steps=2))
+
+
+def test_a_run_can_be_made_longer(folder):
+    """With a constant rate, a run in two parts is the run in one."""
+    constant = {"decay": 0.0, "save_every": 60.0}
+    assert train.main(arguments(folder, steps=2, **constant)) == 0
+    # What says how or where, and not what is learned, may change.
+    moved = {"data": (folder / "photos").rename(folder / "moved"), "workers": 1, "keep": 1}
+    assert train.main([*arguments(folder, steps=5, **constant, **moved), "--extend"]) == 0
+    whole = {**constant, **moved, "out": folder / "whole"}
+    assert train.main(arguments(folder, steps=5, **whole)) == 0
+    assert losses(folder / "run") == losses(folder / "whole")
+    assert_same_weights(folder / "run", folder / "whole")
+
+
+def test_a_run_of_minutes_ends_and_counts_only_training(folder, monkeypatch):
+    validate = train.validation.validate
+
+    def slow(*args, **options):
+        time.sleep(0.4)
+        return validate(*args, **options)
+
+    monkeypatch.setattr(train.validation, "validate", slow)
+    changes = {"steps": None, "minutes": 0.005, "validate_every": 2}
+    began = time.monotonic()
+    assert train.main(arguments(folder, **changes)) == 0
+    spent = time.monotonic() - began
+    log = records(folder / "run")
+    validations = sum("qualities" in record for record in log)
+    end = log[-1]
+    assert end["event"] == "end" and end["step"] > 1 and validations > 1
+    assert 0.3 <= 60 * end["minutes"] < spent - 0.4 * validations
+
+
+def test_training_starts_from_given_weights(folder):
+    assert train.main(arguments(folder, steps=2)) == 0
+    given = cmamba_ref.CMamba.from_pretrained(folder / "run" / "model").state_dict()
+    changes = {"config": None, "init": folder / "run" / "model", "out": folder / "more"}
+    # So small a rate changes no weight, so what comes out is what went in.
+    still = {"lr": 1e-12, "final_lr": 0.0, "aux_lr": 0.0, "steps": 1}
+    assert train.main(arguments(folder, **changes, **still)) == 0
+    start = records(folder / "more")[0]
+    assert start["event"] == "start" and start["step"] == 0
+    for name, tensor in load_file(folder / "more" / "model" / "model.safetensors").items():
+        if "stored" not in name:
+            assert torch.allclose(tensor.float(), given[name], atol=1e-9), name
+    with pytest.raises(SystemExit, match="no config.json"):
+        train.main(arguments(folder, **{**changes, "init": folder / "none"}))
+
+
+def test_transforms_are_rounded_on_request(folder):
+    assert train.main(arguments(folder, steps=1, round_transforms=True)) == 0
+    stored = load_file(folder / "run" / "model" / "model.safetensors")
+    for name, tensor in stored.items():
+        if name.startswith(("g_a.", "g_s.", "h_a.")):
+            assert tensor.dtype == torch.float16, name
+    assert any(t.dtype == torch.float32 for n, t in stored.items() if n.startswith("h_s."))
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def test_two_processes_train_as_one(folder, root):
+    """The same command under torchrun: the same batches, noise and qualities, the same training.
+
+    Sums are taken in another order, so losses agree to rounding; Adam divides a gradient by its
+    size, also one that is nothing but rounding, so weights agree to a part of a step.
+    """
+    changes = {"steps": 3, "batch": [4], "lr": 1e-3, "validation": 2, "coded": "end"}
+    assert train.main(arguments(folder, **changes, out=folder / "one")) == 0
+    done = subprocess.run(
+        command(root, folder, **changes, out=folder / "two", processes=2),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = losses(folder / "one"), losses(folder / "two")
+    assert one.keys() == two.keys() == {1, 2, 3}
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-5), step
+
+    weights = [load_file(folder / out / "model" / "model.safetensors") for out in ("one", "two")]
+    moved = {n: (weights[0][n].float() - weights[1][n].float()).abs() for n in weights[0]}
+    values = torch.cat([moved[n].flatten() for n in moved if "stored" not in n])
+    assert values.max() < 1e-4  # of three steps of up to 1e-3
+    assert values.mean() < 1e-7
+    ends = [records(folder / out)[-1]["qualities"] for out in ("one", "two")]
+    for quality, measures in ends[0].items():
+        assert ends[1][quality] == pytest.approx(measures, rel=1e-3)
+
+
+# ---------------------------------------------------------------- usage
+
+
+def test_a_folder_without_photographs_is_named(folder):
+    (folder / "empty").mkdir()
+    with pytest.raises(SystemExit, match="got 0 below .*empty"):
+        train.main(arguments(folder, data=folder / "empty"))
+
+
+def test_too_few_photographs_are_refused(folder):
     with pytest.raises(SystemExit, match="nothing is left"):
-        train.main(args)
+        train.main(arguments(folder, validation=6))
 
 
-def test_training_starts_from_given_weights(photographs, tmp_path):
-    args = arguments(photographs, tmp_path / "run", "--steps", "1", "--round-transforms")
-    assert train.main(args) == 0
-    model = tmp_path / "run" / "model"
-    assert (model / "model.safetensors").stat().st_size < 16e6
-    args = train.parse_args(arguments(photographs, tmp_path, "--steps", "1", "--init", str(model)))
-    started = train.Trainer(args).model.state_dict()
-    for name, tensor in cmamba_ref.CMamba.from_pretrained(model).state_dict().items():
-        assert torch.equal(started[name], tensor), name
-    with pytest.raises(SystemExit, match="--init"):
-        train.main(
-            arguments(photographs, tmp_path, "--steps", "1", "--init", str(tmp_path / "none"))
-        )
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "must be above 0"),
+        ({"validation": 0}, "must be from 1"),
+        ({"crop": [70]}, "multiple of 64"),
+        ({"out": None}, "--out"),
+        ({"precision": "fp8"}, "fp8"),
+        ({"model": ["d_state"]}, "KEY=VALUE"),
+    ],
+)
+def test_impossible_arguments_are_refused(folder, changes, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        train.main(arguments(folder, **changes))
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
 
 
-def test_a_photograph_smaller_than_the_crop_is_refused():
-    with pytest.raises(SystemExit, match="smaller"):
-        train.random_crop(np.zeros((40, 90, 3), np.uint8), 64, np.random.default_rng(0))
+def test_command_line_counts_more_than_the_file(folder):
+    recipe = folder / "recipe.toml"
+    recipe.write_text('steps = 100\nlr = 3e-4\ndata = "photos"\n[model]\nd_state = 3\nslices = 4\n')
+    line = [
+        str(recipe),
+        "--minutes",
+        "2",
+        "--out",
+        "runs",
+        "--model",
+        "d_state=4",
+        "depths=[0,1,1]",
+    ]
+    resolved, extend = train.parse_args(line)
+    assert not extend
+    assert (resolved.steps, resolved.minutes, resolved.lr) == (0, 2.0, 3e-4)
+    assert resolved.data == "photos"
+    config = resolved.model_config()
+    assert (config.d_state, config.slices, config.depths) == (4, 4, (0, 1, 1))
+
+
+# ---------------------------------------------------------------- slow
+
+
+@pytest.mark.slow
+def test_tiny_learns_in_300_steps(folder):
+    """The loss falls to a half or less within 300 steps."""
+    photos = folder / "photographs"
+    photos.mkdir()
+    for number, side in enumerate((0, 300)):
+        with Image.open(PHOTOGRAPH) as image:
+            image.crop((side, 0, side + 300, 400)).save(photos / f"{number}.png")
+    changes = {"config": "tiny", "data": photos, "steps": 300, "batch": [4], "lr": 3e-4}
+    assert train.main(arguments(folder, **changes, warmup=20, out=folder / "tiny")) == 0
+    measured = [step[0] for step in losses(folder / "tiny").values()]
+    assert np.mean(measured[-20:]) < 0.5 * np.mean(measured[:20])
+
+
+# torch's own, when it traces an autograd.Function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_the_model(folder):
+    changes = {"steps": 3, "decay": 0.0}
+    assert train.main(arguments(folder, **changes, out=folder / "eager")) == 0
+    assert train.main(arguments(folder, **changes, out=folder / "compiled", compile=True)) == 0
+    eager, compiled = losses(folder / "eager"), losses(folder / "compiled")
+    for step in eager:
+        assert compiled[step] == pytest.approx(eager[step], rel=1e-3)

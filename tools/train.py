@@ -1,337 +1,271 @@
 """Train a CMamba model on a folder of photographs.
 
-    python tools/train.py --data photos --out runs/tiny --config tiny --minutes 60
+    python tools/train.py --data photos --out runs/mine --config tiny --minutes 600
+    python tools/train.py tools/recipes/small.toml --data photos --out runs/small
+    torchrun --nproc-per-node 8 tools/train.py tools/recipes/base.toml --data photos --out runs/base
 
-Writes `checkpoint.pt` (everything needed to go on, replaced atomically), `log.jsonl`, and at the
-end of training `model/` with config.json and model.safetensors.  The same command goes on from
-`checkpoint.pt` where there is one; `--init DIR` starts from saved weights with new optimisers.
+Settings come from a TOML file, if one is given, and from the command line, which counts more; the
+names are the same.  Into `out` go:
+
+    log.jsonl      a line per record: settings, losses, throughput, validations
+    checkpoints/   the newest and the best; each is checked before it is used
+    samples/       held-out crops, and what the model makes of them
+    model/         at the end: config.json and model.safetensors, ready for `cmamba --model`
+    best/          the same of the validation with the lowest loss
+
+The same command again goes on from the newest whole checkpoint; so it does after a kill.  SIGTERM
+and Ctrl-C save first, and end with the exit code 128 + the signal's number.  A run goes on with the
+settings it began with; `--extend` allows a greater length.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
+import contextlib
+import dataclasses
 import json
+import logging
 import os
 import signal
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from cmamba_ref import CMamba, CMambaError
-from cmamba_ref.config import CONFIGS
-from cmamba_ref.files import write_atomically
-from cmamba_ref.losses import rate_distortion_loss
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-# Crops are cut up to this much larger and reduced, which also hides the traces of JPEG.
-MAX_REDUCTION = 2.0
-VALIDATION_CROP = 256
-VALIDATION_QUALITIES = (1.0, 3.0, 5.0, 8.0)
+from cmamba_ref.training import checkpoints, data, profiling, validation
+from cmamba_ref.training.distributed import Group, joined
+from cmamba_ref.training.log import Log
+from cmamba_ref.training.settings import Settings, read_toml, resolve
+from cmamba_ref.training.trainer import Trainer
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> tuple[Settings, bool]:
+    """The settings of the run, and whether a run may become longer."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder of photographs, searched recursively")
-    add("--out", type=Path, required=True, help="folder for checkpoint, log and model")
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument(
-        "--config", default="tiny", choices=sorted(CONFIGS), help="which model (default: tiny)"
+    parser.add_argument("recipe", nargs="?", type=Path, help="TOML file of settings")
+    parser.add_argument("--extend", action="store_true", help="let a run become longer")
+    for field in dataclasses.fields(Settings):
+        _add_option(parser, field)
+    given = vars(parser.parse_args(argv))
+    recipe, extend = given.pop("recipe"), given.pop("extend")
+    try:
+        settings = resolve(read_toml(recipe) if recipe else {}, given)
+    except CMambaError as error:
+        parser.error(str(error))
+    for name in ("data", "out"):
+        if not getattr(settings, name):
+            parser.error(f"`{name}` must be a folder, got none; give --{name}")
+    return settings, extend
+
+
+def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    """An option of the command line for a setting; it has no value unless it is given."""
+    default, text = field.default, field.metadata["help"]
+    options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+    if field.name == "model":
+        options |= {"type": _size, "nargs": "+", "action": _Collect, "metavar": "KEY=VALUE"}
+    elif isinstance(default, bool):
+        options |= {"action": argparse.BooleanOptionalAction}
+    elif isinstance(default, tuple):
+        kind = float if field.name in ("until", "milestones") else int
+        options |= {"type": kind, "nargs": "*", "metavar": "X"}
+        text += f" (default: {' '.join(map(str, default)) or 'none'})"
+    else:
+        choices = field.metadata["choices"]
+        options |= {"type": type(default)}
+        options |= {"choices": choices or None, "metavar": None if choices else "X"}
+        text += f" (default: {default})" if default else ""
+    parser.add_argument(
+        "--" + field.name.replace("_", "-"), help=text.replace("%", "%%"), **options
     )
-    start.add_argument("--init", type=Path, help="directory of weights to start from instead")
-    length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--steps", type=int, help="length of training in steps")
-    length.add_argument("--minutes", type=float, help="length of training in minutes of run time")
-    add("--batch", type=int, default=8, help="crops per step (default: 8)")
-    add("--crop", type=int, default=128, help="side of a crop, a multiple of 64 (default: 128)")
-    add("--lr", type=float, default=1e-3, help="learning rate after warm-up (default: 1e-3)")
-    add("--final-lr", type=float, default=2e-5, help="learning rate at the end (default: 2e-5)")
-    add("--aux-lr", type=float, default=1e-3, help="of the prior's quantiles (default: 1e-3)")
-    add("--warmup", type=int, default=200, help="steps of linear warm-up (default: 200)")
-    add("--decay", type=float, default=0.3, help="final part with falling rate (default: 0.3)")
-    add("--clip", type=float, default=1.0, help="bound of the gradient norm (default: 1)")
-    add("--lmbda", type=float, default=0.013, help="for a model of one rate (default: 0.013)")
-    add("--balance", type=float, default=0.5, help="loss is divided by lambda^BALANCE (0.5)")
-    add("--validation", type=int, default=8, help="photographs held out (default: 8)")
-    add("--save-every", type=float, default=5.0, help="minutes between checkpoints (default: 5)")
-    add("--seed", type=int, default=0)
-    add(
-        "--round-transforms",
-        action="store_true",
-        help="export g_a, g_s and h_a rounded to float16, in a smaller file",
-    )
-    add("--threads", type=int, help="torch threads (default: torch's choice)")
-    args = parser.parse_args(argv)
-    if args.crop % 64 or args.crop <= 0:
-        parser.error(f"--crop must be a positive multiple of 64, got {args.crop}")
-    if (args.steps or args.minutes or 0) <= 0:
-        parser.error("--steps or --minutes must be above 0")
-    if args.validation < 1:
-        parser.error(f"--validation must be at least 1, got {args.validation}")
-    return args
 
 
-def load_photographs(folder: Path) -> list[np.ndarray]:
-    """All photographs below `folder`, sorted by path, as uint8 `[H, W, 3]`."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise SystemExit(f"no photographs below {folder}")
+class _Collect(argparse.Action):
+    """Several KEY=VALUE, and several times the option, into one dictionary."""
 
-    def read(path: Path) -> np.ndarray:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm(pool.map(read, paths), total=len(paths), desc="reading"))
+    def __call__(self, parser, namespace, values: Any, option_string=None) -> None:
+        merged = dict(getattr(namespace, self.dest, {}))
+        for value in values or ():
+            merged |= value
+        setattr(namespace, self.dest, merged)
 
 
-def random_crop(photo: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random crop `[size, size, 3]`, at random reduced in scale and flipped."""
-    largest = min(MAX_REDUCTION, min(photo.shape[:2]) / size)
-    side = size if largest <= 1 else int(size * rng.uniform(1, largest))
-    if min(photo.shape[:2]) < side:
-        raise SystemExit(f"a photograph of {photo.shape[:2]} is smaller than the crop of {size}")
-    top = rng.integers(photo.shape[0] - side + 1)
-    left = rng.integers(photo.shape[1] - side + 1)
-    crop = photo[top : top + side, left : left + side]
-    if side != size:
-        resized = Image.fromarray(crop).resize((size, size), Image.Resampling.LANCZOS)
-        crop = np.asarray(resized)
-    return crop[:, ::-1] if rng.random() < 0.5 else crop
-
-
-def to_batch(crops: list[np.ndarray]) -> Tensor:
-    """uint8 crops `[S, S, 3]` to one batch `[B, 3, S, S]` in 0...1, channels last in memory."""
-    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
-
-
-def lr_factor(step: int, progress: float, args: argparse.Namespace) -> float:
-    """Linear warm-up, a plateau, then a linear fall to `final_lr` over the last `decay` part."""
-    warm = min(1.0, (step + 1) / max(1, args.warmup))
-    left = min(1.0, (1 - progress) / args.decay) if args.decay > 0 else 1.0
-    floor = args.final_lr / args.lr
-    return warm * (floor + (1 - floor) * max(0.0, left))
-
-
-class Trainer:
-    """Model, optimisers, random state and position of one training run."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        torch.manual_seed(args.seed)
-        self.args = args
-        self.rng = np.random.default_rng(args.seed)
-        self.model = CMamba.from_pretrained(args.init) if args.init else CMamba(args.config)
-        self.model.train().requires_grad_(True)
-        self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        named = dict(self.model.named_parameters())
-        aux = named.pop("entropy_bottleneck.quantiles")
-        self.params = list(named.values())
-        self.optimizer = torch.optim.Adam(self.params, lr=args.lr)
-        self.aux_optimizer = torch.optim.Adam([aux], lr=args.aux_lr)
-        self.step = 0
-        self.seconds = 0.0
-        self.skipped = 0
-
-    @property
-    def progress(self) -> float:
-        """Part of the run that is done, 0...1."""
-        if self.args.steps:
-            return self.step / self.args.steps
-        return self.seconds / (60 * self.args.minutes)
-
-    def train_step(self, photos: list[np.ndarray]) -> dict[str, float]:
-        """One optimiser step on one batch of random crops."""
-        args, model = self.args, self.model
-        picks = self.rng.integers(len(photos), size=args.batch)
-        x = to_batch([random_crop(photos[i], args.crop, self.rng) for i in picks])
-        quality, lmbda, weight = None, args.lmbda, 1.0
-        if model.gain is not None:
-            # Stratified, so that every step sees the whole range of rates.
-            span = len(model.config.lmbdas) - 1
-            spread = (self.rng.permutation(args.batch) + self.rng.random(args.batch)) / args.batch
-            quality = torch.from_numpy(1 + span * spread).float()
-            lmbda = model.gain.lmbda(quality)
-            weight = (lmbda / lmbda.new_tensor(model.config.lmbdas).log().mean().exp()) ** (
-                -args.balance
-            )
-        losses = rate_distortion_loss(model(x, quality), x, lmbda)
-        loss = (weight * losses["loss"]).mean()
-
-        factor = lr_factor(self.step, self.progress, args)
-        for group in self.optimizer.param_groups:
-            group["lr"] = args.lr * factor
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.params, args.clip)
-        if torch.isfinite(norm) and torch.isfinite(loss):
-            self.optimizer.step()
-        else:
-            self.skipped += 1
-        self.aux_optimizer.zero_grad()
-        aux_loss = model.aux_loss()
-        aux_loss.backward()
-        self.aux_optimizer.step()
-        self.step += 1
-        return {
-            "loss": float(loss.detach()),
-            "bpp": float(losses["bpp"].detach().mean()),
-            "mse": float(losses["distortion"].detach().mean()),
-            "aux": float(aux_loss.detach()),
-            "grad_norm": float(norm),
-        }
-
-    @torch.no_grad()
-    def validate(self, photos: list[np.ndarray]) -> dict[str, dict[str, float]]:
-        """Estimated bpp and PSNR (of rounded pictures, mean) of held-out centre crops."""
-        self.model.eval()
-        result = {}
-        qualities = VALIDATION_QUALITIES if self.model.gain is not None else (None,)
-        for quality in qualities:
-            bpp, psnr = [], []
-            for photo in photos:
-                top = max(0, photo.shape[0] - VALIDATION_CROP) // 2
-                left = max(0, photo.shape[1] - VALIDATION_CROP) // 2
-                x = to_batch([photo[top : top + VALIDATION_CROP, left : left + VALIDATION_CROP]])
-                output = self.model(x, quality)
-                output["x_hat"] = (output["x_hat"].clamp(0, 1) * 255).round() / 255
-                losses = rate_distortion_loss(output, x, 0.0)
-                bpp.append(float(losses["bpp"]))
-                psnr.append(-10 * float(losses["distortion"].log10()))
-            result[str(quality)] = {"bpp": float(np.mean(bpp)), "psnr": float(np.mean(psnr))}
-        self.model.train()
-        return result
-
-    def save(self) -> None:
-        """Write `checkpoint.pt`; the old one stays until the new one is whole."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "aux_optimizer": self.aux_optimizer.state_dict(),
-            "config": self.model.config.to_json(),
-            "rng": self.rng.bit_generator.state,
-            "torch_rng": torch.get_rng_state(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "skipped": self.skipped,
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically(self.args.out / "checkpoint.pt", buffer.getvalue())
-
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint of the same configuration."""
-        state = torch.load(path, weights_only=True)
-        if state["config"] != self.model.config.to_json():
-            raise SystemExit(f"{path} is of another configuration; choose another --out")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.aux_optimizer.load_state_dict(state["aux_optimizer"])
-        self.rng.bit_generator.state = state["rng"]
-        torch.set_rng_state(state["torch_rng"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.skipped = state["skipped"]
-
-    def export(self) -> None:
-        """Write the model with its entropy tables into `model/`."""
-        if self.args.round_transforms:
-            # These decide what the picture looks like, but not how a decoder reads its symbols.
-            with torch.no_grad():
-                for module in (self.model.g_a, self.model.g_s, self.model.h_a):
-                    for parameter in module.parameters():
-                        parameter.copy_(parameter.half())
-        self.model.update(force=True)
-        self.model.save_pretrained(self.args.out / "model")
+def _size(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE as in TOML, got {text!r}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    photos = load_photographs(args.data)
-    if len(photos) <= args.validation:
-        raise SystemExit(
-            f"{len(photos)} photographs, of which --validation holds {args.validation} back: "
-            "nothing is left to train on"
-        )
-    held_out = photos[:: len(photos) // args.validation][: args.validation]
-    kept = {id(photo) for photo in held_out}
-    photos = [photo for photo in photos if id(photo) not in kept]
+    settings, extend = parse_args(argv)
+    # Only the first of several processes speaks, but all of them may fail.
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    logging.basicConfig(level=logging.INFO if is_first else logging.ERROR, format="%(message)s")
+    if settings.threads:
+        import torch
+
+        torch.set_num_threads(settings.threads)
     try:
-        trainer = Trainer(args)
+        with (
+            told_to_stop() as signals,
+            joined(settings.device) as group,
+            contextlib.closing(Run(settings, group, extend=extend)) as run,
+        ):
+            run.train(signals)
     except CMambaError as error:
-        raise SystemExit(f"--init: {error}") from error
-    if (args.out / "checkpoint.pt").exists():
-        trainer.resume(args.out / "checkpoint.pt")
+        raise SystemExit(f"train.py: {error}") from error
+    return 128 + signals[0] if signals else 0
 
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    saved = trainer.seconds
-    recent: list[dict[str, float]] = []
-    with (
-        open(args.out / "log.jsonl", "a") as log,
-        tqdm(
-            total=1.0,
-            initial=trainer.progress,
-            bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
-            mininterval=5,
-        ) as bar,
-    ):
 
-        def write(record: dict) -> None:
-            log.write(json.dumps(record) + "\n")
-            log.flush()
+@contextlib.contextmanager
+def told_to_stop() -> Iterator[list[int]]:
+    """The signals that asked this process to end, in a list that fills when they arrive."""
+    signals: list[int] = []
+    before = {
+        number: signal.signal(number, lambda received, _: signals.append(received))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-        def write_validation(event: str) -> None:
-            write(
-                {
-                    "event": event,
-                    "step": trainer.step,
-                    "minutes": round(trainer.seconds / 60, 3),
-                    "qualities": trainer.validate(held_out),
-                }
-            )
 
-        if trainer.step == 0:
-            write({"event": "start", "args": {k: str(v) for k, v in vars(args).items()}})
-        while trainer.progress < 1 and not stop:
-            began = time.monotonic()
-            recent.append(trainer.train_step(photos))
-            trainer.seconds += time.monotonic() - began
-            bar.update(min(1.0, trainer.progress) - bar.n)
-            if trainer.step % 50 == 0:
-                record = {key: float(np.mean([r[key] for r in recent])) for key in recent[0]}
-                recent.clear()
-                bar.set_postfix_str(f"step {trainer.step} loss {record['loss']:.4f}")
-                write(
-                    {
-                        "step": trainer.step,
-                        "minutes": round(trainer.seconds / 60, 3),
-                        "lr": trainer.optimizer.param_groups[0]["lr"],
-                        "skipped": trainer.skipped,
-                        **record,
-                    }
-                )
-            if trainer.seconds - saved > 60 * args.save_every:
-                saved = trainer.seconds
-                trainer.save()
-                write_validation("validation")
-        trainer.save()
-        if not stop:
-            write_validation("end")
-            trainer.export()
-    return 0
+class Run:
+    """A run in its folder: the trainer, and what is written while it trains.
+
+    Args:
+        extend: whether a run that is found in the folder may become longer.
+    """
+
+    def __init__(self, settings: Settings, group: Group, *, extend: bool) -> None:
+        self.settings, self.group, self.out = settings, group, Path(settings.out)
+        photographs = data.find_photographs(
+            settings.data, max(settings.crop), settings.validation, settings.workers
+        )
+        self.held_out = [
+            data.centre_crop(data.read_photograph(path), settings.validation_crop)
+            for path in photographs.held_out
+        ]
+        self.trainer = Trainer(settings, photographs, group)
+        found = checkpoints.newest(self.out / "checkpoints")
+        if found is not None:
+            self.trainer.restore(found, extend=extend)
+        group.check_same(self.trainer.step, "`out` must be one folder for all processes")
+        self.saved_at = self.trainer.seconds
+        self.log = (
+            Log(self.out, self.trainer.step, settings.tensorboard) if group.is_first else None
+        )
+        config = json.loads(self.trainer.model.config.to_json())
+        self.write(
+            "start" if found is None else "resume", settings=settings.to_dict(), model=config
+        )
+
+    def train(self, signals: list[int]) -> None:
+        """Train to the end, or until a signal comes; either way what was done is saved."""
+        settings, trainer = self.settings, self.trainer
+        profiler = profiling.Profiler(trainer.model, settings.profile)
+        with Progress(trainer, hidden=not self.group.is_first) as progress:
+            while not (trainer.finished or trainer.stopping):
+                profiler.before_step()
+                loss = trainer.train_step(stop=bool(signals))["loss"]
+                shares = profiler.after_step()
+                progress.show(loss)
+                if shares is not None:
+                    self.write("profile", share_of_operators=shares, **trainer.throughput())
+                if trainer.step % settings.log_every == 0:
+                    self.write(**trainer.report())
+                if trainer.finished:
+                    break
+                if settings.validate_every and trainer.step % settings.validate_every == 0:
+                    self.validate("validation")
+                    self.save()
+                elif trainer.seconds - self.saved_at >= 60 * settings.save_every:
+                    self.save()
+        self.save()
+        if trainer.finished:
+            model = self.validate("end")
+            self.save()  # again, with what is the best
+            if self.group.is_first:
+                model.save_pretrained(self.out / "model")
+
+    def close(self) -> None:
+        self.trainer.close()
+        if self.log is not None:
+            self.log.close()
+
+    def write(self, event: str = "", **values: Any) -> None:
+        """A record into the log."""
+        if self.log is not None:
+            named = {"event": event} if event else {}
+            self.log.write({**named, **self.trainer.position(), **values})
+
+    def save(self) -> None:
+        """A checkpoint; older ones make room."""
+        self.saved_at = self.trainer.seconds
+        if self.group.is_first:
+            folder, step = self.out / "checkpoints", self.trainer.step
+            checkpoints.write(folder, step, self.trainer.checkpoint())
+            best = [self.trainer.best["step"]] if self.trainer.best else []
+            checkpoints.prune(folder, step, self.settings.keep, also=best)
+
+    def validate(self, event: str) -> CMamba:
+        """Measure the model as it would be exported now, keep it if it is the best, return it."""
+        settings, trainer = self.settings, self.trainer
+        model = trainer.finished_model(round_transforms=settings.round_transforms)
+        samples = self.out / "samples" / f"{trainer.step:09d}" if settings.samples else None
+        qualities = validation.validate(
+            model,
+            self.held_out,
+            settings,
+            self.group,
+            coded=settings.coded in ("always", event),
+            samples=samples,
+        )
+        self.write(event, qualities=qualities)
+        if trainer.is_best(validation.mean_loss(qualities)) and self.group.is_first:
+            model.save_pretrained(self.out / "best")
+        return model
+
+
+class Progress:
+    """A bar of the steps, or of the minutes, that are done."""
+
+    def __init__(self, trainer: Trainer, *, hidden: bool) -> None:
+        self.trainer = trainer
+        steps = trainer.settings.steps
+        bar_format = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        self.bar = tqdm(
+            total=steps or 60 * trainer.settings.minutes,
+            initial=self._done(),
+            unit="step",
+            bar_format=None if steps else bar_format,
+            mininterval=1,
+            disable=hidden,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def show(self, loss: float) -> None:
+        """Move on to where the run is."""
+        self.bar.set_postfix_str(f"step {self.trainer.step} loss {loss:.4f}", refresh=False)
+        self.bar.update(self._done() - self.bar.n)
+
+    def _done(self) -> float:
+        s, trainer = self.trainer.settings, self.trainer
+        return trainer.step if s.steps else min(trainer.seconds, 60 * s.minutes)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""What is minimised: the paper's loss, weighted so that no rate drowns the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cmamba_ref.losses import rate_distortion_loss
+from cmamba_ref.model import CMamba
+from cmamba_ref.training.settings import Settings
+
+
+def objective(
+    model: CMamba, output: dict, x: Tensor, quality: Tensor | None, settings: Settings
+) -> dict[str, Tensor]:
+    """The loss of each picture.
+
+    The loss of one rate grows with its lambda.  For a model of all rates it is divided by
+    (lambda / geometric mean of all lambdas)^balance: with 0 high rates dominate, with 1 low ones
+    do (our choice).
+
+    Args:
+        output: what `CMamba.forward` returned for pictures x `[B, 3, H, W]` and qualities `[B]`.
+
+    Returns:
+        `loss`, weighted; `bpp` and `distortion` as `rate_distortion_loss` gives them, each `[B]`.
+    """
+    # A reconstruction under autocast has 16 bits: enough for the picture, not for its error.
+    output = {**output, "x_hat": output["x_hat"].float()}
+    if model.gain is None or quality is None:
+        return rate_distortion_loss(output, x, settings.lmbda, settings.distortion)
+    lmbda = model.gain.lmbda(quality)
+    centre = torch.tensor(model.gain.log_lmbdas, device=lmbda.device).mean().exp()
+    losses = rate_distortion_loss(output, x, lmbda, settings.distortion)
+    return {**losses, "loss": losses["loss"] * (lmbda / centre) ** -settings.balance}

@@ -1,0 +1,327 @@
+"""What a training run is: one frozen dataclass, from defaults, a TOML file and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cmamba_ref.config import CONFIGS, CMambaConfig
+from cmamba_ref.errors import InvalidArgumentError
+from cmamba_ref.metrics import MS_SSIM_MIN_SIDE
+from cmamba_ref.model import MULTIPLE
+
+DECAYS = ("linear", "cosine", "step")
+DISTORTIONS = ("mse", "ms-ssim")
+OPTIMISERS = ("adam", "adamw")
+PRECISIONS = ("fp32", "bf16")
+CODED = ("never", "end", "always")
+
+
+def _setting(default: Any, help: str, *, may_change: bool = False, choices: tuple = ()) -> Any:
+    """A field with what the command line says about it.
+
+    Args:
+        may_change: whether a run may go on with another value: it says how, where or how often
+            something is done, and not what is learned beyond rounding.
+    """
+    metadata = {"help": help, "may_change": may_change, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every choice of a training run; the command line and TOML files use these names.
+
+    Raises:
+        InvalidArgumentError: a value out of its range, or values that do not fit together.
+    """
+
+    data: str = _setting("", "folder of photographs, searched recursively", may_change=True)
+    out: str = _setting("", "folder for checkpoints, log and model", may_change=True)
+    # The model itself is compared when a run goes on, so how it was named may change.
+    config: str = _setting(
+        "", f"which model: {', '.join(CONFIGS)}, or a config.json (tiny)", may_change=True
+    )
+    init: str = _setting("", "weights to start from, instead: a directory", may_change=True)
+    model: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "sizes that differ from those of config, as KEY=VALUE in TOML's notation"}
+        | {"may_change": True, "choices": ()},
+    )
+
+    steps: int = _setting(0, "length of training in optimiser steps")
+    minutes: float = _setting(0.0, "length in minutes of training, validation not counted")
+    crop: tuple[int, ...] = _setting((128,), "side of the crops, one for each phase")
+    batch: tuple[int, ...] = _setting((8,), "crops per step over all processes, for each phase")
+    until: tuple[float, ...] = _setting((), "part of the run at which each phase but the last ends")
+    accumulate: int = _setting(1, "parts of a batch that a process does in turn", may_change=True)
+    scale: float = _setting(2.0, "crops are cut up to so much larger, then reduced")
+
+    distortion: str = _setting("mse", "what the loss measures", choices=DISTORTIONS)
+    lmbda: float = _setting(0.013, "trade-off of a model of one rate")
+    balance: float = _setting(0.5, "of a model of all rates: the loss is divided by lambda^BALANCE")
+
+    optimiser: str = _setting("adam", "of the weights", choices=OPTIMISERS)
+    lr: float = _setting(1e-4, "learning rate after warm-up")
+    final_lr: float = _setting(1e-5, "learning rate at the end")
+    warmup: int = _setting(200, "steps of linear warm-up")
+    schedule: str = _setting("linear", "shape of the fall from lr to final_lr", choices=DECAYS)
+    decay: float = _setting(0.3, "final part of the run in which a linear or cosine rate falls")
+    milestones: tuple[float, ...] = _setting(
+        (0.8, 0.9, 0.95), "parts of the run at which a rate of schedule step falls, evenly in log"
+    )
+    aux_lr: float = _setting(1e-3, "learning rate of the prior's quantiles")
+    weight_decay: float = _setting(0.0, "of adamw, on weights of convolutions and linear layers")
+    clip: float = _setting(1.0, "bound of the gradient norm; 0: none")
+    ema: float = _setting(0.999, "decay of the averaged weights that are exported; 0: no average")
+    precision: str = _setting(
+        "fp32", "bf16: autocast of the transforms; scans and entropy model stay", choices=PRECISIONS
+    )
+    seed: int = _setting(0, "of everything random")
+
+    validation: int = _setting(8, "photographs held out")
+    validation_crop: int = _setting(256, "side of their centre crops", may_change=True)
+    validate_every: int = _setting(
+        1000, "steps between validations; 0: only at the end", may_change=True
+    )
+    coded: str = _setting(
+        "end", "when held-out crops are coded to files", may_change=True, choices=CODED
+    )
+    samples: int = _setting(2, "held-out crops that are written as PNG", may_change=True)
+
+    save_every: float = _setting(5.0, "minutes between checkpoints", may_change=True)
+    keep: int = _setting(3, "newest checkpoints that are kept, beside the best", may_change=True)
+    log_every: int = _setting(50, "steps between records in the log", may_change=True)
+    tensorboard: bool = _setting(False, "also log for TensorBoard (extra: train)", may_change=True)
+    profile: int = _setting(0, "steps to profile at the start of this command", may_change=True)
+
+    device: str = _setting("auto", "cpu, cuda, or auto: cuda where there is one", may_change=True)
+    threads: int = _setting(0, "torch threads; 0: torch's choice", may_change=True)
+    workers: int = _setting(4, "threads that read photographs", may_change=True)
+    cache_gib: float = _setting(
+        2.0, "memory for crops cut in advance, per process, in GiB", may_change=True
+    )
+    channels_last: bool = _setting(True, "keep channels last in memory", may_change=True)
+    compile: bool = _setting(False, "compile the model by torch.compile", may_change=True)
+    round_transforms: bool = _setting(
+        False, "export g_a, g_s and h_a rounded to float16, in a smaller file", may_change=True
+    )
+
+    def __post_init__(self) -> None:
+        for name, value in _checked(self).items():
+            object.__setattr__(self, name, value)
+        if len(self.batch) != len(self.crop) or len(self.until) != len(self.crop) - 1:
+            raise InvalidArgumentError(
+                "`crop` must have as many entries as `batch` and one more than `until`, got "
+                f"{self.crop}, {self.batch} and {self.until}"
+            )
+        if list(self.until) != sorted(set(self.until)):
+            raise InvalidArgumentError(f"`until` must rise, got {self.until}")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise InvalidArgumentError(f"`milestones` must rise, got {self.milestones}")
+        if bool(self.steps) == bool(self.minutes):
+            raise InvalidArgumentError(
+                f"`steps` or `minutes` must be above 0, one of them alone, got {self.steps} and "
+                f"{self.minutes}; say how long to train"
+            )
+        if self.init and (self.config or self.model):
+            raise InvalidArgumentError(
+                f"`init` must stand without `config` and `model`, got {self.init!r} and "
+                f"{self.config or dict(self.model)!r}; the weights bring their configuration"
+            )
+        if self.profile and self.compile:
+            raise InvalidArgumentError(
+                f"`profile` must be 0 with `compile`, got {self.profile}; the parts of a compiled "
+                "model cannot be told apart"
+            )
+        if self.distortion == "ms-ssim" and min(self.crop) < MS_SSIM_MIN_SIDE:
+            raise InvalidArgumentError(
+                f"`crop` must be at least {MS_SSIM_MIN_SIDE} in each phase for MS-SSIM, got "
+                f"{self.crop}; train on larger crops"
+            )
+
+    def model_config(self) -> CMambaConfig:
+        """The sizes of the model: those of `config`, with what `model` changes.
+
+        Raises:
+            InvalidArgumentError: no such configuration, or sizes that do not fit together.
+        """
+        name = self.config or "tiny"
+        if name in CONFIGS:
+            base = CONFIGS[name]
+        elif Path(name).is_file():
+            base = CMambaConfig.from_json(Path(name).read_text())
+        else:
+            raise InvalidArgumentError(
+                f"`config` must be one of {sorted(CONFIGS)} or a config.json, got {name!r}"
+            )
+        known = {f.name for f in dataclasses.fields(CMambaConfig)}
+        if unknown := sorted(set(self.model) - known):
+            raise InvalidArgumentError(
+                f"`model` must hold sizes of CMambaConfig, got {unknown}; see cmamba_ref/config.py"
+            )
+        return dataclasses.replace(base, **self.model)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as they stand in JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+# The lowest and the highest value of each number; where both are open, it is a rule of its own.
+_RANGES: dict[str, tuple[float, float]] = {
+    "steps": (0, 10**12),
+    "minutes": (0, math.inf),
+    "crop": (MULTIPLE, 65536),
+    "batch": (1, 65536),
+    "until": (1e-6, 1),
+    "accumulate": (1, 65536),
+    "scale": (1, 64),
+    "lmbda": (1e-12, 1e12),
+    "balance": (-8, 8),
+    "lr": (1e-12, 1e3),
+    "final_lr": (0, 1e3),
+    "warmup": (0, 10**12),
+    "decay": (0, 1),
+    "milestones": (0, 1),
+    "aux_lr": (0, 1e3),
+    "weight_decay": (0, 1e3),
+    "clip": (0, math.inf),
+    "ema": (0, 1 - 1e-9),
+    "seed": (0, 2**32),
+    "validation": (1, 10**9),
+    "validation_crop": (MULTIPLE, 65536),
+    "validate_every": (0, 10**12),
+    "samples": (0, 10**9),
+    "save_every": (0, math.inf),
+    "keep": (1, 10**9),
+    "log_every": (1, 10**12),
+    "profile": (0, 10**6),
+    "threads": (0, 65536),
+    "workers": (1, 65536),
+    "cache_gib": (0, 2.0**20),
+}
+
+
+def _checked(settings: Settings) -> dict[str, Any]:
+    """The value of each setting, in its own type and range."""
+    checked = {}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if f.name == "model":
+            if not isinstance(value, Mapping):
+                raise InvalidArgumentError(f"`model` must be a table of sizes, got {value!r}")
+            checked["model"] = dict(value)
+            continue
+        several = isinstance(f.default, tuple)
+        # TOML and JSON have no tuples, and one number is a sequence of one.
+        entries = tuple(value) if several and isinstance(value, list | tuple) else (value,)
+        kind = _kind(f.name, f.default)
+        entries = tuple(_converted(f.name, entry, kind) for entry in entries)
+        if f.name in _RANGES:
+            low, high = _RANGES[f.name]
+            for entry in entries:
+                if not low <= entry <= high:  # also false for NaN
+                    raise InvalidArgumentError(
+                        f"`{f.name}` must be from {low:g} to {high:g}, got {entry!r}"
+                    )
+        choices = f.metadata["choices"]
+        if choices and entries[0] not in choices:
+            raise InvalidArgumentError(
+                f"`{f.name}` must be one of {', '.join(choices)}, got {entries[0]!r}"
+            )
+        checked[f.name] = entries if several else entries[0]
+    for name in ("crop", "validation_crop"):
+        sides = checked[name] if isinstance(checked[name], tuple) else (checked[name],)
+        if any(side % MULTIPLE for side in sides):
+            raise InvalidArgumentError(
+                f"`{name}` must be a multiple of {MULTIPLE}, got {checked[name]}"
+            )
+    return checked
+
+
+def _kind(name: str, default: object) -> type:
+    """The type of a setting, or of the entries of one that has several."""
+    if isinstance(default, tuple):
+        return float if name in ("until", "milestones") else int
+    return type(default)
+
+
+def _converted(name: str, value: object, kind: type) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise InvalidArgumentError(f"`{name}` must be of type {kind.__name__}, got {value!r}")
+    return value
+
+
+def read_toml(path: str | os.PathLike) -> dict[str, Any]:
+    """The settings in a TOML file; sizes of the model stand in its table `[model]`.
+
+    Raises:
+        InvalidArgumentError: no such file, no TOML, or a name that is no setting.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(f"cannot read the settings in {str(path)!r}: {error}") from error
+    known = {f.name for f in dataclasses.fields(Settings)}
+    if unknown := sorted(set(values) - known):
+        raise InvalidArgumentError(
+            f"{str(path)!r} must hold settings of the trainer, got {unknown}; "
+            "see cmamba_ref/training/settings.py"
+        )
+    return values
+
+
+def resolve(file: Mapping[str, Any], overrides: Mapping[str, Any]) -> Settings:
+    """Settings of a file with overrides on top.
+
+    Where an override excludes what the file says (`minutes` and `steps`, `init` and `config`),
+    the override counts; sizes in `model` are taken one by one.
+    """
+    values = dict(file)
+    for winner, losers in (
+        ("steps", ("minutes",)),
+        ("minutes", ("steps",)),
+        ("init", ("config", "model")),
+        ("config", ("init",)),
+    ):
+        if winner in overrides:
+            for loser in losers:
+                values.pop(loser, None)
+    tables = [given["model"] for given in (values, overrides) if "model" in given]
+    if len(tables) == 2 and all(isinstance(table, Mapping) for table in tables):
+        overrides = {**overrides, "model": {**tables[0], **tables[1]}}
+    return Settings(**{**values, **overrides})
+
+
+def conflicts(saved: Mapping[str, Any], now: Settings, *, extend: bool) -> list[str]:
+    """What keeps a run with the settings `saved` from going on with the settings `now`.
+
+    Args:
+        saved: what `to_dict` gave when the run was saved.
+        extend: whether `now` may be longer.
+
+    Returns:
+        one line for each setting that differs and may not.
+    """
+    wanted, found = now.to_dict(), []
+    for f in dataclasses.fields(Settings):
+        before, after = saved.get(f.name), wanted[f.name]
+        if before == after or f.metadata["may_change"]:
+            continue
+        if f.name in ("steps", "minutes"):
+            if extend and before and after > before:
+                continue
+            hint = ", unless you say --extend" if before and after > before else ""
+            found.append(f"{f.name} was {before} and is now {after}{hint}")
+        else:
+            found.append(f"{f.name} was {before} and is now {after}")
+    return found
