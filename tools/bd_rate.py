@@ -135,7 +135,8 @@ def as_json(
 
 def table(anchor: Curve, metric: str, outcomes: Sequence[tuple[Curve, BDRate | CurveError]]) -> str:
     """The outcomes as text, those that have a number by rising BD-rate."""
-    names = {id(test): f"{test.file}:{test.name}" for test, _ in outcomes}
+    several = len({test.file for test, _ in outcomes}) > 1
+    names = {id(t): f"{t.file}:{t.name}" if several else t.name for t, _ in outcomes}
     width = max(map(len, names.values()), default=0)
     lines = [
         f"BD-rate by {metric} against {anchor.label}, {anchor.dataset or 'pictures not named'}, "

@@ -88,7 +88,7 @@ def load_curves(spec: str) -> list[Curve]:
         raise CurveError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise CurveError(f"{path} is not JSON: {error}") from error
-    found = list(_curves(data, path))
+    found = list(curves_in(data, path))
     chosen = [c for c in found if name in ("", c.name) or c.name.startswith(f"{name}/")]
     if not chosen:
         known = ", ".join(c.name for c in found) or "none"
@@ -117,7 +117,8 @@ def _split(spec: str) -> tuple[Path, str]:
     return Path(path), name
 
 
-def _curves(data: object, path: Path) -> Iterator[Curve]:
+def curves_in(data: object, path: Path) -> Iterator[Curve]:
+    """Every curve in what a file of that path holds, in its order."""
     if not isinstance(data, dict):
         raise CurveError(f"{path} must hold a JSON object, got {type(data).__name__}")
     dataset = data.get("dataset", "")
