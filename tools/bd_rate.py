@@ -11,7 +11,8 @@ both codecs reach (Bjontegaard 2001, with PCHIP in the place of one cubic).  Neg
 
 That range is reported, and a pair is refused whose range is small beside the curves, or whose
 curves have fewer than four points or fall: then the number would say little.  The exit status is 1
-if a pair was refused.  Versions of one anchor differ by per cents (VTM's by 2), so its name and
+if a pair was refused.  Curves of other pictures than the anchor's are marked, as far as files name
+their pictures.  Versions of one anchor differ by per cents (VTM's by 2), so its name and
 source are always printed.
 """
 
@@ -148,6 +149,7 @@ def table(anchor: Curve, metric: str, outcomes: Sequence[tuple[Curve, BDRate | C
         lines.append(
             f"{names[id(test)]:<{width}}{o.percent:>+9.2f}%{o.low:>8.2f}{o.high:>8.2f}"
             f"{o.of_anchor:>11.0%}{o.of_test:>10.0%}"
+            + ("" if test.pictures == anchor.pictures else f"  other pictures: {test.dataset}")
         )
     refused = [(test, o) for test, o in outcomes if isinstance(o, CurveError)]
     lines += [f"{names[id(test)]:<{width}}  none: {error}" for test, error in refused]

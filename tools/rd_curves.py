@@ -44,6 +44,7 @@ class Curve:
         bpp: bits per pixel.
         qualities: for each metric that the file has, one value per point: PSNR in dB, MS-SSIM
             linear.
+        is_measured: whether it is the result of an evaluation, and not of a table.
     """
 
     file: str
@@ -53,6 +54,12 @@ class Curve:
     source: str
     bpp: tuple[float, ...]
     qualities: dict[str, tuple[float, ...]]
+    is_measured: bool = False
+
+    @property
+    def pictures(self) -> str:
+        """The dataset in a word, the same for files that describe it at length or in short."""
+        return self.dataset.split(",")[0].casefold()
 
     def points(self, metric: str) -> list[tuple[float, float]]:
         """(bpp, dB) of every point, by rising bpp.
@@ -154,7 +161,8 @@ def _curve(node: dict, results: dict, keys: tuple[str, ...], dataset: str, path:
                 qualities[metric] = values
     label = str(node.get("name", keys[-1] if keys else name))
     source = str(node.get("source", path.name))
-    return Curve(path.name, name, label, dataset, source, bpp, qualities)
+    measured = results is not node
+    return Curve(path.name, name, label, dataset, source, bpp, qualities, measured)
 
 
 def _numbers(values: object, what: str) -> tuple[float, ...]:
