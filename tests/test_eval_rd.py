@@ -182,12 +182,15 @@ def test_avif_is_tuned_for_psnr():
 # ---------------------------------------------------------------- sweeps
 
 
-def test_several_models_are_points_of_one_curve_or_curves_of_their_own(folder, tmp_path):
+def test_several_models_are_points_of_one_curve_or_curves_of_their_own(folder, tmp_path, capsys):
     for seed in (0, 1):
         random_model(ONE_RATE, seed).save_pretrained(tmp_path / f"lambda{seed}")
     low, high = str(tmp_path / "lambda0"), str(tmp_path / "lambda1")
     arguments = [str(folder), "--limit", "1", "--codecs", "-o", str(tmp_path / "rd.json")]
     models = ["--model", f"both={low}", high, "--model", f"alone={high}"]
+    with pytest.raises(SystemExit):
+        eval_rd.main([*arguments, *models, "--qualities", "3"])
+    assert "these have one rate" in capsys.readouterr().err
     assert eval_rd.main([*arguments, *models]) == 0
     report = json.loads((tmp_path / "rd.json").read_text())
     assert set(report) == {"both", "alone", "meta"}
@@ -285,6 +288,7 @@ def test_an_empty_file_of_partial_results_is_none(tmp_path):
     ("change", "message"),
     [
         (["--qualities", "9"], "quality"),
+        (["--limit", "0"], "--limit"),
         (["--model", "mine=none"], "config.json"),
         (["--model", str(MODEL)], "name of its own"),
         (["--codecs", "jpeg"], "jpeg420"),
@@ -301,6 +305,7 @@ def test_wrong_arguments_are_refused_before_any_work(folder, capsys, change, mes
 def test_bad_folders_and_pictures_are_named(folder, tmp_path, capsys):
     for name in ("colour.png", "grey.png"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "._colour.png").write_bytes(b"not a picture, and hidden")
     Image.new("RGB", (300, 100)).save(tmp_path / "flat.png")
     (tmp_path / "torn.png").write_bytes((folder / "colour.png").read_bytes()[:2000])
     for given, names in ((tmp_path, ("flat.png", "torn.png")), (tmp_path / "none", ("none",))):

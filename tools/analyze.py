@@ -45,12 +45,11 @@ from feature_statistics import (
 from figures import save
 from observe import Observation, observe, receptive_field
 from partial_results import PartialResults
-from provenance import of_run
-from rd_measure import read_rgb
+from provenance import of_run, versions
+from rd_measure import picture_paths, read_rgb
 from tqdm import tqdm
 
 from cmamba_ref import CMamba, CMambaError
-from cmamba_ref.batch import SUFFIXES
 from cmamba_ref.errors import explain
 from cmamba_ref.files import write_atomically
 from cmamba_ref.model import MULTIPLE
@@ -172,16 +171,14 @@ def main(argv: list[str] | None = None) -> int:
     add("--picture", metavar="NAME", help="the picture of bits.png (default: the first)")
     add("--fresh", action="store_true", help="forget what an earlier run left unfinished")
     args = parser.parse_args(argv)
-    provenance = of_run("analyze.py", argv)
-    conditions = {key: provenance[key] for key in ("commit", "machine", "threads")}
+    provenance = {
+        **of_run("analyze.py", argv),
+        "versions": versions("cmamba-ref", "torch", "numpy"),
+    }
+    conditions = {key: provenance[key] for key in provenance if key not in ("command", "date")}
     output = args.output / "analysis.json"
     try:
-        if not args.folder.is_dir():
-            raise CMambaError(f"{args.folder} is no folder")
-        paths = [
-            p for p in sorted(args.folder.iterdir()) if p.name.lower().endswith(SUFFIXES["encode"])
-        ]
-        paths = paths[: args.limit]
+        paths = picture_paths(args.folder, args.limit)
         if args.picture and args.picture not in [path.name for path in paths]:
             raise CMambaError(f"--picture must be one of the pictures, got {args.picture!r}")
         model = CMamba.from_pretrained(args.model)

@@ -172,6 +172,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     add("--json", type=Path, metavar="FILE", help="write the numbers here")
     args = parser.parse_args(argv)
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json must lie in an existing directory, got {str(args.json)!r}")
     try:
         anchor = load_curve(args.anchor)
         tests = [curve for spec in args.tests for curve in load_curves(spec)]

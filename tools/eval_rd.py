@@ -30,9 +30,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import importlib.metadata
 import json
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,16 +42,17 @@ import rd_curves
 import rd_measure
 from classical_codecs import CODECS
 from partial_results import PartialResults
-from provenance import of_run
+from provenance import of_run, versions
 from rd_measure import MEASURES, OUR_MEASURES, Point, Row, Task
 from tqdm import tqdm
 
 from cmamba_ref import CMambaError, pool
-from cmamba_ref.batch import PROCESS_DIED, SUFFIXES, core_count
+from cmamba_ref.batch import PROCESS_DIED, core_count
 from cmamba_ref.files import write_atomically
 from cmamba_ref.metrics import MS_SSIM_MIN_SIDE
 
 OURS = "cmamba"
+# Those that have a part in the numbers.
 PACKAGES = ("cmamba-ref", "torch", "numpy", "pillow", "pytorch-msssim")
 
 
@@ -89,12 +88,7 @@ def find_pictures(folder: Path, limit: int | None) -> list[Picture]:
     Raises:
         CMambaError: there is none, or some cannot; all of those are named.
     """
-    if not folder.is_dir():
-        raise CMambaError(f"{folder} is no folder")
-    suffixes = SUFFIXES["encode"]
-    paths = sorted(p for p in folder.iterdir() if p.name.lower().endswith(suffixes))[:limit]
-    if not paths:
-        raise CMambaError(f"no pictures in {folder}")
+    paths = rd_measure.picture_paths(folder, limit)
     pictures, bad = [], []
     for path in tqdm(paths, desc="checking pictures", leave=False, disable=None):
         try:
@@ -138,16 +132,19 @@ def find_curves(
                 "name it: --model NAME=MODEL"
             )
         curves[name] = [_checkpoint(source, qualities) for source in (first, *sources[1:])]
+    used = {q for checkpoints in curves.values() for c in checkpoints for q in c.qualities}
+    if qualities and used == {None}:
+        raise CMambaError("--qualities are for models with a range of them; these have one rate")
     return curves
 
 
 def _checkpoint(source: str, qualities: Sequence[float] | None) -> Checkpoint:
     model = rd_measure.load_model(source)
-    if qualities or not model.config.variable_rate:
-        chosen = [model.check_quality(quality) for quality in qualities or [None]]
-    else:
-        chosen = [float(quality) for quality in range(1, len(model.config.lmbdas) + 1)]
-    return Checkpoint(source, model.config.name, model.model_id.hex(), tuple(chosen))
+    chosen: Sequence[float | None] = [None]
+    if model.config.variable_rate:
+        chosen = qualities or range(1, len(model.config.lmbdas) + 1)
+    checked = tuple(model.check_quality(quality) for quality in chosen)
+    return Checkpoint(source, model.config.name, model.model_id.hex(), checked)
 
 
 def find_points(curves: dict[str, list[Checkpoint]], codecs: Sequence[str]) -> list[Point]:
@@ -275,14 +272,6 @@ def table(report: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def versions() -> dict[str, str]:
-    """Of all that has a part in the numbers."""
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -310,7 +299,12 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
     add("--anchor", default="jpeg420", metavar="CODEC", help="of BD-rates (default: jpeg420)")
     add("--limit", type=int, metavar="N", help="only the first N pictures")
     add("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
-    add("--keep", type=Path, metavar="DIR", help="keep coded files and decoded pictures in here")
+    add(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="keep the files that this run makes, and the decoded pictures, in here",
+    )
     add("--fresh", action="store_true", help="forget what an earlier run left unfinished")
     add("-o", "--output", type=Path, metavar="FILE", help="write the JSON here")
     args = parser.parse_args(argv)
@@ -328,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     codecs = list(CODECS) if args.codecs is None else args.codecs
     left_out = [key for key in codecs if not CODECS[key].is_available()]
     codecs = [key for key in codecs if key not in left_out]
-    provenance = {**of_run("eval_rd.py", argv), "versions": versions(), "jobs": args.jobs}
+    provenance = {**of_run("eval_rd.py", argv), "versions": versions(*PACKAGES), "jobs": args.jobs}
     conditions = {key: provenance[key] for key in provenance if key not in ("command", "date")}
     try:
         pictures = find_pictures(args.folder, args.limit)

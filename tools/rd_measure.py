@@ -20,7 +20,8 @@ from resident import peak_bytes, restart_peak
 from stage_clock import OTHER, Timing, time_by_stage
 
 import cmamba_ref
-from cmamba_ref import CMamba
+from cmamba_ref import CMamba, CMambaError
+from cmamba_ref.batch import SUFFIXES
 from cmamba_ref.errors import explain
 from cmamba_ref.files import write_atomically
 from cmamba_ref.images import read_image, write_png
@@ -80,6 +81,25 @@ class Task:
 def use_threads(count: int) -> None:
     """Let torch compute with at most so many threads in this process."""
     torch.set_num_threads(min(count, torch.get_num_threads()))
+
+
+def picture_paths(folder: Path, limit: int | None) -> list[Path]:
+    """The files of a folder that may be pictures by their names, sorted; hidden ones are not.
+
+    Args:
+        limit: only the first so many; None for all.
+
+    Raises:
+        CMambaError: there is no folder, or nothing in it.
+        OSError: the folder cannot be read.
+    """
+    if not folder.is_dir():
+        raise CMambaError(f"{folder} is no folder")
+    names = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    paths = [path for path in names if path.name.lower().endswith(SUFFIXES["encode"])][:limit]
+    if not paths:
+        raise CMambaError(f"no pictures in {folder}")
+    return paths
 
 
 def read_rgb(path: Path) -> np.ndarray:
