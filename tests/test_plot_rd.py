@@ -1,5 +1,8 @@
 """Rate-distortion plots: what is drawn is what the files say, and the numbers lie beside it."""
 
+import contextlib
+import importlib
+import io
 import json
 import subprocess
 import sys
@@ -111,3 +114,27 @@ def test_help_explains(root, tool):
     )
     assert done.returncode == 0, done.stderr
     assert f"python tools/{tool}.py" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("plot_rd", ["{ours}", "-o", "{folder}/plot.png"]),
+        ("bd_rate", ["{anchors}:kodak", "{ours}"]),
+        ("analyze", ["{pictures}", "-o", "{folder}/analysis"]),
+    ],
+)
+def test_a_missing_extra_is_named_before_any_work(ours, anchors, tmp_path, tool, arguments):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (64, 64)).save(pictures / "a.png")
+    places = {"ours": ours, "anchors": anchors, "folder": tmp_path, "pictures": pictures}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("matplotlib", "matplotlib.figure", "scipy", "scipy.interpolate"):
+            patch.setitem(sys.modules, name, None)
+        with (
+            pytest.raises(SystemExit) as stopped,
+            contextlib.redirect_stderr(io.StringIO()) as error,
+        ):
+            importlib.import_module(tool).main([text.format(**places) for text in arguments])
+    assert stopped.value.code == 2 and "cmamba-ref[eval]" in error.getvalue()

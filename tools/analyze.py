@@ -42,7 +42,7 @@ from feature_statistics import (
     pooled,
     spatial_correlation,
 )
-from figures import save
+from figures import new_figure, save
 from observe import Observation, observe, receptive_field
 from partial_results import PartialResults
 from provenance import of_run, versions
@@ -185,6 +185,9 @@ def main(argv: list[str] | None = None) -> int:
         quality = model.check_quality(args.quality)
         args.output.mkdir(parents=True, exist_ok=True)
         kept = PartialResults(output, conditions, fresh=args.fresh)
+        new_figure(1, 1)  # before any work, not after all of it
+    except ImportError as error:
+        parser.error(f"{error}; install the extra: pip install 'cmamba-ref[eval]'")
     except (CMambaError, OSError) as error:
         parser.error(str(error))
 

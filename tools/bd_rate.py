@@ -118,16 +118,12 @@ def as_json(
     anchor: Curve, metric: str, outcomes: Sequence[tuple[Curve, BDRate | CurveError]]
 ) -> dict[str, object]:
     """The outcomes as JSON holds them."""
-
-    def identity(curve: Curve) -> dict[str, str]:
-        return {key: getattr(curve, key) for key in ("file", "name", "label", "dataset", "source")}
-
     return {
         "metric": metric,
         "interpolation": "PCHIP of log rate over dB",
-        "anchor": identity(anchor),
+        "anchor": anchor.identity(),
         "codecs": [
-            identity(test)
+            test.identity()
             | ({"refused": str(o)} if isinstance(o, CurveError) else {"bd_rate": asdict(o)})
             for test, o in outcomes
         ],
@@ -179,7 +175,11 @@ def main(argv: list[str] | None = None) -> int:
         tests = [curve for spec in args.tests for curve in load_curves(spec)]
     except CurveError as error:
         parser.error(str(error))
-    outcomes = compare(anchor, [t for t in tests if t != anchor], args.metric, args.min_overlap)
+    try:
+        others = [test for test in tests if test != anchor]
+        outcomes = compare(anchor, others, args.metric, args.min_overlap)
+    except ImportError as error:
+        parser.error(f"{error}; install the extra: pip install 'cmamba-ref[eval]'")
     print(table(anchor, args.metric, outcomes))
     if args.json:
         text = json.dumps(as_json(anchor, args.metric, outcomes), indent=1) + "\n"

@@ -74,10 +74,7 @@ def draw(
         )
         shown.append(
             {
-                **{
-                    key: getattr(curve, key)
-                    for key in ("file", "name", "label", "dataset", "source")
-                },
+                **curve.identity(),
                 "bpp": [rate for rate, _ in points],
                 "db": [quality for _, quality in points],
                 "bd_rate_percent": rate.percent if isinstance(rate, BDRate) else None,

@@ -56,6 +56,11 @@ class Curve:
     qualities: dict[str, tuple[float, ...]]
     is_measured: bool = False
 
+    def identity(self) -> dict[str, str]:
+        """Which curve it is, as JSON holds it."""
+        keys = ("file", "name", "label", "dataset", "source")
+        return {key: getattr(self, key) for key in keys}
+
     @property
     def pictures(self) -> str:
         """The dataset in a word, the same for files that describe it at length or in short."""
