@@ -1,89 +1,316 @@
 """Evaluation: what it reports is what lies on disk, and nothing measured is lost."""
 
+import io
 import json
 from pathlib import Path
 
 import eval_rd
 import numpy as np
 import pytest
+import rd_measure
+import stage_clock
+import torch
+from classical_codecs import CODECS
+from codec_helpers import ONE_RATE, load_picture, picture, random_model
+from partial_results import OtherConditionsError, PartialResults
 from PIL import Image
+from pytorch_msssim import ms_ssim
 
 import cmamba_ref
+from cmamba_ref.metrics import psnr
 
 PHOTOGRAPH = Path(cmamba_ref.__file__).parent / "data" / "coffee.png"
 MODEL = Path(__file__).parent / "golden" / "model"
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
     """Two crops of a photograph, one of them grey."""
-    target = tmp_path / "pictures"
-    target.mkdir()
+    target = tmp_path_factory.mktemp("pictures")
     with Image.open(PHOTOGRAPH) as image:
         image.crop((0, 0, 170, 200)).save(target / "colour.png")
         image.crop((200, 100, 400, 270)).convert("L").save(target / "grey.png")
     return target
 
 
-def test_report_agrees_with_an_independent_computation(folder, tmp_path):
-    output = tmp_path / "rd.json"
-    arguments = [str(folder), "--model", str(MODEL), "--qualities", "1", "8", "-o", str(output)]
-    assert eval_rd.main(arguments) == 0
-    report = json.loads(output.read_text())
-    results = report["cmamba"]["results"]
-    assert results["quality"] == [1.0, 8.0]
+def run(folder: Path, output: Path, *more: str) -> int:
+    return eval_rd.main([str(folder), "--model", str(MODEL), "-o", str(output), *more])
 
+
+@pytest.fixture(scope="module")
+def evaluated(folder, tmp_path_factory) -> tuple[dict, Path]:
+    """A report of our codec and one classical one, and the folder of what was kept."""
+    target = tmp_path_factory.mktemp("evaluated")
+    arguments = ["--qualities", "1", "8", "--codecs", "jpeg420", "--keep", str(target / "kept")]
+    assert run(folder, target / "rd.json", *arguments) == 0
+    assert not (target / "rd.json.partial").exists()
+    return json.loads((target / "rd.json").read_text()), target / "kept"
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(
+    ("codec", "point", "suffix"), [("cmamba", 1, ".cmb"), ("jpeg420", 3, ".jpg")]
+)
+def test_report_agrees_with_an_independent_computation(folder, evaluated, codec, point, suffix):
+    """From the sizes of files on disk and from the decoded PNGs."""
+    report, kept = evaluated
+    setting = report[codec]["results"]["quality"][point]
+    (at_point,) = (kept / codec).glob(f"*{setting:g}" if codec == "cmamba" else f"{setting}")
+    means = {"bpp": [], "psnr-rgb": [], "ms-ssim-rgb": []}
+    for k, name in enumerate(report["meta"]["pictures"]["names"]):
+        original = np.array(Image.open(folder / name).convert("RGB")).astype(np.float64)
+        decoded = np.array(Image.open(at_point / f"{name}.decoded.png")).astype(np.float64)
+        x, y = (torch.from_numpy(p).permute(2, 0, 1)[None] for p in (original, decoded))
+        size = (at_point / f"{name}{suffix}").stat().st_size
+        row = {
+            "bpp": 8 * size / (original.shape[0] * original.shape[1]),
+            "psnr-rgb": 20 * np.log10(255 / np.sqrt(np.mean((original - decoded) ** 2))),
+            "ms-ssim-rgb": float(ms_ssim(x, y, data_range=255)),
+        }
+        for measure, value in row.items():
+            assert report[codec]["per_picture"][point][k][measure] == pytest.approx(value)
+            means[measure].append(value)
+    for measure, values in means.items():
+        assert report[codec]["results"][measure][point] == pytest.approx(np.mean(values))
+
+
+def test_the_files_are_those_of_the_codec(folder, evaluated):
+    report, kept = evaluated
     model = cmamba_ref.CMamba.from_pretrained(MODEL)
-    bpp, psnr = [], []
-    for name in report["meta"]["pictures"]["names"]:
-        picture = np.asarray(Image.open(folder / name).convert("RGB"))
-        data = cmamba_ref.encode(model, picture, 8)
-        decoded = cmamba_ref.decode(data, model)
-        bpp.append(len(data) * 8 / (picture.shape[0] * picture.shape[1]))
-        error = np.square(picture.astype(float) - decoded).mean()
-        psnr.append(20 * np.log10(255 / np.sqrt(error)))
-    assert results["bpp"][1] == pytest.approx(np.mean(bpp))
-    assert results["psnr-rgb"][1] == pytest.approx(np.mean(psnr))
+    data = cmamba_ref.encode(model, load_picture(folder / "colour.png"), 8)
+    point = f"{model.model_id.hex()}-8"
+    assert (kept / "cmamba" / point / "colour.png.cmb").read_bytes() == data
+    assert report["cmamba"]["results"]["model"] == [model.model_id.hex()] * 2
 
+
+def test_times_are_split_by_stage(evaluated):
+    report, _ = evaluated
+    for row in [row for rows in report["cmamba"]["per_picture"] for row in rows]:
+        for direction in ("encoding", "decoding"):
+            parts = [row[f"{direction}_time_{group}"] for group in rd_measure.GROUPS]
+            assert sum(parts) == pytest.approx(row[f"{direction}_time"])
+            assert min(parts[:3]) > 0
+            assert row[f"{direction}_peak_bytes"] > 50e6  # torch alone takes more
+
+
+def test_every_stage_has_its_group():
+    model = random_model(ONE_RATE)
+    stages = {stage for stage, _ in stage_clock.stages_of(model)} | {"entropy coder"}
+    timing = stage_clock.Timing(total=len(stages) + 2.0, stages=dict.fromkeys(stages, 1.0))
+    groups = rd_measure.by_group(timing)
+    transforms = sum(stage.startswith(("g_a", "g_s")) for stage in stages)
+    assert groups == {
+        "time_transform": transforms,
+        "time_entropy_parameters": len(stages) - transforms - 1,
+        "time_coder": 1,
+        "time_other": 2,
+    }
+
+
+def test_layout(evaluated):
+    """One object per codec, as CompressAI has it, and what it was measured with."""
+    report, _ = evaluated
+    assert set(report) == {"cmamba", "jpeg420", "meta"}
+    for codec in ("cmamba", "jpeg420"):
+        curve = report[codec]
+        points = len(curve["results"]["quality"])
+        assert curve["name"] and curve["description"]
+        assert all(len(values) == points for values in curve["results"].values())
+        assert [len(rows) for rows in curve["per_picture"]] == [2] * points
     jpeg = report["jpeg420"]["results"]
-    assert len(jpeg["bpp"]) == len(eval_rd.JPEG_QUALITIES)
     assert jpeg["bpp"] == sorted(jpeg["bpp"]) and jpeg["psnr-rgb"] == sorted(jpeg["psnr-rgb"])
-    for key in ("command", "commit", "machine", "versions", "model", "threads"):
+    for key in ("command", "commit", "machine", "versions", "models", "threads", "jobs"):
         assert report["meta"][key]
+    rates = report["meta"]["bd_rates"]
+    assert set(rates) == {"psnr", "ms-ssim"} and rates["psnr"]["anchor"]["name"] == "jpeg420"
+    assert "the test has 2" in rates["psnr"]["codecs"][0]["refused"]
 
 
-def test_bd_rate_of_half_the_bits_is_minus_fifty_per_cent():
-    anchor = {"bpp": [0.2, 0.4, 0.8, 1.6], "psnr-rgb": [28.0, 31.0, 34.0, 37.0]}
-    half = {"bpp": [0.1, 0.2, 0.4, 0.8], "psnr-rgb": anchor["psnr-rgb"]}
-    assert eval_rd.bd_rate(anchor, half) == pytest.approx(-50)
-    assert eval_rd.bd_rate(anchor, anchor) == pytest.approx(0, abs=1e-9)
+# ---------------------------------------------------------------- classical codecs
 
 
-def test_bd_rate_of_curves_apart_is_refused():
-    low = {"bpp": [0.1, 0.2, 0.3, 0.4], "psnr-rgb": [20.0, 21.0, 22.0, 23.0]}
-    high = {"bpp": [0.1, 0.2, 0.3, 0.4], "psnr-rgb": [30.0, 31.0, 32.0, 33.0]}
-    with pytest.raises(ValueError, match="no PSNR"):
-        eval_rd.bd_rate(low, high)
-    with pytest.raises(ValueError, match="four points"):
-        eval_rd.bd_rate({key: values[:3] for key, values in low.items()}, low)
+@pytest.mark.parametrize("key", CODECS)
+def test_classical_codecs_trade_rate_for_quality(key):
+    codec = CODECS[key]
+    if not codec.is_available():
+        pytest.skip(f"this Pillow has no {codec.format}")
+    image = picture(96, 128)
+    sizes, errors = [], []
+    for setting in codec.settings[::3]:
+        data = codec.encode(image, setting)
+        sizes.append(len(data))
+        errors.append(np.mean((codec.decode(data).astype(float) - image) ** 2))
+    assert sizes == sorted(sizes) and errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.5 * errors[0]
+    assert any(character.isdigit() for character in codec.version())
+
+
+@pytest.mark.parametrize(("key", "name"), [("jpeg420",) * 2, ("webp",) * 2, ("jpeg2000", "jp2")])
+def test_classical_codecs_as_measured_elsewhere(kodak_paths, shared_dir, key, name):
+    """Means over Kodak, measured by other code; other versions of a library move them a little."""
+    table = shared_dir / "rd" / "measured_kodak.json"
+    if not table.is_file() or not CODECS[key].is_available():
+        pytest.skip("no measured points in `shared/rd`, or no such codec")
+    curve = json.loads(table.read_text())["codecs"][name]
+    k = len(curve["setting"]) // 2
+    rates, qualities = [], []
+    for path in kodak_paths:
+        original = load_picture(path)
+        data = CODECS[key].encode(original, curve["setting"][k])
+        rates.append(8 * len(data) * 3 / original.size)
+        qualities.append(psnr(original, CODECS[key].decode(data)))
+    assert np.mean(rates) == pytest.approx(curve["bpp"][k], rel=0.01)
+    assert np.mean(qualities) == pytest.approx(curve["psnr"][k], abs=0.1)
+
+
+def test_avif_is_tuned_for_psnr():
+    codec = CODECS["avif"]
+    if not codec.is_available():
+        pytest.skip("this Pillow has no AVIF")
+    image = load_picture(PHOTOGRAPH)[:200, :256]
+    by_default = {k: v for k, v in codec.options(50).items() if k != "advanced"}
+    plain = io.BytesIO()
+    Image.fromarray(image).save(plain, "AVIF", **by_default)
+    ours, theirs = (
+        psnr(image, codec.decode(data)) for data in (codec.encode(image, 50), plain.getvalue())
+    )
+    assert ours > theirs + 0.5
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+def test_several_models_are_points_of_one_curve_or_curves_of_their_own(folder, tmp_path, capsys):
+    for seed in (0, 1):
+        random_model(ONE_RATE, seed).save_pretrained(tmp_path / f"lambda{seed}")
+    low, high = str(tmp_path / "lambda0"), str(tmp_path / "lambda1")
+    arguments = [str(folder), "--limit", "1", "--codecs", "-o", str(tmp_path / "rd.json")]
+    models = ["--model", f"both={low}", high, "--model", f"alone={high}"]
+    with pytest.raises(SystemExit):
+        eval_rd.main([*arguments, *models, "--qualities", "3"])
+    assert "these have one rate" in capsys.readouterr().err
+    assert eval_rd.main([*arguments, *models]) == 0
+    report = json.loads((tmp_path / "rd.json").read_text())
+    assert set(report) == {"both", "alone", "meta"}
+    both, alone = report["both"]["results"], report["alone"]["results"]
+    assert both["quality"] == [None, None] and alone["quality"] == [None]
+    assert both["model"][0] != both["model"][1] == alone["model"][0]
+    assert both["bpp"][1] == alone["bpp"][0] != both["bpp"][0]
+    assert [m["name"] for m in report["meta"]["models"]["both"]] == [ONE_RATE.name] * 2
+
+
+def test_several_processes_measure_the_same(folder, evaluated, tmp_path):
+    report, _ = evaluated
+    arguments = ["--qualities", "1", "8", "--codecs", "jpeg420", "--jobs", "2"]
+    assert run(folder, tmp_path / "rd.json", *arguments) == 0
+    again = json.loads((tmp_path / "rd.json").read_text())
+    assert again["meta"]["jobs"] == 2
+    for codec in ("cmamba", "jpeg420"):
+        for measure in ("bpp", "psnr-rgb", "ms-ssim-rgb"):
+            assert again[codec]["results"][measure] == report[codec]["results"][measure]
+
+
+# ---------------------------------------------------------------- interruptions and failures
+
+
+def test_ctrl_c_leaves_what_a_second_run_completes(folder, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "rd.json"
+    arguments = [folder, output, "--qualities", "1", "--codecs", "jpeg420"]
+    measured = []
+
+    def stopping(task, measure=rd_measure.measure):
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        measured.append(task)
+        return measure(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rd_measure, "measure", stopping)
+        assert run(*arguments) == 130
+    assert "5 are kept" in capsys.readouterr().err and not output.exists()
+    partial = tmp_path / "rd.json.partial"
+    first = partial.read_text()
+    partial.write_text(first + '["cut sho')
+
+    later = []
+    with monkeypatch.context() as patch:
+        measure = rd_measure.measure
+        patch.setattr(rd_measure, "measure", lambda task: (later.append(task), measure(task))[1])
+        assert run(*arguments) == 0
+    assert not set(later) & set(measured)
+    assert len(later) + len(measured) == 2 * (1 + len(CODECS["jpeg420"].settings))
+    assert not partial.exists()
+    kept = dict(json.loads(line) for line in first.splitlines()[1:])
+    rows = [row for rows in json.loads(output.read_text())["cmamba"]["per_picture"] for row in rows]
+    assert all(row in kept.values() for row in rows)
+
+
+def test_a_failure_is_named_and_the_rest_is_kept(folder, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "rd.json"
+
+    def failing(task, measure=rd_measure.measure):
+        return "not enough memory" if task.picture.name == "grey.png" else measure(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rd_measure, "measure", failing)
+        assert run(folder, output, "--qualities", "1", "--codecs") == 1
+    error = capsys.readouterr().err
+    assert "grey.png: not enough memory" in error and "1 are kept" in error
+    assert not output.exists()
+    assert run(folder, output, "--qualities", "1", "--codecs") == 0
+
+
+def test_what_the_package_refuses_is_one_line(tmp_path):
+    point = rd_measure.Point("cmamba", 1.0, str(MODEL))
+    outcome = rd_measure.measure(rd_measure.Task(point, tmp_path / "none.png"))
+    assert isinstance(outcome, str) and "none.png" in outcome
+
+
+def test_partial_results_of_other_conditions_are_refused(tmp_path):
+    output = tmp_path / "rd.json"
+    PartialResults(output, {"commit": "a", "jobs": 1}).add("key", {"bpp": 1.0})
+    assert PartialResults(output, {"commit": "a", "jobs": 1}).results == {"key": {"bpp": 1.0}}
+    with pytest.raises(OtherConditionsError, match="commit: 'a' there, 'b' now"):
+        PartialResults(output, {"commit": "b", "jobs": 1})
+    assert PartialResults(output, {"commit": "b"}, fresh=True).results == {}
+    assert PartialResults(output, {"commit": "b"}).results == {}
+
+
+def test_an_empty_file_of_partial_results_is_none(tmp_path):
+    (tmp_path / "rd.json.partial").write_text("")
+    PartialResults(tmp_path / "rd.json", {"jobs": 1}).add("a", 1)
+    assert PartialResults(tmp_path / "rd.json", {"jobs": 1}).results == {"a": 1}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (["--qualities", "9"], "quality"),
-        (["--model", "none"], "config.json"),
+        (["--limit", "0"], "--limit"),
+        (["--model", "mine=none"], "config.json"),
+        (["--model", str(MODEL)], "name of its own"),
+        (["--codecs", "jpeg"], "jpeg420"),
+        (["--jobs", "0"], "--jobs"),
         (["-o", "no/such/folder/rd.json"], "directory"),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_work(folder, capsys, change, message):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         eval_rd.main([str(folder), "--model", str(MODEL), *change])
-    assert message in capsys.readouterr().err
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_small_pictures_are_named(folder, capsys):
-    Image.new("RGB", (300, 100)).save(folder / "flat.png")
-    with pytest.raises(SystemExit):
-        eval_rd.main([str(folder), "--model", str(MODEL)])
-    assert "flat.png" in capsys.readouterr().err
+def test_bad_folders_and_pictures_are_named(folder, tmp_path, capsys):
+    for name in ("colour.png", "grey.png"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "._colour.png").write_bytes(b"not a picture, and hidden")
+    Image.new("RGB", (300, 100)).save(tmp_path / "flat.png")
+    (tmp_path / "torn.png").write_bytes((folder / "colour.png").read_bytes()[:2000])
+    for given, names in ((tmp_path, ("flat.png", "torn.png")), (tmp_path / "none", ("none",))):
+        with pytest.raises(SystemExit) as stopped:
+            eval_rd.main([str(given), "--model", str(MODEL)])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and all(name in error for name in names)
+        assert "colour.png" not in error

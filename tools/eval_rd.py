@@ -1,209 +1,382 @@
-"""Rate and distortion of a model on a folder of pictures, measured on real files, beside JPEG.
+"""Rate and distortion of models on a folder of pictures, measured on real files, beside JPEG & Co.
 
     python tools/eval_rd.py photos -o rd.json
-    python tools/eval_rd.py photos --model tiny --qualities 1 4 8
+    python tools/eval_rd.py photos --model tiny --qualities 1 4 8 --codecs jpeg420 webp
+    python tools/eval_rd.py photos --model mine=runs/a/model --model paper=low/model high/model
 
-Every picture is encoded to a file and decoded from it.  Rate is the size of the file, header
-included; PSNR and MS-SSIM are those of the decoded 8-bit pictures, averaged over pictures.  The
-JSON has CompressAI's layout (one list per measure, one entry per quality), one object per codec,
-and says under `meta` what it was measured with.  BD-rate is against JPEG 4:2:0 on the same
-pictures, by PSNR with piecewise cubic interpolation, over the range of PSNR that both reach.
+Every picture is encoded to a file and decoded from it.  bpp is 8 times the size of the file, header
+included, over the number of pixels; PSNR (RGB) and MS-SSIM (linear) are those of the decoded 8-bit
+pictures; what is said of a folder is the mean over its pictures.  Times are those of the codec,
+from picture to bytes and back, without the disk; ours are split into the transforms g_a and g_s,
+what gives the entropy parameters (h_a, h_s, CAE, LRP), the entropy coder, and the rest.  Peaks are
+those of the process, with torch and the model.  With several processes (--jobs) each has its share
+of the cores, and times are longer than those of one alone.
+
+Each --model is a curve.  A model with a range of qualities gives one point for each; several
+directories after one --model, for instance models trained for one lambda each, are points of one
+curve.  The classical codecs run on the same pictures, as far as this Pillow has them.
+
+The JSON has CompressAI's layout, one object per codec: `results` holds a list per measure with an
+entry per point, `per_picture` the same for each picture.  `meta` says what it was measured with and
+gives BD-rates against the --anchor by PSNR and MS-SSIM (see tools/bd_rate.py).
+
+With -o, what has been measured is kept beside the output as it comes (FILE.partial): after Ctrl-C
+or a failure the same command goes on where it stopped.  The exit status is 1 if a measurement
+failed, 2 for wrong arguments or pictures, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
-import platform
 import sys
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import bd_rate
 import numpy as np
-import PIL
-import torch
-from PIL import Image
-from provenance import of_run
+import rd_curves
+import rd_measure
+from classical_codecs import CODECS
+from partial_results import PartialResults
+from provenance import of_run, versions
+from rd_measure import MEASURES, OUR_MEASURES, Point, Row, Task
 from tqdm import tqdm
 
-import cmamba_ref
-from cmamba_ref import CMamba, CMambaError
-from cmamba_ref.demo import JPEG
+from cmamba_ref import CMambaError, pool
+from cmamba_ref.batch import PROCESS_DIED, core_count
 from cmamba_ref.files import write_atomically
-from cmamba_ref.images import read_image
-from cmamba_ref.metrics import MS_SSIM_MIN_SIDE, bits_per_pixel, ms_ssim, psnr
+from cmamba_ref.metrics import MS_SSIM_MIN_SIDE
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-JPEG_QUALITIES = (5, 10, 20, 30, 40, 50, 60, 70, 80, 90)
-MEASURES = ("bpp", "psnr-rgb", "ms-ssim-rgb", "encoding_time", "decoding_time")
-
-# A codec at one quality: picture and a path to write to; gives the picture back, and two times.
-Codec = Callable[[np.ndarray, Path], tuple[np.ndarray, float, float]]
+OURS = "cmamba"
+# Those that have a part in the numbers.
+PACKAGES = ("cmamba-ref", "torch", "numpy", "pillow", "pytorch-msssim")
 
 
-def cmamba_codec(model: CMamba, quality: float | None) -> Codec:
-    """Our codec, through a file."""
+@dataclass(frozen=True)
+class Picture:
+    """A file to measure on; the digest is of its bytes."""
 
-    def code(picture: np.ndarray, path: Path) -> tuple[np.ndarray, float, float]:
-        start = time.perf_counter()
-        write_atomically(path, cmamba_ref.encode(model, picture, quality))
-        encoded = time.perf_counter()
-        decoded = cmamba_ref.decode(path.read_bytes(), model)
-        return decoded, encoded - start, time.perf_counter() - encoded
-
-    return code
+    path: Path
+    digest: str
 
 
-def jpeg_codec(quality: int) -> Codec:
-    """JPEG 4:2:0 with optimised tables, as Pillow writes it."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model of a curve.
 
-    def code(picture: np.ndarray, path: Path) -> tuple[np.ndarray, float, float]:
-        start = time.perf_counter()
-        write_atomically(path, JPEG.encode(picture, quality))
-        encoded = time.perf_counter()
-        with Image.open(path) as image:
-            decoded = np.array(image.convert("RGB"))
-        return decoded, encoded - start, time.perf_counter() - encoded
+    Attributes:
+        name: of its configuration.
+        qualities: at which it is measured; [None] for a model of one rate.
+    """
 
-    return code
-
-
-def measure(code: Codec, pictures: list[np.ndarray], path: Path) -> list[dict[str, float]]:
-    """All measures of one codec at one quality, for each picture."""
-    rows = []
-    for picture in pictures:
-        decoded, encoding, decoding = code(picture, path)
-        height, width = picture.shape[:2]
-        rows.append(
-            {
-                "bpp": bits_per_pixel(path.stat().st_size, width, height),
-                "psnr-rgb": psnr(picture, decoded),
-                "ms-ssim-rgb": ms_ssim(picture, decoded),
-                "encoding_time": encoding,
-                "decoding_time": decoding,
-            }
-        )
-    return rows
+    source: str
+    name: str
+    model_id: str
+    qualities: tuple[float | None, ...]
 
 
-def bd_rate(anchor: dict[str, list[float]], test: dict[str, list[float]]) -> float:
-    """Bjontegaard delta rate of `test` against `anchor` in per cent, negative where it saves.
+# ---------------------------------------------------------------- what to measure
 
-    Needs the package `bjontegaard` (extra `eval`).
+
+def find_pictures(folder: Path, limit: int | None) -> list[Picture]:
+    """The pictures of a folder, each of which can be measured.
 
     Raises:
-        ValueError: fewer than four points, or no PSNR that both reach.
+        CMambaError: there is none, or some cannot; all of those are named.
     """
-    from bjontegaard import bd_rate as bjontegaard_delta_rate
+    paths = rd_measure.picture_paths(folder, limit)
+    pictures, bad = [], []
+    for path in tqdm(paths, desc="checking pictures", leave=False, disable=None):
+        try:
+            if min(rd_measure.read_rgb(path).shape[:2]) < MS_SSIM_MIN_SIDE:
+                raise CMambaError(
+                    f"{path} has a side of less than {MS_SSIM_MIN_SIDE} pixels, too few for MS-SSIM"
+                )
+            pictures.append(Picture(path, hashlib.sha256(path.read_bytes()).hexdigest()))
+        except (CMambaError, OSError) as error:
+            bad.append(str(error))
+    if bad:
+        raise CMambaError(
+            f"{len(bad)} of {len(paths)} pictures cannot be measured:\n  "
+            + "\n  ".join(bad)
+            + "\nmove them away, so that it is clear over which pictures the means are"
+        )
+    return pictures
 
-    points = []
-    for results in (anchor, test):
-        pairs = sorted(zip(results["bpp"], results["psnr-rgb"], strict=True))
-        points += [np.array(column) for column in zip(*pairs, strict=True)]
-    ranges = [(curve.min(), curve.max()) for curve in points[1::2]]
-    if min(len(curve) for curve in points) < 4:
-        raise ValueError("it takes four points of each codec")
-    if max(low for low, _ in ranges) >= min(high for _, high in ranges):
-        raise ValueError("there is no PSNR that both codecs reach")
-    percent = bjontegaard_delta_rate(
-        *points, method="pchip", require_matching_points=False, min_overlap=0
-    )
-    assert isinstance(percent, float)  # a tuple only where interpolators are asked for
-    return percent
+
+def find_curves(
+    given: Sequence[Sequence[str]], qualities: Sequence[float] | None
+) -> dict[str, list[Checkpoint]]:
+    """The checkpoints of each curve, by the name of the curve.
+
+    Args:
+        given: for each curve its models; the first may begin with `NAME=`.
+        qualities: for every model with a range of them; None for all whole ones.
+
+    Raises:
+        CMambaError: a model cannot be loaded, a quality is out of range, or a name is taken.
+        OSError: a model cannot be read.
+    """
+    curves: dict[str, list[Checkpoint]] = {}
+    for sources in given:
+        name, equals, first = sources[0].partition("=")
+        if not equals:
+            name, first = OURS, sources[0]
+        if name in curves or name in CODECS or name in ("", "meta"):
+            raise CMambaError(
+                f"each curve must have a name of its own, got {name!r} again; "
+                "name it: --model NAME=MODEL"
+            )
+        curves[name] = [_checkpoint(source, qualities) for source in (first, *sources[1:])]
+    used = {q for checkpoints in curves.values() for c in checkpoints for q in c.qualities}
+    if qualities and used == {None}:
+        raise CMambaError("--qualities are for models with a range of them; these have one rate")
+    return curves
 
 
-def provenance(
-    folder: Path, names: list[str], model: CMamba, command: list[str]
-) -> dict[str, object]:
-    """What the numbers were measured with."""
-    return {
-        **of_run("eval_rd.py", command),
-        "versions": {
-            "cmamba-ref": cmamba_ref.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-        },
-        "model": {"name": model.config.name, "id": model.model_id.hex()},
-        "pictures": {"folder": folder.resolve().name, "names": names},
+def _checkpoint(source: str, qualities: Sequence[float] | None) -> Checkpoint:
+    model = rd_measure.load_model(source)
+    chosen: Sequence[float | None] = [None]
+    if model.config.variable_rate:
+        chosen = qualities or range(1, len(model.config.lmbdas) + 1)
+    checked = tuple(model.check_quality(quality) for quality in chosen)
+    return Checkpoint(source, model.config.name, model.model_id.hex(), checked)
+
+
+def find_points(curves: dict[str, list[Checkpoint]], codecs: Sequence[str]) -> list[Point]:
+    """All points, curve by curve and model by model."""
+    points = [
+        Point(name, quality, checkpoint.source, checkpoint.model_id)
+        for name, checkpoints in curves.items()
+        for checkpoint in checkpoints
+        for quality in checkpoint.qualities
+    ]
+    return points + [Point(key, setting) for key in codecs for setting in CODECS[key].settings]
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def key_of(point: Point, picture: Picture) -> str:
+    """What a result is kept under: everything that it depends on beside the conditions."""
+    return f"{point.codec} {point.label} {picture.digest}"
+
+
+def measure_all(
+    points: Sequence[Point],
+    pictures: Sequence[Picture],
+    kept: PartialResults,
+    jobs: int,
+    keep: Path | None,
+) -> int:
+    """Measure what is not yet in `kept`, into it; returns how many measurements failed."""
+    keys = {
+        Task(point, picture.path, keep): key_of(point, picture)
+        for point in points
+        for picture in pictures
     }
+    waiting = [task for task, key in keys.items() if key not in kept.results]
+    failed = 0
+    form = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} to go"
+    with tqdm(
+        total=len(keys), initial=len(keys) - len(waiting), bar_format=form, disable=None
+    ) as bar:
+
+        def report(task: Task, outcome: Row | str | None) -> None:
+            nonlocal failed
+            bar.set_description_str(f"{task.point.codec} {task.point.label}", refresh=False)
+            bar.update()
+            if isinstance(outcome, dict):
+                kept.add(keys[task], outcome)
+                return
+            failed += 1
+            text = outcome or PROCESS_DIED
+            bar.write(f"{task.point.codec}, {task.picture}: {text}", file=sys.stderr)
+
+        if jobs == 1:
+            for task in waiting:
+                report(task, rd_measure.measure(task))
+        else:
+            threads = max(1, core_count() // jobs)
+            prepare = functools.partial(rd_measure.use_threads, threads)
+            pool.spread(rd_measure.measure, waiting, jobs, prepare, report)
+    return failed
 
 
-def main(argv: list[str] | None = None) -> int:
+# ---------------------------------------------------------------- the report
+
+
+def report_of(
+    points: Sequence[Point],
+    pictures: Sequence[Picture],
+    curves: dict[str, list[Checkpoint]],
+    results: dict[str, Row],
+) -> dict[str, dict]:
+    """Every curve as the JSON has it, without `meta`."""
+    report: dict[str, dict] = {}
+    for codec in dict.fromkeys(point.codec for point in points):
+        mine = [point for point in points if point.codec == codec]
+        rows = [[results[key_of(point, picture)] for picture in pictures] for point in mine]
+        checkpoints = curves.get(codec)
+        if checkpoints:
+            name = f"CMamba {', '.join(dict.fromkeys(c.name for c in checkpoints))}"
+            description = f"{len(checkpoints)} model(s), see meta"
+        else:
+            name = CODECS[codec].name
+            description = f"Pillow, {CODECS[codec].version()}"
+        means: dict[str, list] = {"quality": [point.setting for point in mine]}
+        if checkpoints:
+            means["model"] = [point.model_id for point in mine]
+        measures = MEASURES + (OUR_MEASURES if checkpoints else ())
+        for measure in measures:
+            # The peak of memory is not counted everywhere.
+            if all(measure in row for of_point in rows for row in of_point):
+                means[measure] = [_mean(row[measure] for row in of_point) for of_point in rows]
+        report[codec] = {
+            "name": name,
+            "description": description,
+            "results": means,
+            "per_picture": rows,
+        }
+    return report
+
+
+def _mean(values: Iterator[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def bd_rates(report: dict[str, dict], anchor: str) -> tuple[dict[str, object], str]:
+    """BD-rates of all other codecs against the anchor, by each metric: as JSON and as text."""
+    found = {curve.name: curve for curve in rd_curves.curves_in(report, Path("this run"))}
+    others = [curve for name, curve in found.items() if name != anchor]
+    as_json, text = {}, []
+    for metric in rd_curves.METRICS:
+        outcomes = bd_rate.compare(found[anchor], others, metric)
+        as_json[metric] = bd_rate.as_json(found[anchor], metric, outcomes)
+        text.append(bd_rate.table(found[anchor], metric, outcomes))
+    return as_json, "\n\n".join(text)
+
+
+def table(report: dict[str, dict]) -> str:
+    """The means as text."""
+    lines = [f"{'codec':<12}{'quality':>8}" + "".join(f"{measure:>15}" for measure in MEASURES)]
+    for codec, curve in report.items():
+        results = curve["results"]
+        for k, quality in enumerate(results["quality"]):
+            values = "".join(f"{results[measure][k]:>15.4f}" for measure in MEASURES)
+            lines.append(f"{codec:<12}{'' if quality is None else f'{quality:g}':>8}{values}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("folder", type=Path, help="folder of pictures with sides of at least 161 pixels")
-    add("--model", default="tiny", help="name or directory (default: tiny)")
+    add(
+        "--model",
+        nargs="+",
+        action="append",
+        metavar="[NAME=]MODEL",
+        help="a curve: name or directory of a model, or of several (default: cmamba=tiny)",
+    )
     add("--qualities", type=float, nargs="+", help="default: every whole quality of the model")
-    add("--limit", type=int, help="only the first so many pictures")
-    add("-o", "--output", type=Path, help="write the JSON here")
-    argv = sys.argv[1:] if argv is None else argv
+    add(
+        "--codecs",
+        nargs="*",
+        choices=CODECS,
+        metavar="CODEC",
+        help=f"classical codecs: {' '.join(CODECS)} (default: all; --codecs alone: none)",
+    )
+    add("--anchor", default="jpeg420", metavar="CODEC", help="of BD-rates (default: jpeg420)")
+    add("--limit", type=int, metavar="N", help="only the first N pictures")
+    add("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
+    add(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="keep the files that this run makes, and the decoded pictures, in here",
+    )
+    add("--fresh", action="store_true", help="forget what an earlier run left unfinished")
+    add("-o", "--output", type=Path, metavar="FILE", help="write the JSON here")
     args = parser.parse_args(argv)
     if args.output and not args.output.parent.is_dir():
         parser.error(f"-o must lie in an existing directory, got {str(args.output)!r}")
+    for name in ("limit", "jobs"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    return parser, args
 
-    paths = sorted(p for p in args.folder.glob("*") if p.suffix.lower() in SUFFIXES)[: args.limit]
-    if not paths:
-        parser.error(f"no pictures in {str(args.folder)!r}")
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser, args = parse(argv)
+    codecs = list(CODECS) if args.codecs is None else args.codecs
+    left_out = [key for key in codecs if not CODECS[key].is_available()]
+    codecs = [key for key in codecs if key not in left_out]
+    provenance = {**of_run("eval_rd.py", argv), "versions": versions(*PACKAGES), "jobs": args.jobs}
+    conditions = {key: provenance[key] for key in provenance if key not in ("command", "date")}
     try:
-        pictures = [read_image(path) for path in paths]
-        model = CMamba.from_pretrained(args.model)
-        for quality in args.qualities or ():
-            model.check_quality(quality)
+        pictures = find_pictures(args.folder, args.limit)
+        curves = find_curves(args.model or [[f"{OURS}=tiny"]], args.qualities)
+        kept = PartialResults(args.output, conditions, fresh=args.fresh)
     except (CMambaError, OSError) as error:
         parser.error(str(error))
-    for path, picture in zip(paths, pictures, strict=True):
-        if min(picture.shape[:2]) < MS_SSIM_MIN_SIDE:
-            parser.error(f"{path} has a side of less than {MS_SSIM_MIN_SIDE} pixels")
-    # A grey picture is measured as three equal planes, by every codec.
-    pictures = [p if p.ndim == 3 else np.stack([p] * 3, axis=-1) for p in pictures]
+    for key in left_out:
+        print(f"{key} is left out: this Pillow cannot write it", file=sys.stderr)
+    points = find_points(curves, codecs)
 
-    qualities = args.qualities or (
-        [float(q) for q in range(1, len(model.config.lmbdas) + 1)]
-        if model.config.variable_rate
-        else [None]
-    )
-    runs = [("cmamba", quality, cmamba_codec(model, quality)) for quality in qualities]
-    runs += [("jpeg420", quality, jpeg_codec(quality)) for quality in JPEG_QUALITIES]
-    report: dict[str, dict] = {
-        name: {
-            "name": description,
-            "results": {"quality": [], **{key: [] for key in MEASURES}},
-            "per_picture": [],
-        }
-        for name, description in (
-            ("cmamba", f"CMamba {model.config.name}"),
-            ("jpeg420", "JPEG 4:2:0, optimised tables"),
-        )
-    }
-    # The first call of a model sets things up; that is not the time of a picture.
-    cmamba_ref.decode(cmamba_ref.encode(model, pictures[0], qualities[0]), model)
-    with tempfile.TemporaryDirectory() as scratch, tqdm(runs, disable=None) as progress:
-        for name, quality, code in progress:
-            rows = measure(code, pictures, Path(scratch) / "file")
-            results = report[name]["results"]
-            results["quality"].append(quality)
-            for key in MEASURES:
-                results[key].append(float(np.mean([row[key] for row in rows])))
-            report[name]["per_picture"].append(rows)
-            means = "  ".join(f"{key} {results[key][-1]:8.4f}" for key in MEASURES)
-            tqdm.write(f"{name:<8} quality {str(quality):<5} {means}", file=sys.stdout)
-    report["meta"] = provenance(args.folder, [path.name for path in paths], model, argv)
     try:
-        rate = bd_rate(report["jpeg420"]["results"], report["cmamba"]["results"])
-    except (ImportError, ValueError) as error:
-        print(f"no BD-rate: {error}")
+        failed = measure_all(points, pictures, kept, args.jobs, args.keep)
+    except KeyboardInterrupt:
+        print(f"interrupted; {_what_is_kept(kept)}", file=sys.stderr)
+        return 130
+    if failed:
+        print(f"{failed} measurements failed; {_what_is_kept(kept)}", file=sys.stderr)
+        return 1
+
+    report = report_of(points, pictures, curves, kept.results)
+    report["meta"] = {
+        **provenance,
+        "models": {
+            name: [
+                {"name": c.name, "id": c.model_id, "qualities": c.qualities} for c in checkpoints
+            ]
+            for name, checkpoints in curves.items()
+        },
+        "pictures": {
+            "folder": args.folder.resolve().name,
+            "names": [picture.path.name for picture in pictures],
+        },
+        "codecs_left_out": left_out,
+    }
+    print(table({name: curve for name, curve in report.items() if name != "meta"}))
+    if args.anchor in report:
+        try:
+            report["meta"]["bd_rates"], text = bd_rates(report, args.anchor)
+        except ImportError as error:
+            text = f"no BD-rates: {error}; pip install scipy"
     else:
-        report["meta"]["bd_rate_vs_jpeg420_percent"] = round(rate, 2)
-        print(f"BD-rate against JPEG 4:2:0 by PSNR: {rate:+.1f} %")
+        text = f"no BD-rates: the anchor {args.anchor!r} is not in this run"
+    print(f"\n{text}")
     if args.output:
         write_atomically(args.output, (json.dumps(report, indent=1) + "\n").encode())
+        kept.discard()
     return 0
+
+
+def _what_is_kept(kept: PartialResults) -> str:
+    if kept.path is None:
+        return "without -o nothing is kept"
+    return f"{len(kept.results)} are kept in {kept.path}, the same command goes on from there"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
@@ -19,6 +21,15 @@ def of_run(tool: str, arguments: list[str]) -> dict[str, object]:
         "machine": f"{platform.machine()}, {processor()}",
         "threads": torch.get_num_threads(),
     }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python and of these packages, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def commit() -> str:

@@ -1,0 +1,255 @@
+"""Analysis: what is observed is what the codec works with, and the statistics are what they say."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import analyze
+import feature_statistics
+import numpy as np
+import observe
+import pytest
+import torch
+from codec_helpers import SMALL, as_input, picture, random_model, recording
+from feature_statistics import GRID, REACH
+from PIL import Image
+
+from cmamba_ref.blocks import CASSM
+
+MIDDLE = GRID // 2
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights; its blocks do something, which fresh ones do not."""
+    made = random_model(dataclasses.replace(SMALL, depths=(1, 2, 1)))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for block in made.modules():
+            if isinstance(block, CASSM):
+                for weight in (block.ssm.ss2d.out_proj.weight, block.cnn.conv2.weight):
+                    weight.normal_(0, 0.2)
+        for cae in made.context.cae:  # and one scale that is below the table's
+            cae.head.bias[-1] = -5  # type: ignore[union-attr, operator]
+    made.update(force=True)
+    return made
+
+
+# ---------------------------------------------------------------- what is observed
+
+
+def test_the_latent_and_its_bits_are_those_of_the_codec(model):
+    x = as_input(picture(128, 192))
+    seen = observe.observe(model, x, 5)
+    with recording() as recordings:
+        coded = model.compress(x, 5)
+    (coding,) = recordings
+    scales = np.exp(np.clip(coding.log_scales, np.log(0.11), np.log(256)))
+    symbols = coding.symbols[-scales.size :]  # after those of z, slice by slice as in y
+    rounded = np.rint(seen.normalised.ravel() * scales)
+    # The codec computes in float64, so a value in the middle may be rounded the other way.
+    assert np.mean(rounded == symbols) > 0.999
+    assert np.any(symbols != 0)
+    bits = seen.y_bits.sum() + seen.z_bits
+    # No symbol counts for more than 30 bits here; an escape costs less.
+    assert 0.8 * bits < 8 * sum(len(strings[0]) for strings in coded["strings"]) < 1.1 * bits
+
+
+def test_blocks_and_their_weights(model):
+    x = as_input(picture(64, 128))
+    seen = {block.name: block for block in observe.observe(model, x, 4).blocks}
+    order = ["g_a H/2 1", "g_a H/4 1", "g_a H/4 2", "g_a H/8 1"]
+    order += ["g_s H/8 1", "g_s H/4 1", "g_s H/4 2", "g_s H/2 1"]
+    assert list(seen) == order
+    assert set(seen["g_a H/2 1"].paths) == {"cnn"} and seen["g_a H/2 1"].alpha is None
+    with torch.no_grad():
+        at_h4 = model.g_a[2](model.g_a[1](model.g_a[0](x)))
+        block = model.g_a[3]
+        f_ssm, f_cnn = block.ssm(at_h4), block.cnn(at_h4)
+        alpha, beta = block.fusion_weights(f_ssm, f_cnn)
+        expected = {"ssm": f_ssm, "cnn": f_cnn, "fused": block.w(alpha * f_ssm + beta * f_cnn)}
+    found = seen["g_a H/4 1"]
+    for path, maps in expected.items():
+        np.testing.assert_allclose(found.paths[path], maps[0].numpy(), rtol=1e-4, atol=1e-5)
+    assert found.alpha is not None and found.alpha.std() > 0
+    np.testing.assert_allclose(found.alpha, alpha.flatten().numpy(), rtol=1e-5)
+
+
+def test_watching_leaves_nothing_behind(model):
+    observe.observe(model, as_input(picture(64, 64)), 4)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_receptive_field_is_where_a_pixel_matters(model):
+    """Without the SSM paths it is bounded; with them it is the whole picture."""
+    x = as_input(picture(256, 256))
+    field = observe.receptive_field(model, x)
+    assert field.shape == (256, 256) and field.max() == 1
+    top, left = np.unravel_index(field.argmax(), field.shape)
+    assert abs(top - 128) < 24 and abs(left - 128) < 24
+    assert field[0, 0] > 0
+    local = random_model(dataclasses.replace(SMALL, ssm_stages=(False,) * 3))
+    bounded = observe.receptive_field(local, x)
+    assert bounded.max() == 1 and not bounded[:32].any() and not bounded[:, :32].any()
+
+
+# ---------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("size", [(32, 64), (33, 47)])
+def test_a_wave_has_its_place_in_the_spectrum(size):
+    """A quarter of a turn per position to the right is pi/2; 0 is the constant."""
+    wave = np.cos(np.pi / 2 * np.arange(size[1]))[None, None].repeat(size[0], 1)
+    spectrum = feature_statistics.log_spectrum(np.concatenate([wave + 0.1]))
+    assert spectrum.shape == (GRID, GRID) and spectrum[MIDDLE, MIDDLE] == 0
+    away = spectrum.copy()
+    away[MIDDLE, MIDDLE] = -np.inf
+    row, column = np.unravel_index(away.argmax(), away.shape)
+    assert row == MIDDLE and abs(column - MIDDLE) == pytest.approx(GRID // 4, abs=1)
+
+
+def test_amplitudes_are_relative_and_logarithmic():
+    """An impulse has all frequencies alike; twice the constant part is ln 2 less of the rest."""
+    impulse = np.zeros((2, 16, 24))
+    impulse[:, 3, 5] = 1
+    assert np.abs(feature_statistics.log_spectrum(impulse)).max() < 1e-9
+    constant = impulse + 1 / impulse[0].size
+    spectrum = feature_statistics.log_spectrum(constant)
+    assert feature_statistics.half_diagonal(spectrum)[-1] == pytest.approx(-np.log(2))
+    assert len(feature_statistics.half_diagonal(spectrum)) == MIDDLE + 1
+
+
+def test_a_blurred_map_has_less_of_high_frequencies():
+    noise = np.random.default_rng(0).normal(size=(8, 64, 64)) + 1
+    blurred = noise + np.roll(noise, 1, axis=2) + np.roll(noise, 1, axis=1)
+    sharp, soft = (
+        feature_statistics.half_diagonal(feature_statistics.log_spectrum(maps))
+        for maps in (noise, blurred)
+    )
+    assert soft[-2] < sharp[-2] - 0.5
+
+
+def test_correlation_of_known_maps():
+    noise = np.random.default_rng(0).normal(size=(16, 60, 70))
+    white = feature_statistics.spatial_correlation(noise + 5)  # the offset is no correlation
+    assert white[REACH, REACH] == pytest.approx(1)
+    white[REACH, REACH] = 0
+    assert np.abs(white).max() < 0.02
+    # Each value shares a half with its neighbour to the right.
+    pairs = feature_statistics.spatial_correlation(noise[:, :, 1:] + noise[:, :, :-1])
+    assert pairs[REACH, REACH + 1] == pytest.approx(0.5, abs=0.02)
+    assert pairs[REACH, REACH - 1] == pytest.approx(0.5, abs=0.02)
+    assert abs(pairs[REACH + 1, REACH]) < 0.02
+    down = feature_statistics.spatial_correlation(noise[:, 2:] - noise[:, :-2])
+    assert down[REACH + 2, REACH] == pytest.approx(-0.5, abs=0.02)
+
+
+def test_correlation_of_small_and_constant_maps():
+    small = feature_statistics.spatial_correlation(np.random.default_rng(0).normal(size=(2, 2, 9)))
+    assert small[REACH, REACH] == pytest.approx(1) and not small[0].any()
+    assert not feature_statistics.spatial_correlation(np.ones((2, 8, 8))).any()
+
+
+def test_bits_go_to_their_slice():
+    bits = np.zeros((6, 2, 3))
+    bits[4, 1, 2], bits[0, 0, 0], bits[1, 0, 0] = 7, 1, 2
+    by_slice = feature_statistics.bits_by_slice(bits, 3)
+    assert by_slice.shape == (3, 2, 3) and by_slice.sum() == 10
+    assert by_slice[2, 1, 2] == 7 and by_slice[0, 0, 0] == 3
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def weights(model, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two pictures, the second grey, and one that is too small."""
+    path = tmp_path / "pictures"
+    path.mkdir()
+    Image.fromarray(picture(70, 140)).save(path / "a.png")
+    Image.fromarray(picture(128, 64, seed=1)[..., 0]).save(path / "b.png")
+    Image.fromarray(picture(60, 128)).save(path / "c.png")
+    return path
+
+
+def test_command(model, weights, folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = [str(folder), "-o", str(output), "--model", weights, "--quality", "3"]
+    assert analyze.main([*arguments, "--picture", "b.png"]) == 1
+    printed = capsys.readouterr()
+    assert "left out: c.png" in printed.err and "g_a H/4 2" in printed.out
+    for name in ("spectra", "correlation", "fusion", "bits", "field"):
+        with Image.open(output / f"{name}.png") as image:
+            assert np.array(image.convert("L")).std() > 5
+    numbers = json.loads((output / "analysis.json").read_text())
+    assert numbers["meta"]["pictures"]["names"] == ["a.png", "b.png"]
+    assert numbers["meta"]["model"]["quality"] == 3
+    assert set(numbers["fusion"]) == {
+        f"{g} H/{n}" for g in ("g_a", "g_s") for n in ("4 1", "4 2", "8 1")
+    }
+
+    rows = []
+    for crop in (picture(70, 140)[:64, :128], picture(128, 64, seed=1)[..., :1].repeat(3, axis=2)):
+        seen = observe.observe(model, as_input(crop), 3)
+        bpp = seen.y_bits.sum() / (crop.shape[0] * crop.shape[1])
+        rows.append((bpp, feature_statistics.spatial_correlation(seen.normalised)))
+    assert sum(numbers["bits"]["y_bpp"]) == pytest.approx(np.mean([bpp for bpp, _ in rows]))
+    np.testing.assert_allclose(numbers["correlation"], np.mean([c for _, c in rows], axis=0))
+    assert numbers["bits"]["picture"] == "b.png"
+    assert np.shape(numbers["bits"]["map"]) == (2, 8, 4)
+    assert set(numbers["spectrum"]) == {"ssm", "cnn", "fused"}
+    assert numbers["spectrum_of"] == "g_a H/8 1"
+
+
+def test_ctrl_c_leaves_what_a_second_run_completes(weights, folder, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    arguments = [str(folder), "-o", str(output), "--model", weights, "--limit", "2"]
+    looked = []
+
+    def look_at(model, image, quality, look=analyze.look_at):
+        if len(looked) == 1:
+            looked.append("interrupted")
+            raise KeyboardInterrupt
+        looked.append(image.shape)
+        return look(model, image, quality)
+
+    monkeypatch.setattr(analyze, "look_at", look_at)
+    assert analyze.main(arguments) == 130
+    assert "1 pictures are kept" in capsys.readouterr().err
+    assert not (output / "analysis.json").exists()
+    assert analyze.main(arguments) == 0
+    assert looked == [(70, 140, 3), "interrupted", (128, 64, 3)]
+    assert not (output / "analysis.json.partial").exists()
+
+
+def test_a_model_without_ssm_paths(folder, tmp_path):
+    local = random_model(dataclasses.replace(SMALL, ssm_stages=(False,) * 3))
+    local.save_pretrained(tmp_path / "local")
+    output = tmp_path / "out"
+    arguments = [str(folder), "-o", str(output), "--model", str(tmp_path / "local")]
+    assert analyze.main([*arguments, "--limit", "1"]) == 0
+    assert (output / "spectra.png").exists() and not (output / "fusion.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--quality", "9"], "quality"),
+        (["--picture", "z.png"], "z.png"),
+        (["--model", "none"], "config.json"),
+    ],
+)
+def test_wrong_arguments_are_refused(weights, folder, tmp_path, capsys, change, message):
+    with pytest.raises(SystemExit) as stopped:
+        analyze.main([str(folder), "-o", str(tmp_path / "out"), "--model", weights, *change])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        analyze.main([str(folder / "none"), "-o", str(tmp_path / "out")])
+    assert "no folder" in capsys.readouterr().err

@@ -1,0 +1,254 @@
+"""What a model does inside, over a folder of pictures: the paper's Figs. 1 and 6, and more.
+
+    python tools/analyze.py photos -o analysis
+    python tools/analyze.py photos -o analysis --model runs/mine/model --quality 6 --picture a.png
+
+Writes into the folder of -o:
+
+    spectra.png      Fig. 1: (a) Fourier spectra of the last block of g_a that has both paths, for
+                     the SSM path, the CNN path and what leaves the block; (b) log amplitude of the
+                     highest frequency relative to the lowest, block by block.  The paper compares
+                     three models there, one of each kind; these are the paths of one model
+    correlation.png  Fig. 6: correlation of the normalised latent (y - mean) / scale with itself at
+                     distances of up to 3 positions; the less, the more the model has explained
+    fusion.png       how CA-SSM weighs its paths: alpha (SSM) of every channel of each block; beta
+                     (CNN) is 1 - alpha
+    bits.png         where the bits of one picture go, slice by slice (--picture, or the first)
+    field.png        effective receptive field of g_a, from the centre of each picture
+    analysis.json    all numbers that are drawn, means over pictures, and how they were made
+
+Definitions stand with the functions in tools/feature_statistics.py and tools/observe.py.  Pictures
+are cut to multiples of 64 pixels, so that no padding is in the numbers; those that are smaller or
+cannot be read are named and left out, and the exit status is then 1.  What has been seen is kept
+(analysis.json.partial): after Ctrl-C, exit status 130, the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from analysis_figures import FIGURES
+from feature_statistics import (
+    bits_by_slice,
+    half_diagonal,
+    log_spectrum,
+    pooled,
+    spatial_correlation,
+)
+from figures import new_figure, save
+from observe import Observation, observe, receptive_field
+from partial_results import PartialResults
+from provenance import of_run, versions
+from rd_measure import picture_paths, read_rgb
+from tqdm import tqdm
+
+from cmamba_ref import CMamba, CMambaError
+from cmamba_ref.errors import explain
+from cmamba_ref.files import write_atomically
+from cmamba_ref.model import MULTIPLE
+
+# The receptive field is taken on the middle of a picture, of at most this side, and drawn and kept
+# as means over squares.
+FIELD_SIDE, FIELD_SQUARE = 256, 4
+
+Numbers = dict[str, Any]
+
+
+def look_at(model: CMamba, picture: np.ndarray, quality: float | None) -> Numbers:
+    """All numbers of one picture, as JSON holds them.
+
+    Args:
+        picture: uint8 `[H, W, 3]`.
+
+    Raises:
+        CMambaError: a side has less than 64 pixels, or the quality is none of the model's.
+    """
+    height, width = (side // MULTIPLE * MULTIPLE for side in picture.shape[:2])
+    if not height or not width:
+        raise CMambaError(f"has a side of less than {MULTIPLE} pixels")
+    x = torch.from_numpy(picture[:height, :width].copy()).permute(2, 0, 1)[None].float() / 255
+    return numbers_of(observe(model, x, quality), model.config.slices, width * height) | {
+        "field": _field(model, x)
+    }
+
+
+def numbers_of(seen: Observation, slices: int, pixels: int) -> Numbers:
+    """The numbers of an observation, without the receptive field."""
+    spectra = {
+        block.name: {path: log_spectrum(maps) for path, maps in block.paths.items()}
+        for block in seen.blocks
+        if block.name.startswith("g_a")
+    }
+    fused = [name for name, paths in spectra.items() if "ssm" in paths]
+    bits = bits_by_slice(seen.y_bits, slices)
+    return {
+        "spectrum_of": fused[-1] if fused else None,
+        "spectrum": {path: s.tolist() for path, s in spectra[fused[-1]].items()} if fused else {},
+        "log_amplitude": {
+            name: {path: half_diagonal(spectrum).tolist() for path, spectrum in paths.items()}
+            for name, paths in spectra.items()
+        },
+        "correlation": spatial_correlation(seen.normalised).tolist(),
+        "alpha": {b.name: b.alpha.tolist() for b in seen.blocks if b.alpha is not None},
+        "bits": {
+            "y_bpp": (bits.sum(axis=(1, 2)) / pixels).tolist(),
+            "z_bpp": seen.z_bits / pixels,
+            "map": bits.tolist(),
+        },
+    }
+
+
+def _field(model: CMamba, x: torch.Tensor) -> list[list[float]]:
+    """The receptive field on the middle of a picture, surrounded by zeros where that is smaller."""
+    height, width = (min(side, FIELD_SIDE) for side in x.shape[-2:])
+    top, left = (
+        (side - part) // 2 for side, part in zip(x.shape[-2:], (height, width), strict=True)
+    )
+    field = receptive_field(model, x[..., top : top + height, left : left + width])
+    down, right = ((FIELD_SIDE - side) // 2 for side in field.shape)
+    framed = np.zeros((FIELD_SIDE, FIELD_SIDE))
+    framed[down : down + height, right : right + width] = field
+    return pooled(framed, FIELD_SQUARE).tolist()
+
+
+def mean_of(rows: list[Numbers], shown: str, names: list[str]) -> Numbers:
+    """Over pictures, everything but the map of bits, which is that of one picture.
+
+    Args:
+        shown: the name of that picture.
+        names: of all pictures, in the order of `rows`.
+    """
+    alphas = {block: [row["alpha"][block] for row in rows] for block in rows[0]["alpha"]}
+    return {
+        "spectrum_of": rows[0]["spectrum_of"],
+        "spectrum": _mean([row["spectrum"] for row in rows]),
+        "log_amplitude": _mean([row["log_amplitude"] for row in rows]),
+        "correlation": _mean([row["correlation"] for row in rows]),
+        "field": _mean([row["field"] for row in rows]),
+        "field_square": FIELD_SQUARE,
+        "fusion": {
+            block: {
+                "alpha": np.mean(values, axis=0).tolist(),
+                # How much the weights follow the content: what a fixed weight would not have.
+                "deviation_over_pictures": float(np.std(values, axis=0).mean()),
+            }
+            for block, values in alphas.items()
+        },
+        "bits": {
+            "y_bpp": _mean([row["bits"]["y_bpp"] for row in rows]),
+            "z_bpp": _mean([row["bits"]["z_bpp"] for row in rows]),
+            "picture": shown,
+            "map": rows[names.index(shown)]["bits"]["map"],
+        },
+    }
+
+
+def _mean(values: list) -> Any:
+    """The mean of numbers, or of lists and objects of numbers, element by element."""
+    if isinstance(values[0], dict):
+        return {key: _mean([value[key] for value in values]) for key in values[0]}
+    return np.mean(values, axis=0).tolist()
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("folder", type=Path, help="folder of pictures with sides of at least 64 pixels")
+    add("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    add("--model", default="tiny", help="name or directory (default: tiny)")
+    add("--quality", type=float, help="default: 4, where a model has qualities")
+    add("--limit", type=int, metavar="N", help="only the first N pictures")
+    add("--picture", metavar="NAME", help="the picture of bits.png (default: the first)")
+    add("--fresh", action="store_true", help="forget what an earlier run left unfinished")
+    args = parser.parse_args(argv)
+    provenance = {
+        **of_run("analyze.py", argv),
+        "versions": versions("cmamba-ref", "torch", "numpy"),
+    }
+    conditions = {key: provenance[key] for key in provenance if key not in ("command", "date")}
+    output = args.output / "analysis.json"
+    try:
+        paths = picture_paths(args.folder, args.limit)
+        if args.picture and args.picture not in [path.name for path in paths]:
+            raise CMambaError(f"--picture must be one of the pictures, got {args.picture!r}")
+        model = CMamba.from_pretrained(args.model)
+        quality = model.check_quality(args.quality)
+        args.output.mkdir(parents=True, exist_ok=True)
+        kept = PartialResults(output, conditions, fresh=args.fresh)
+        new_figure(1, 1)  # before any work, not after all of it
+    except ImportError as error:
+        parser.error(f"{error}; install the extra: pip install 'cmamba-ref[eval]'")
+    except (CMambaError, OSError) as error:
+        parser.error(str(error))
+
+    names, rows, bad = [], [], 0
+    try:
+        for path in tqdm(paths, unit="picture", disable=None):
+            try:
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                key = f"{model.model_id.hex()} {quality} {digest}"
+                if key not in kept.results:
+                    kept.add(key, look_at(model, read_rgb(path), quality))
+            except Exception as error:
+                if (text := explain(error)) is None:
+                    raise
+                bad += 1
+                tqdm.write(f"left out: {path.name}: {text}", file=sys.stderr)
+                continue
+            names.append(path.name)
+            rows.append(kept.results[key])
+    except KeyboardInterrupt:
+        print(f"interrupted; {len(kept.results)} pictures are kept in {kept.path}", file=sys.stderr)
+        return 130
+    if not rows:
+        print(f"no picture in {args.folder} that can be analysed", file=sys.stderr)
+        return 1
+
+    shown = args.picture if args.picture in names else names[0]
+    numbers = mean_of(rows, shown, names)
+    for name, draw in FIGURES.items():
+        if (figure := draw(numbers, args.folder / shown)) is not None:
+            save(figure, args.output / f"{name}.png")
+    numbers["meta"] = {
+        **provenance,
+        "model": {"name": model.config.name, "id": model.model_id.hex(), "quality": quality},
+        "pictures": {"folder": args.folder.resolve().name, "names": names},
+    }
+    write_atomically(output, (json.dumps(numbers) + "\n").encode())
+    kept.discard()
+    print(summary(numbers))
+    return 1 if bad else 0
+
+
+def summary(numbers: Numbers) -> str:
+    """The main figures as text."""
+    neighbours = np.array(numbers["correlation"])
+    middle = len(neighbours) // 2
+    lines = [
+        f"correlation with the neighbour below {neighbours[middle + 1, middle]:+.3f}, "
+        f"to the right {neighbours[middle, middle + 1]:+.3f}",
+        f"bpp of slices {' '.join(f'{b:.3f}' for b in numbers['bits']['y_bpp'])}, "
+        f"of z {numbers['bits']['z_bpp']:.3f} (estimated)",
+        f"{'block':<12}{'log amplitude at pi relative to 0, by path':<44}alpha",
+    ]
+    for block in dict.fromkeys([*numbers["log_amplitude"], *numbers["fusion"]]):
+        paths = numbers["log_amplitude"].get(block, {})
+        amplitudes = "  ".join(f"{path} {values[-1]:+.2f}" for path, values in paths.items())
+        fusion = numbers["fusion"].get(block)
+        alpha = f"{np.mean(fusion['alpha']):.3f}" if fusion else ""
+        lines.append(f"{block:<12}{amplitudes:<44}{alpha}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Figures by matplotlib, without a display, written whole or not at all.
+
+Needs matplotlib (extra `eval`), which is imported with the first figure: a command that only prints
+its help does without.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cmamba_ref.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, whose parts make room for each other."""
+    # Not pyplot, which keeps every figure and looks for a display.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure; the suffix says how. The same figure gives the same bytes at any time."""
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    kind = path.suffix.lower().removeprefix(".")
+    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    with rc_context({"svg.hashsalt": "cmamba"}):  # names inside an SVG are random otherwise
+        figure.savefig(buffer, format=kind, dpi=150, metadata=dates.get(kind))
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,140 @@
+"""What a model makes of one picture inside: the maps of its blocks, the latent, the bits.
+
+    seen = observe(model, picture, quality)
+
+One `forward` in eval mode, watched through hooks; it computes what it would compute without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from stage_clock import transform_stages
+from torch import Tensor, nn
+
+from cmamba_ref import CMamba
+from cmamba_ref.blocks import CASSM
+from cmamba_ref.entropy.gaussian import LOG_SCALE_MAX, LOG_SCALE_MIN
+
+
+@dataclass
+class Block:
+    """The outputs of one block of g_a or g_s, each `[C, h, w]`.
+
+    Attributes:
+        name: transform, place and number, for instance "g_a H/4 1".
+        paths: `cnn`, and for a CA-SSM also `ssm` and `fused`, what leaves the block.
+        alpha: the weight of the SSM path, `[C]`; the CNN path's beta is 1 - alpha.  None for a
+            block without an SSM path.
+    """
+
+    name: str
+    paths: dict[str, np.ndarray]
+    alpha: np.ndarray | None
+
+
+@dataclass
+class Observation:
+    """One picture in the model.
+
+    Attributes:
+        blocks: of g_a and g_s, in the order in which they are computed.
+        normalised: (y - mean) / scale before quantisation, `[M, h, w]`.
+        y_bits: of every element of y, `[M, h, w]`.
+        z_bits: of z altogether.
+    """
+
+    blocks: list[Block]
+    normalised: np.ndarray
+    y_bits: np.ndarray
+    z_bits: float
+
+
+@torch.no_grad()
+def observe(model: CMamba, x: Tensor, quality: float | None = None) -> Observation:
+    """Watch one forward pass.
+
+    Args:
+        x: one picture `[1, 3, H, W]` in 0...1, sides multiples of 64, so that no padding is seen.
+        quality: as for `CMamba.compress`.
+    """
+    latents: list[Tensor] = []
+    parameters: list[tuple[Tensor, Tensor]] = []
+    outputs: dict[nn.Module, np.ndarray] = {}
+    alphas: dict[nn.Module, np.ndarray] = {}
+
+    def keep_output(module: nn.Module, args: tuple, output: Tensor) -> None:
+        # A copy: the block may go on writing into the map.
+        outputs[module] = output[0].float().cpu().numpy().copy()
+
+    def keep_alpha(module: nn.Module, args: tuple, output: Tensor) -> None:
+        # The MLP gives the logits of all channels for the SSM, then those for the CNN.
+        alphas[module] = output[0].view(2, -1).softmax(0)[0].float().cpu().numpy()
+
+    named = _blocks(model)
+    with contextlib.ExitStack() as hooks:
+
+        def watch(module: nn.Module, hook) -> None:
+            hooks.callback(module.register_forward_hook(hook).remove)
+
+        for _, block in named:
+            for module in (block, block.ssm, block.cnn) if isinstance(block, CASSM) else (block,):
+                watch(module, keep_output)
+            if isinstance(block, CASSM):
+                watch(block.attention, keep_alpha)
+        watch(model.h_a, lambda module, args, output: latents.append(args[0][0]))
+        for cae in model.context.cae:
+            watch(cae, lambda module, args, output: parameters.append((output[0][0], output[1][0])))
+        likelihoods = model(x, quality)["likelihoods"]
+
+    means, log_scales = (torch.cat(part) for part in zip(*parameters, strict=True))
+    scales = log_scales.clamp(LOG_SCALE_MIN, LOG_SCALE_MAX).exp()
+    blocks = []
+    for name, block in named:
+        if isinstance(block, CASSM):
+            paths = {"ssm": outputs[block.ssm], "cnn": outputs[block.cnn], "fused": outputs[block]}
+            blocks.append(Block(name, paths, alphas[block.attention]))
+        else:
+            blocks.append(Block(name, {"cnn": outputs[block]}, None))
+    return Observation(
+        blocks,
+        ((latents[0].to(means.dtype) - means) / scales).cpu().numpy(),
+        likelihoods["y"][0].log2().neg().cpu().numpy(),
+        float(likelihoods["z"].log2().neg().sum()),
+    )
+
+
+def _blocks(model: CMamba) -> list[tuple[str, nn.Module]]:
+    named = []
+    for transform, module, halvings in (("g_a", model.g_a, 0), ("g_s", model.g_s, 4)):
+        count: dict[str, int] = {}
+        for stage, child in zip(transform_stages(transform, module, halvings), module, strict=True):
+            if " blocks at " in stage:
+                place = stage.rpartition(" ")[2]
+                count[place] = count.get(place, 0) + 1
+                named.append((f"{transform} {place} {count[place]}", child))
+    return named
+
+
+def receptive_field(model: CMamba, x: Tensor) -> np.ndarray:
+    """How much each pixel moves the latent at the centre: the effective receptive field of g_a.
+
+    The gradient of the sum of y's channels at the centre, its magnitudes summed over the colours,
+    as in Luo et al. 2016 and Ding et al. 2022; the largest is 1.
+
+    Args:
+        x: one picture `[1, 3, H, W]` in 0...1.
+
+    Returns:
+        `[H, W]`.
+    """
+    x = x.clone().requires_grad_()
+    y = model.g_a(x)
+    target = y[0, :, y.shape[-2] // 2, y.shape[-1] // 2].sum()
+    (gradient,) = torch.autograd.grad(target, x)
+    field = gradient[0].abs().sum(0).cpu().numpy()
+    return field / max(field.max(), math.ulp(0.0))

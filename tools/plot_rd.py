@@ -1,0 +1,151 @@
+"""Rate-distortion plots like the paper's Figs. 3 and 5: ours, measured and published points.
+
+    python tools/plot_rd.py rd.json anchors.json:kodak/VTM-9.1 anchors.json:kodak/DCAE -o kodak.png
+    python tools/plot_rd.py rd.json --metric ms-ssim -o kodak_ms_ssim.svg
+    python tools/plot_rd.py rd.json --anchor anchors.json:kodak/VTM-9.1 --bpp 0 1.2 -o kodak.png
+
+Each argument is FILE or FILE:NAME, see tools/rd_curves.py: what tools/eval_rd.py measured is drawn
+with solid lines and filled marks, points out of tables with dashed lines and open marks.  MS-SSIM
+is in dB, -10 log10(1 - mean).  With --anchor, the legend says each codec's BD-rate against it, and
+the plot names the anchor and the source of its points.  Curves of different pictures are labelled
+with their pictures: they should not be compared.
+
+Beside the plot, FILE.json holds the numbers that are in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import bd_rate
+from bd_rate import BDRate
+from figures import SUFFIXES, new_figure, save
+from rd_curves import METRICS, Curve, CurveError, load_curve, load_curves
+
+from cmamba_ref.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+AXES = {"psnr": "PSNR (RGB), dB", "ms-ssim": "MS-SSIM, dB"}
+# In turn, so that many curves differ by more than their colour.
+MARKS = "osD^vP*X"
+
+
+def draw(
+    curves: Sequence[Curve],
+    metric: str,
+    *,
+    anchor: Curve | None = None,
+    bpp: tuple[float, float] | None = None,
+    title: str | None = None,
+) -> tuple[Figure, dict[str, object]]:
+    """The plot, and the numbers in it.
+
+    Args:
+        bpp: the rates to show; None for all.
+
+    Raises:
+        CurveError: a curve does not have this metric.
+    """
+    figure = new_figure(7.2, 5.4)
+    axes = figure.subplots()
+    shown = []
+    mixed = len({curve.pictures for curve in curves}) > 1
+    for k, curve in enumerate(curves):
+        points = curve.points(metric)
+        note, rate = "", None
+        if anchor is not None and curve != anchor:
+            (_, rate), *_ = bd_rate.compare(anchor, [curve], metric)
+            note = f" ({rate.percent:+.1f} %)" if isinstance(rate, BDRate) else " (no BD-rate)"
+        axes.plot(
+            *zip(*points, strict=True),
+            f"{'-' if curve.is_measured else '--'}{MARKS[k % len(MARKS)]}",
+            color=f"C{k % 10}",
+            markersize=4.5,
+            linewidth=1.6 if curve.is_measured else 1.1,
+            fillstyle="full" if curve.is_measured else "none",
+            label=curve.label + (f" on {curve.pictures or 'what?'}" if mixed else "") + note,
+        )
+        shown.append(
+            {
+                **curve.identity(),
+                "bpp": [rate for rate, _ in points],
+                "db": [quality for _, quality in points],
+                "bd_rate_percent": rate.percent if isinstance(rate, BDRate) else None,
+            }
+        )
+    if bpp is not None:
+        _zoom(axes, curves, metric, bpp)
+    axes.set_xlabel("bits per pixel")
+    axes.set_ylabel(AXES[metric])
+    if title:
+        axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    if anchor is not None:
+        text = f"in brackets: BD-rate against {anchor.label}, points from {anchor.source}"
+        figure.supxlabel(text, fontsize=7)
+    numbers = {
+        "metric": metric,
+        "anchor": anchor and {"label": anchor.label, "source": anchor.source},
+        "curves": shown,
+    }
+    return figure, numbers
+
+
+def _zoom(axes, curves: Sequence[Curve], metric: str, bpp: tuple[float, float]) -> None:
+    """Show these rates, and the qualities of the points that have them."""
+    axes.set_xlim(*bpp)
+    inside = [q for curve in curves for rate, q in curve.points(metric) if bpp[0] <= rate <= bpp[1]]
+    if inside:
+        margin = 0.04 * (max(inside) - min(inside)) or 1
+        axes.set_ylim(min(inside) - margin, max(inside) + margin)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("curves", nargs="+", metavar="curve", help="FILE:NAME, or FILE for all curves in it")
+    add("-o", "--output", type=Path, required=True, metavar="FILE", help=" or ".join(SUFFIXES))
+    add("--metric", choices=METRICS, default="psnr", help="default: psnr")
+    add("--anchor", help="FILE:NAME of the anchor of BD-rates; it is drawn too (default: none)")
+    add("--bpp", type=float, nargs=2, metavar=("FROM", "TO"), help="show only these rates")
+    add("--title", help="default: the pictures, if all curves have the same")
+    args = parser.parse_args(argv)
+    if args.output.suffix.lower() not in SUFFIXES:
+        parser.error(f"-o must end in {' or '.join(SUFFIXES)}, got {str(args.output)!r}")
+    if not args.output.parent.is_dir():
+        parser.error(f"-o must lie in an existing directory, got {str(args.output)!r}")
+    try:
+        curves = [curve for spec in args.curves for curve in load_curves(spec)]
+        anchor = load_curve(args.anchor) if args.anchor else None
+        if anchor is not None and anchor not in curves:
+            curves.append(anchor)
+        pictures = {curve.pictures for curve in curves}
+        if len(pictures) > 1:
+            names = ", ".join(sorted(name or "not named" for name in pictures))
+            print(f"the curves are of different pictures: {names}", file=sys.stderr)
+        title = args.title or (curves[0].dataset if len(pictures) == 1 else None)
+        figure, numbers = draw(curves, args.metric, anchor=anchor, bpp=args.bpp, title=title)
+    except CurveError as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}; install the extra: pip install 'cmamba-ref[eval]'")
+    save(figure, args.output)
+    text = json.dumps(numbers, indent=1) + "\n"
+    write_atomically(args.output.with_name(args.output.name + ".json"), text.encode())
+    against = f", BD-rates against {anchor.label} from {anchor.source}" if anchor else ""
+    print(f"{args.output}: {len(curves)} curves by {args.metric}{against}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Rate-distortion curves out of JSON files.
+
+A curve is named as FILE or FILE:NAME, for instance `anchors.json:kodak/VTM-9.1`.  What is read:
+
+    ours            what tools/eval_rd.py writes: an object per codec, with `results`
+    CompressAI's    one object with `name` and `results`
+    tables          objects, nested as one likes, that end in `bpp` and `psnr` or `ms-ssim`
+
+NAME is the path of keys to a curve, joined by `/`, or the beginning of one: `anchors.json:kodak` is
+every curve below `kodak`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cmamba_ref import CMambaError
+
+# What may stand on the ordinate, both in dB; the keys that it has in files, the first is ours.
+METRICS = {
+    "psnr": ("psnr-rgb", "psnr"),
+    "ms-ssim": ("ms-ssim-rgb", "ms-ssim"),
+}
+
+
+class CurveError(CMambaError, ValueError):
+    """A curve cannot be read, or does not allow what was asked of it."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Rate and distortion of one codec on one set of pictures, means over the pictures.
+
+    Attributes:
+        file: the name of the file, without folders.
+        name: the path of keys to it in there.
+        label: the codec as its file describes it.
+        dataset: the pictures, as far as the file says.
+        source: where the points come from, as the file says, or the file.
+        bpp: bits per pixel.
+        qualities: for each metric that the file has, one value per point: PSNR in dB, MS-SSIM
+            linear.
+        is_measured: whether it is the result of an evaluation, and not of a table.
+    """
+
+    file: str
+    name: str
+    label: str
+    dataset: str
+    source: str
+    bpp: tuple[float, ...]
+    qualities: dict[str, tuple[float, ...]]
+    is_measured: bool = False
+
+    def identity(self) -> dict[str, str]:
+        """Which curve it is, as JSON holds it."""
+        keys = ("file", "name", "label", "dataset", "source")
+        return {key: getattr(self, key) for key in keys}
+
+    @property
+    def pictures(self) -> str:
+        """The dataset in a word, the same for files that describe it at length or in short."""
+        return self.dataset.split(",")[0].casefold()
+
+    def points(self, metric: str) -> list[tuple[float, float]]:
+        """(bpp, dB) of every point, by rising bpp.
+
+        MS-SSIM goes to dB after the mean over pictures, as the field's plots have it.
+
+        Raises:
+            CurveError: the file does not have this metric, or not at all points.
+        """
+        if metric not in self.qualities:
+            raise CurveError(f"{self.label} ({self.source}) has no {metric}")
+        values = self.qualities[metric]
+        if metric == "ms-ssim":
+            values = tuple(ms_ssim_db(value) for value in values)
+        return sorted(zip(self.bpp, values, strict=True))
+
+
+def ms_ssim_db(linear: float) -> float:
+    """-10 log10(1 - MS-SSIM), infinite for 1."""
+    return math.inf if linear >= 1 else -10 * math.log10(1 - linear)
+
+
+def load_curves(spec: str) -> list[Curve]:
+    """The curves that FILE or FILE:NAME stands for, at least one.
+
+    Raises:
+        CurveError: no such file, no JSON, no curve of that name, or malformed points.
+    """
+    path, name = _split(spec)
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise CurveError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CurveError(f"{path} is not JSON: {error}") from error
+    found = list(curves_in(data, path))
+    chosen = [c for c in found if name in ("", c.name) or c.name.startswith(f"{name}/")]
+    if not chosen:
+        known = ", ".join(c.name for c in found) or "none"
+        raise CurveError(f"{path} has no curve {name!r}; it has: {known}")
+    return chosen
+
+
+def load_curve(spec: str) -> Curve:
+    """The one curve that FILE or FILE:NAME stands for.
+
+    Raises:
+        CurveError: as `load_curves`, or there are several.
+    """
+    curves = load_curves(spec)
+    if len(curves) > 1:
+        names = ", ".join(c.name for c in curves)
+        raise CurveError(f"{spec} has {len(curves)} curves; name one of them as FILE:NAME: {names}")
+    return curves[0]
+
+
+def _split(spec: str) -> tuple[Path, str]:
+    whole = Path(spec)
+    if whole.exists() or ":" not in spec:
+        return whole, ""
+    path, _, name = spec.rpartition(":")
+    return Path(path), name
+
+
+def curves_in(data: object, path: Path) -> Iterator[Curve]:
+    """Every curve in what a file of that path holds, in its order."""
+    if not isinstance(data, dict):
+        raise CurveError(f"{path} must hold a JSON object, got {type(data).__name__}")
+    dataset = data.get("dataset", "")
+    if isinstance(meta := data.get("meta"), dict):
+        dataset = meta.get("pictures", {}).get("folder", "")
+    # A table that names its pictures has its curves one level down.
+    yield from _below(data.get("codecs", data), (), str(dataset), path)
+
+
+def _below(node: dict, keys: tuple[str, ...], dataset: str, path: Path) -> Iterator[Curve]:
+    results = node.get("results", node)
+    if isinstance(results, dict) and isinstance(results.get("bpp"), list):
+        yield _curve(node, results, keys, dataset or "/".join(keys[:-1]), path)
+        return
+    for key, child in node.items():
+        if isinstance(child, dict) and key != "meta":
+            yield from _below(child, (*keys, key), dataset, path)
+
+
+def _curve(node: dict, results: dict, keys: tuple[str, ...], dataset: str, path: Path) -> Curve:
+    name = "/".join(keys) or str(node.get("name", path.stem))
+    where = f"{path}:{name}"
+    bpp = _numbers(results["bpp"], f"bpp of {where}")
+    if not all(value > 0 for value in bpp):
+        raise CurveError(f"bpp of {where} must be positive, got {min(bpp)}")
+    qualities = {}
+    for metric, spellings in METRICS.items():
+        for spelling in spellings:
+            if spelling in results and metric not in qualities:
+                values = _numbers(results[spelling], f"{spelling} of {where}")
+                if len(values) != len(bpp):
+                    raise CurveError(f"{where} has {len(bpp)} rates and {len(values)} {spelling}")
+                qualities[metric] = values
+    label = str(node.get("name", keys[-1] if keys else name))
+    source = str(node.get("source", path.name))
+    measured = results is not node
+    return Curve(path.name, name, label, dataset, source, bpp, qualities, measured)
+
+
+def _numbers(values: object, what: str) -> tuple[float, ...]:
+    if not isinstance(values, list) or not all(
+        isinstance(v, int | float) and not math.isnan(v) for v in values
+    ):
+        raise CurveError(f"{what} must be a list of numbers")
+    return tuple(float(v) for v in values)

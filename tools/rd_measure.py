@@ -1,0 +1,207 @@
+"""One picture through one codec at one setting, as a real file: rate, distortion, times, memory.
+
+Functions here run in the processes of tools/eval_rd.py, so what goes in and out can be pickled.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from classical_codecs import CODECS
+from resident import peak_bytes, restart_peak
+from stage_clock import OTHER, Timing, time_by_stage
+
+import cmamba_ref
+from cmamba_ref import CMamba, CMambaError
+from cmamba_ref.batch import SUFFIXES
+from cmamba_ref.errors import explain
+from cmamba_ref.files import write_atomically
+from cmamba_ref.images import read_image, write_png
+from cmamba_ref.metrics import bits_per_pixel, ms_ssim, psnr
+
+# What the stages of tools/stage_clock.py are summed up to.
+GROUPS = ("transform", "entropy_parameters", "coder", "other")
+# Of every codec, and of ours besides.
+MEASURES = ("bpp", "psnr-rgb", "ms-ssim-rgb", "encoding_time", "decoding_time")
+OUR_MEASURES = tuple(
+    f"{direction}_{measure}"
+    for direction in ("encoding", "decoding")
+    for measure in (*(f"time_{group}" for group in GROUPS), "peak_bytes")
+)
+
+Row = dict[str, float]
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a curve: a codec at one setting.
+
+    Attributes:
+        codec: the key of the curve; for a classical codec one of `CODECS`.
+        setting: our quality, or a classical codec's setting; None for a model of one rate.
+        model: name or directory of our model; None for a classical codec.
+        model_id: its id in hexadecimal, "" for a classical codec.
+    """
+
+    codec: str
+    setting: float | None
+    model: str | None = None
+    model_id: str = ""
+
+    @property
+    def label(self) -> str:
+        """The point's name within its curve, fit for a folder."""
+        setting = "" if self.setting is None else f"{self.setting:g}"
+        return "-".join(part for part in (self.model_id, setting) if part)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One measurement.
+
+    Attributes:
+        picture: the file.
+        keep: folder for the coded and the decoded picture; None to keep neither.
+    """
+
+    point: Point
+    picture: Path
+    keep: Path | None = None
+
+
+def use_threads(count: int) -> None:
+    """Let torch compute with at most so many threads in this process."""
+    torch.set_num_threads(min(count, torch.get_num_threads()))
+
+
+def picture_paths(folder: Path, limit: int | None) -> list[Path]:
+    """The files of a folder that may be pictures by their names, sorted; hidden ones are not.
+
+    Args:
+        limit: only the first so many; None for all.
+
+    Raises:
+        CMambaError: there is no folder, or nothing in it.
+        OSError: the folder cannot be read.
+    """
+    if not folder.is_dir():
+        raise CMambaError(f"{folder} is no folder")
+    names = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    paths = [path for path in names if path.name.lower().endswith(SUFFIXES["encode"])][:limit]
+    if not paths:
+        raise CMambaError(f"no pictures in {folder}")
+    return paths
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """A picture as uint8 `[H, W, 3]`; a grey one as three equal planes, for every codec."""
+    picture = read_image(path)
+    return picture if picture.ndim == 3 else np.stack([picture] * 3, axis=-1)
+
+
+@functools.lru_cache(maxsize=1)
+def load_model(source: str) -> CMamba:
+    """A model, ready: what a first call sets up is not the time of a picture."""
+    model = CMamba.from_pretrained(source)
+    cmamba_ref.decode(cmamba_ref.encode(model, np.zeros((64, 64, 3), np.uint8)), model)
+    return model
+
+
+def measure(task: Task) -> Row | str:
+    """All measures of one picture at one point, or one line that says why there are none.
+
+    Times are those of the codec between pictures and bytes in memory, in seconds; peaks are the
+    most bytes of this process in RAM meanwhile, with torch and the model, where the system counts.
+    """
+    try:
+        return _measure(task)
+    except Exception as error:
+        if (text := explain(error)) is None:
+            raise
+        return text
+
+
+def _measure(task: Task) -> Row:
+    picture = read_rgb(task.picture)
+    code = _through_model if task.point.model is not None else _through_pillow
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if task.keep is not None:
+            folder = task.keep / task.point.codec / task.point.label
+            folder.mkdir(parents=True, exist_ok=True)
+        file = folder / (task.picture.name + _suffix(task.point))
+        decoded, costs = code(task.point, picture, file)
+        size = file.stat().st_size
+        if task.keep is not None:
+            write_png(folder / f"{task.picture.name}.decoded.png", decoded)
+    height, width = picture.shape[:2]
+    return {
+        "bpp": bits_per_pixel(size, width, height),
+        "psnr-rgb": psnr(picture, decoded),
+        "ms-ssim-rgb": ms_ssim(picture, decoded),
+        **costs,
+    }
+
+
+def _suffix(point: Point) -> str:
+    return ".cmb" if point.model is not None else CODECS[point.codec].suffix
+
+
+def _through_pillow(point: Point, picture: np.ndarray, file: Path) -> tuple[np.ndarray, Row]:
+    codec, setting = CODECS[point.codec], point.setting
+    assert setting is not None  # for the type checker
+    data, encoding = _timed(lambda: codec.encode(picture, setting))
+    write_atomically(file, data)
+    stored = file.read_bytes()
+    decoded, decoding = _timed(lambda: codec.decode(stored))
+    return decoded, {"encoding_time": encoding, "decoding_time": decoding}
+
+
+def _timed(call: Callable[[], ResultT]) -> tuple[ResultT, float]:
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start
+
+
+def _through_model(point: Point, picture: np.ndarray, file: Path) -> tuple[np.ndarray, Row]:
+    assert point.model is not None  # for the type checker
+    model = load_model(point.model)
+    data, encoding = _watched(model, lambda: cmamba_ref.encode(model, picture, point.setting))
+    write_atomically(file, data)
+    stored = file.read_bytes()
+    decoded, decoding = _watched(model, lambda: cmamba_ref.decode(stored, model))
+    costs = {f"encoding_{key}": value for key, value in encoding.items()}
+    return decoded, costs | {f"decoding_{key}": value for key, value in decoding.items()}
+
+
+def _watched(model: CMamba, call: Callable[[], ResultT]) -> tuple[ResultT, Row]:
+    """The result of a call, its time by group of stages, and the peak of memory."""
+    counted = restart_peak()
+    result, timing = time_by_stage(model, call)
+    costs = {"time": timing.total} | by_group(timing)
+    if counted and (peak := peak_bytes()) is not None:
+        costs["peak_bytes"] = peak
+    return result, costs
+
+
+def by_group(timing: Timing) -> Row:
+    """The seconds of each group; together they are the total, as `other` takes what is left."""
+    seconds = dict.fromkeys(GROUPS, 0.0)
+    for stage, passed in timing.stages.items():
+        if stage.startswith(("g_a", "g_s")):
+            seconds["transform"] += passed
+        elif stage == "entropy coder":
+            seconds["coder"] += passed
+        elif stage != OTHER:
+            seconds["entropy_parameters"] += passed
+    seconds["other"] = timing.total - sum(seconds.values())
+    return {f"time_{group}": value for group, value in seconds.items()}
