@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 LOG2_E = math.log2(math.e)
 
@@ -215,6 +216,7 @@ class Blocks:
         A: `[G, N, D]`.
         state: any state, for its form `[S, G, N, D]`.
         length: L.
+        softplus: whether the time steps that the forward is given are the softplus of `dt`.
     """
 
     block_length = forward_length = staticmethod(block_length)
@@ -224,8 +226,8 @@ class Blocks:
         """Positions between the states that are kept, for states of that shape `[S, G, N, D]`."""
         return max(SEGMENT_BLOCKS * cls.block_length(state), cls.forward_length(state))
 
-    def __init__(self, A: Tensor, state: Tensor, length: int):
-        self._A, self._A2 = A, A * LOG2_E
+    def __init__(self, A: Tensor, state: Tensor, length: int, softplus: bool = False):
+        self._A, self._A2, self._softplus = A, A * LOG2_E, softplus
         self._state_floats = state.numel()
         longest = min(length, self.block_length(state.shape))
         self._new_scratch = partial(Scratch, state, longest)
@@ -244,6 +246,8 @@ class Blocks:
         """Fills y `[L, S, G, 1, D]` from start to stop; first state to last `[S, G, N, D]`."""
         block, (decay, states) = self._prepare(start, stop, 2)
         u, dt, B, C = map(block.view, operands)
+        if self._softplus:
+            dt = F.softplus(dt)
         run_states(dt, dt * u, self._A2, B, first, decay, states)
         block.view(y).copy_(_sum_over_states(states.whole, C))
         return states.at[-1][-1].clone()

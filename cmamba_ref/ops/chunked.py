@@ -240,7 +240,7 @@ def scan_2d_strips(
     batch, height, width, channels = y.shape
     length, n, rank = height * width, A.shape[2], dt_weight.shape[2]
     state = y.new_zeros(batch, DIRECTIONS, n, channels)
-    blocks = block_kind(is_compiled)(A.mT.contiguous(), state, length)
+    blocks = block_kind(is_compiled)(A.mT.contiguous(), state, length, softplus=True)
     segment = blocks.segment_length(state.shape)
     starts = _room_for_starts(blocks, length, state, keep_starts)
 
@@ -254,7 +254,6 @@ def scan_2d_strips(
             read(k, start, stop, u[:, :, k], projections[:, :, k])
         r, B, C = projections.split((rank, n, n), dim=3)
         _pre_softplus(r, dt_weight, dt_bias, out=dt)
-        torch.ops.aten.softplus.out(dt, out=dt)
         operands = Operands(_per_channel(u), _per_channel(dt), _per_state(B), _per_state(C))
         state = _run(blocks, operands, state, _per_channel(output), starts[start // segment :])
         for k in range(DIRECTIONS):

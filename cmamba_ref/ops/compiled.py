@@ -29,13 +29,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cmamba_ref.ops.blocks import Block, Blocks, Operands, fitting
 
 # Pairs of a step and a state that are written out, and how many of these are states: more take
 # longer to compile; fewer steps mean more chunks to carry states between.
 UNROLLED = 64
-UNROLLED_STATES = 16
+UNROLLED_STATES = 8
 # Chunks per block: they are written out where states are carried, and few do not pay for the call.
 MAX_CHUNKS = 32
 MIN_CHUNKS = 4
@@ -87,8 +88,8 @@ class CompiledBlocks(Blocks):
     def forward_length(state: Sequence[int]) -> int:
         return _steps(state[2]) * fitting(CHUNKS_FLOATS, math.prod(state), MAX_CHUNKS, MIN_CHUNKS)
 
-    def __init__(self, A: Tensor, state: Tensor, length: int):
-        super().__init__(A, state, length)
+    def __init__(self, A: Tensor, state: Tensor, length: int, softplus: bool = False):
+        super().__init__(A, state, length, softplus)
         self._steps = _steps(state.shape[2])
         self._whole = self.forward_length(state.shape) if state.numel() else 0  # no block
         self._program: Program | None = None
@@ -105,7 +106,8 @@ class CompiledBlocks(Blocks):
         arguments = (self._A2, *map(block.view, operands), first)
         if self._program is None:  # all whole blocks of one scan have the same form
             forms = tuple((x.shape, x.stride()) for x in arguments)
-            self._program = _compiled(forms, first.dtype, torch.get_num_threads())
+            threads = torch.get_num_threads()
+            self._program = _compiled(forms, first.dtype, threads, self._softplus)
         y_, last = self._program(*arguments)
         block.view(y).copy_(y_)
         # From parts, see below, to [S, G, N, D], contiguous.
@@ -117,6 +119,7 @@ def _compiled(
     forms: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...],
     dtype: torch.dtype,
     threads: int,
+    softplus: bool,
 ) -> Program:
     """`forward_block` compiled for these shapes and strides, and for this many threads."""
     # Imported here: this takes seconds, which only those who use it should wait.
@@ -132,7 +135,7 @@ def _compiled(
         examples: list[Any] = [
             torch.empty_strided(*form, dtype=dtype, device="cpu").zero_() for form in forms
         ]
-        graph = make_fx(forward_block)(*examples)
+        graph = make_fx(functools.partial(forward_block, softplus=softplus))(*examples)
         # TorchInductor keeps what it makes on disk only where it finds a ShapeEnv.
         with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
             return cast(Program, torch._inductor.compile(graph, examples, options=_OPTIONS))
@@ -165,9 +168,11 @@ def _split(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def forward_block(
-    A2: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, first: Tensor
+    A2: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, first: Tensor, softplus: bool
 ) -> tuple[Tensor, Tensor]:
     """Output `[steps, chunks, S, G, 1, D]` and last state, in parts `[n, S, G, N/n, D]`."""
+    if softplus:
+        dt = F.softplus(dt)
     dtu = dt * u
     ends = [_end_of_chunk(A_, B_, dt, dtu) for A_, B_ in zip(_split(A2), _split(B), strict=True)]
     *starts, last = _carry(first, ends, _decays_of_chunks(A2, dt))
