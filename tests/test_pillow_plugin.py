@@ -12,7 +12,7 @@ from codec_helpers import field_of, picture, random_model, with_field
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 import cmamba_ref
-from cmamba_ref import CMamba, MemoryLimitError, codec, pillow_plugin
+from cmamba_ref import CMamba, MemoryLimitError, codec, identity, pillow_plugin
 from cmamba_ref.errors import BitstreamError, ImageError, OtherModelError, PillowError
 from cmamba_ref.images import read_image
 
@@ -92,10 +92,21 @@ def test_importing_and_opening_take_no_torch(photo: Path, root: Path) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", code, str(photo)], cwd=root, check=True)
 
 
-def test_a_file_of_a_model_that_ships_needs_nothing() -> None:
+def test_a_file_of_a_model_that_ships_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the weights that ship are hashed for the first such file only."""
+    asked = []
+    name_of = identity.name_of
+
+    def counted(model_id: bytes) -> str | None:
+        asked.append(model_id)
+        return name_of(model_id)
+
+    monkeypatch.setattr(identity, "name_of", counted)
     data = cmamba_ref.encode(None, PICTURE)
-    with Image.open(io.BytesIO(data)) as opened:
-        np.testing.assert_array_equal(np.asarray(opened), cmamba_ref.decode(data))
+    for _ in range(2):
+        with Image.open(io.BytesIO(data)) as opened:
+            np.testing.assert_array_equal(np.asarray(opened), cmamba_ref.decode(data))
+    assert len(asked) == 1
 
 
 def test_a_model_that_is_not_at_hand_is_named(photo: Path, model: CMamba) -> None:
