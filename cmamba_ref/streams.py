@@ -77,7 +77,8 @@ def write_output(data: bytes) -> None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
     except OSError:
-        # What is left in the buffer would fail once more at the end of the process, with a
-        # traceback and another exit code.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # What is left in the buffer would fail once more at the end of the process, with lines of
+        # Python's own and another exit code.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         raise

@@ -167,7 +167,9 @@ def test_as_programs_in_a_pipe(tmp_path: Path, model_dir: str, data: bytes) -> N
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
         "cwd": tmp_path,
-        "env": os.environ | {"PYTHONPATH": str(Path(cmamba_ref.__file__).parents[1])},
+        # Empty, PYTHONUNBUFFERED is as good as not set.
+        "env": os.environ
+        | {"PYTHONPATH": str(Path(cmamba_ref.__file__).parents[1]), "PYTHONUNBUFFERED": ""},
     }
     with (
         subprocess.Popen(command, **pipes) as whole,
