@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmamba_ref import pool
-from cmamba_ref.errors import InvalidArgumentError, OtherModelError, explain
+from cmamba_ref.errors import InvalidArgumentError, MemoryLimitError, OtherModelError, explain
 from cmamba_ref.files import write_atomically
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Outcome:
 
     Attributes:
         detail: what `verify` found in a good file.
-        needs_model: the error is that the model it was made by is not at hand.
+        unchecked: the error is not the file's: its model is not at hand, or memory is short.
     """
 
     source: Path
@@ -85,7 +85,7 @@ class Outcome:
     pixels: int = 0
     detail: str = ""
     error: str | None = None
-    needs_model: bool = False
+    unchecked: bool = False
 
 
 # ---------------------------------------------------------------- which files
@@ -260,8 +260,8 @@ def _outcome(model: CMamba, job: Job, task: Task) -> Outcome:
             # A mistake in this package: told in full, but the other files are not to blame.
             _logger.exception("%s", task.source)
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        unknown = isinstance(error, OtherModelError)
-        return Outcome(task.source, error=_naming(task, text), needs_model=unknown)
+        unchecked = isinstance(error, OtherModelError | MemoryLimitError | MemoryError)
+        return Outcome(task.source, error=_naming(task, text), unchecked=unchecked)
 
 
 def _encode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
@@ -298,11 +298,14 @@ def _verify(model: CMamba, job: Job, source: Path) -> Outcome:
     from cmamba_ref.verify import verify_file
 
     limits = {"max_pixels": job.pixel_limit(), "max_memory": job.max_memory}
-    return Outcome(source, detail=verify_file(source.read_bytes(), model, **limits))
+    try:
+        return Outcome(source, detail=verify_file(source.read_bytes(), model, **limits))
+    except OtherModelError as error:
+        raise OtherModelError(f"{error}; name it with --model") from error
 
 
 def _died(task: Task) -> Outcome:
-    return Outcome(task.source, error=_naming(task, PROCESS_DIED))
+    return Outcome(task.source, error=_naming(task, PROCESS_DIED), unchecked=True)
 
 
 def _naming(task: Task, text: str) -> str:
@@ -354,7 +357,6 @@ def _by_source(outcome: Outcome) -> Path:
 
 def summarise_checks(outcomes: Sequence[Outcome]) -> str:
     """What a user reads at the end of `verify`."""
-    bad = sum(1 for outcome in outcomes if outcome.error and not outcome.needs_model)
-    unchecked = sum(1 for outcome in outcomes if outcome.needs_model)
-    good = len(outcomes) - bad - unchecked
-    return f"good {good}, bad {bad}, not checked for want of a model {unchecked}"
+    good = sum(1 for outcome in outcomes if not outcome.error)
+    unchecked = sum(1 for outcome in outcomes if outcome.unchecked)
+    return f"good {good}, bad {len(outcomes) - good - unchecked}, not checked {unchecked}"

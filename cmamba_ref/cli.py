@@ -210,8 +210,8 @@ def _verify(args: argparse.Namespace) -> int:
 
         def report(outcome: batch.Outcome) -> None:
             outcomes.append(outcome)
-            if outcome.needs_model:
-                line = f"not checked: {outcome.error}; name it with --model"
+            if outcome.unchecked:
+                line = f"not checked: {outcome.error}"
             elif outcome.error:
                 line = f"bad: {outcome.error}"
             else:

@@ -79,7 +79,7 @@ def test_a_folder_is_verified_file_by_file(
         f"not checked: {shelf / 'foreign.cmb'}: the file needs model {needed}, "
         "which is not at hand; name it with --model"
     )
-    assert summary == "good 1, bad 2, not checked for want of a model 1"
+    assert summary == "good 1, bad 2, not checked 1"
     assert err == ""
     assert names(shelf) == before
 
@@ -92,9 +92,12 @@ def test_only_good_files_give_0(
     options = ["--model", model_dir, "--jobs", "1"]
     assert main(["verify", right, right, *options]) == 0
     out = capsys.readouterr().out
-    assert out.endswith("good 1, bad 0, not checked for want of a model 0\n")
+    assert out.endswith("good 1, bad 0, not checked 0\n")
     for other in ("foreign.cmb", "missing.cmb"):
         assert main(["verify", right, str(shelf / other), *options]) == 1
+    capsys.readouterr()
+    assert main(["verify", right, *options, "--max-memory", "0.0001"]) == 1
+    assert capsys.readouterr().out.startswith(f"not checked: {right}: 90x70 pixels take about")
 
 
 def test_a_file_of_a_model_that_ships_needs_no_option(good: bytes, model: CMamba) -> None:
