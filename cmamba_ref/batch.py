@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmamba_ref import pool
-from cmamba_ref.errors import InvalidArgumentError, explain
+from cmamba_ref.errors import InvalidArgumentError, MemoryLimitError, OtherModelError, explain
 from cmamba_ref.files import write_atomically
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ SUFFIXES = {
         *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
     ),
     "decode": (".cmb",),
+    "verify": (".cmb",),
 }
 OUTPUT_SUFFIX = {"encode": ".cmb", "decode": ".png"}
 PROCESS_DIED = "the process at work on it died, perhaps for want of memory; try a smaller picture"
@@ -37,10 +38,10 @@ _logger = logging.getLogger("cmamba_ref.batch")
 
 @dataclass(frozen=True)
 class Task:
-    """A file to read and the file to write."""
+    """A file to read and the file to write, if one is to be written."""
 
     source: Path
-    target: Path
+    target: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,12 @@ class Job:
     """What to do with every file.
 
     Attributes:
-        command: "encode" or "decode".
+        command: "encode", "decode" or "verify".
         load: gives the model; runs once in every process.
         quality: for `encode`, as in `cmamba_ref.encode`.
         max_pixels: as in `cmamba_ref.encode` and `decode`; None for the default.
         max_memory: as in `cmamba_ref.encode` and `decode`, for each process.
+        check: for `encode`, decode what was written before it gets its name.
     """
 
     command: str
@@ -60,6 +62,7 @@ class Job:
     quality: float | None
     max_pixels: int | None
     max_memory: int | None
+    check: bool = False
 
     def pixel_limit(self) -> int:
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS
@@ -69,13 +72,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a file: sizes in bytes and pixels, or one line that says why nothing did."""
+    """What became of a file: sizes in bytes and pixels, or one line that says why nothing did.
+
+    Attributes:
+        detail: what `verify` found in a good file.
+        unchecked: the error is not the file's: its model is not at hand, or memory is short.
+    """
 
     source: Path
     bytes_in: int = 0
     bytes_out: int = 0
     pixels: int = 0
+    detail: str = ""
     error: str | None = None
+    unchecked: bool = False
 
 
 # ---------------------------------------------------------------- which files
@@ -103,29 +113,49 @@ def find_tasks(inputs: Sequence[Path], output: Path | None, command: str) -> lis
         )
     by_target: dict[str, Task] = {}
     by_source: dict[str, Path] = {}
-    for given in inputs:
-        root = given if given.is_dir() else given.parent
-        for source in _files_below(root, SUFFIXES[command]) if given.is_dir() else [given]:
-            path = source if output is None else output / source.relative_to(root)
-            task = Task(source, path.with_suffix(OUTPUT_SUFFIX[command]))
-            first = by_target.setdefault(os.path.realpath(task.target), task)
-            if os.path.realpath(first.source) != os.path.realpath(source):
-                raise InvalidArgumentError(
-                    f"`IN` must be files with an output each, got {str(first.source)!r} and "
-                    f"{str(source)!r}, both for {str(task.target)!r}; rename one of them"
-                )
-            by_source[os.path.realpath(source)] = source
+    for source, root in _find(inputs, command):
+        path = source if output is None else output / source.relative_to(root)
+        target = path.with_suffix(OUTPUT_SUFFIX[command])
+        first = by_target.setdefault(os.path.realpath(target), Task(source, target))
+        if os.path.realpath(first.source) != os.path.realpath(source):
+            raise InvalidArgumentError(
+                f"`IN` must be files with an output each, got {str(first.source)!r} and "
+                f"{str(source)!r}, both for {str(target)!r}; rename one of them"
+            )
+        by_source[os.path.realpath(source)] = source
     for path in sorted(by_target.keys() & by_source.keys()):
         raise InvalidArgumentError(
             f"`IN` must not be replaced, got {str(by_source[path])!r}, where the output for "
             f"{str(by_target[path].source)!r} would go; choose another folder with -o"
         )
-    if not by_target:
+    return list(by_target.values())
+
+
+def find_files(inputs: Sequence[Path], command: str) -> list[Task]:
+    """The files to read, each once and without an output; found as `find_tasks` finds them.
+
+    Raises:
+        InvalidArgumentError: there is nothing to do.
+        OSError: a folder cannot be read.
+    """
+    by_source = {os.path.realpath(source): source for source, _ in _find(inputs, command)}
+    return [Task(source) for source in by_source.values()]
+
+
+def _find(inputs: Sequence[Path], command: str) -> list[tuple[Path, Path]]:
+    """Every file, beside the folder in `inputs` below which it was found."""
+    found = []
+    for given in inputs:
+        if given.is_dir():
+            found += [(source, given) for source in _files_below(given, SUFFIXES[command])]
+        else:
+            found.append((given, given.parent))
+    if not found:
         raise InvalidArgumentError(
             f"`IN` must hold files to {command}, got {', '.join(repr(str(p)) for p in inputs)}; "
             f"files in folders are found by their suffixes: {' '.join(SUFFIXES[command])}"
         )
-    return list(by_target.values())
+    return found
 
 
 def _files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
@@ -141,7 +171,7 @@ def _files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
 
 def to_do(tasks: Iterable[Task], force: bool) -> list[Task]:
     """Without those whose output exists, unless it is to be replaced."""
-    return [task for task in tasks if force or not task.target.is_file()]
+    return [task for task in tasks if force or task.target is None or not task.target.is_file()]
 
 
 # ---------------------------------------------------------------- the work
@@ -216,47 +246,66 @@ def _work_here(task: Task) -> Outcome:
 
 def _outcome(model: CMamba, job: Job, task: Task) -> Outcome:
     try:
+        if task.target is None:
+            return _verify(model, job, task.source)
         if task.target.is_dir():
             raise InvalidArgumentError(
                 f"the output must be a file, got the folder {str(task.target)!r}; move it away"
             )
-        return (_encode if job.command == "encode" else _decode)(model, job, task)
+        work = _encode if job.command == "encode" else _decode
+        return work(model, job, task.source, task.target)
     except Exception as error:
         text = explain(error)
         if text is None:
             # A mistake in this package: told in full, but the other files are not to blame.
             _logger.exception("%s", task.source)
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return Outcome(task.source, error=_naming(task, text))
+        unchecked = isinstance(error, OtherModelError | MemoryLimitError | MemoryError)
+        return Outcome(task.source, error=_naming(task, text), unchecked=unchecked)
 
 
-def _encode(model: CMamba, job: Job, task: Task) -> Outcome:
+def _encode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
     from cmamba_ref.codec import encode
     from cmamba_ref.images import read_image
+    from cmamba_ref.verify import verify_encoded
 
-    max_pixels = job.pixel_limit()
-    picture = read_image(task.source, max_pixels=max_pixels)
-    data = encode(model, picture, job.quality, max_pixels=max_pixels, max_memory=job.max_memory)
-    task.target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(task.target, data)
+    limits = {"max_pixels": job.pixel_limit(), "max_memory": job.max_memory}
+    picture = read_image(source, max_pixels=job.pixel_limit())
+    data = encode(model, picture, job.quality, **limits)
+
+    def check(written: Path) -> None:
+        verify_encoded(written.read_bytes(), data, picture, model, **limits)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, data, check if job.check else None)
     height, width = picture.shape[:2]
-    return Outcome(task.source, task.source.stat().st_size, len(data), height * width)
+    return Outcome(source, source.stat().st_size, len(data), height * width)
 
 
-def _decode(model: CMamba, job: Job, task: Task) -> Outcome:
+def _decode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
     from cmamba_ref.codec import decode
     from cmamba_ref.images import write_png
 
-    data = task.source.read_bytes()
+    data = source.read_bytes()
     picture = decode(data, model, max_pixels=job.pixel_limit(), max_memory=job.max_memory)
-    task.target.parent.mkdir(parents=True, exist_ok=True)
-    write_png(task.target, picture)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_png(target, picture)
     height, width = picture.shape[:2]
-    return Outcome(task.source, len(data), task.target.stat().st_size, height * width)
+    return Outcome(source, len(data), target.stat().st_size, height * width)
+
+
+def _verify(model: CMamba, job: Job, source: Path) -> Outcome:
+    from cmamba_ref.verify import verify_file
+
+    limits = {"max_pixels": job.pixel_limit(), "max_memory": job.max_memory}
+    try:
+        return Outcome(source, detail=verify_file(source.read_bytes(), model, **limits))
+    except OtherModelError as error:
+        raise OtherModelError(f"{error}; name it with --model") from error
 
 
 def _died(task: Task) -> Outcome:
-    return Outcome(task.source, error=_naming(task, PROCESS_DIED))
+    return Outcome(task.source, error=_naming(task, PROCESS_DIED), unchecked=True)
 
 
 def _naming(task: Task, text: str) -> str:
@@ -267,7 +316,7 @@ def _naming(task: Task, text: str) -> str:
 
 
 class Summary:
-    """Adds up outcomes; `str` of it is what a user reads at the end."""
+    """Adds up what was encoded or decoded; `str` of it is what a user reads at the end."""
 
     def __init__(self, command: str, skipped: int) -> None:
         self.command = command
@@ -304,3 +353,10 @@ class Summary:
 
 def _by_source(outcome: Outcome) -> Path:
     return outcome.source
+
+
+def summarise_checks(outcomes: Sequence[Outcome]) -> str:
+    """What a user reads at the end of `verify`."""
+    good = sum(1 for outcome in outcomes if not outcome.error)
+    unchecked = sum(1 for outcome in outcomes if outcome.unchecked)
+    return f"good {good}, bad {len(outcomes) - good - unchecked}, not checked {unchecked}"

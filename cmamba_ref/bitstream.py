@@ -27,6 +27,7 @@ QUALITY_UNITS = 100
 _HEADER = struct.Struct("<4sBB8sIII")
 _LATENT = struct.Struct("<HBI")
 _CRC = struct.Struct("<I")
+HEADER_BYTES = _HEADER.size
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,35 @@ def symbols_crc(blocks: Iterable[np.ndarray]) -> int:
 
 
 @dataclass(frozen=True)
+class Header:
+    """What stands before the strings.
+
+    Attributes:
+        model_id, width, height, grey: as in `Container`.
+        z_length: of the z string, in bytes.
+    """
+
+    model_id: bytes
+    width: int
+    height: int
+    grey: bool
+    z_length: int
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Header:
+        """Read the first `HEADER_BYTES` of a file; whether they are damaged is not known yet.
+
+        Raises:
+            BitstreamError: not such a file, a newer version, truncated or malformed.
+        """
+        _check_start(data, HEADER_BYTES)
+        _, _, flags, model_id, width, height, z_length = _HEADER.unpack_from(data)
+        if flags & ~FLAG_GREY or not width or not height:
+            raise BitstreamError(f"the header is malformed: flags {flags}, {width}x{height} pixels")
+        return cls(model_id, width, height, bool(flags & FLAG_GREY), z_length)
+
+
+@dataclass(frozen=True)
 class Container:
     """One picture's file.
 
@@ -99,32 +129,37 @@ class Container:
         Raises:
             BitstreamError: not such a file, a newer version, truncated or damaged.
         """
-        if data[:4] != MAGIC:
-            raise BitstreamError("this is not a CMamba file: it does not begin with its signature")
-        if len(data) < 5:
-            raise BitstreamError(f"the file is truncated: it has only {len(data)} bytes")
-        if data[4] != VERSION:
-            raise BitstreamError(
-                f"the file has format version {data[4]}, this program reads version {VERSION}; "
-                "use the version of cmamba-ref that wrote it, or a newer one"
-            )
-        if len(data) < _HEADER.size + _LATENT.size + _CRC.size:
-            raise BitstreamError(f"the file is truncated: it has only {len(data)} bytes")
+        _check_start(data, HEADER_BYTES + _LATENT.size + _CRC.size)
         (crc,) = _CRC.unpack_from(data, len(data) - _CRC.size)
         if zlib.crc32(data[: -_CRC.size]) != crc:
             raise BitstreamError("the file is damaged or truncated: its checksum does not match")
-        _, _, flags, model_id, width, height, z_length = _HEADER.unpack_from(data)
-        payload = data[_HEADER.size : -_CRC.size]
-        if flags & ~FLAG_GREY or not width or not height or z_length > len(payload):
+        header = Header.unpack(data)
+        payload = data[HEADER_BYTES : -_CRC.size]
+        if header.z_length > len(payload):
             raise BitstreamError(
-                f"the header is malformed: flags {flags}, {width}x{height} pixels, "
-                f"z string of {z_length} in a payload of {len(payload)} bytes"
+                f"the header is malformed: z string of {header.z_length} in a payload of "
+                f"{len(payload)} bytes"
             )
         return cls(
-            model_id=model_id,
-            width=width,
-            height=height,
-            grey=bool(flags & FLAG_GREY),
-            z=payload[:z_length],
-            y=payload[z_length:],
+            model_id=header.model_id,
+            width=header.width,
+            height=header.height,
+            grey=header.grey,
+            z=payload[: header.z_length],
+            y=payload[header.z_length :],
         )
+
+
+def _check_start(data: bytes, least: int) -> None:
+    """Refuse what is no file of ours, of another version, or shorter than `least` bytes."""
+    if data[:4] != MAGIC:
+        raise BitstreamError("this is not a CMamba file: it does not begin with its signature")
+    if len(data) < 5:
+        raise BitstreamError(f"the file is truncated: it has only {len(data)} bytes")
+    if data[4] != VERSION:
+        raise BitstreamError(
+            f"the file has format version {data[4]}, this program reads version {VERSION}; "
+            "use the version of cmamba-ref that wrote it, or a newer one"
+        )
+    if len(data) < least:
+        raise BitstreamError(f"the file is truncated: it has only {len(data)} bytes")

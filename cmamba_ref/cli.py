@@ -1,10 +1,11 @@
-"""The command `cmamba`: encode, decode, info, demo.
+"""The command `cmamba`: encode, decode, verify, info, demo.
 
 What goes wrong on purpose (a `CMambaError`, an `OSError`) becomes one line on stderr and exit code
 1; usage errors exit with 2, Ctrl-C with 130. Every output is written whole or not at all, and
 replaces an existing file only with `--force`.
 
-`encode` and `decode` take one file, or with `cmamba_ref.batch` many files and whole folders.
+`encode` and `decode` take one file, or with `cmamba_ref.batch` many files and whole folders. `-` is
+standard input or output; what a command says goes to stderr where its output goes to stdout.
 
 This module imports nothing heavy: torch and Pillow come in with the command that needs them.
 """
@@ -23,11 +24,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from cmamba_ref import streams
 from cmamba_ref.errors import BitstreamError, CMambaError, InvalidArgumentError, explain
 from cmamba_ref.files import write_atomically
+from cmamba_ref.streams import STREAM
 
 if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
+
+COUNTING = "cmamba: {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} to go"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,30 +81,44 @@ def _encode(args: argparse.Namespace) -> int:
     if _are_many(args.inputs):
         return _many(args, "encode")
     (source,) = args.inputs
-    target = args.output or source.with_suffix(".cmb")
+    target = args.output or _default_target(source, ".cmb")
     _check_target(target, source, args.force)
     with _stages(4) as begin:
         begin("reading")
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS, encode
-        from cmamba_ref.images import read_image
+        from cmamba_ref.images import parse_image
         from cmamba_ref.metrics import bits_per_pixel
+        from cmamba_ref.verify import verify_encoded
 
-        max_pixels = args.max_pixels or DEFAULT_MAX_PIXELS
-        picture = read_image(source, max_pixels=max_pixels)
+        limits = {
+            "max_pixels": args.max_pixels or DEFAULT_MAX_PIXELS,
+            "max_memory": args.max_memory,
+        }
+        picture = parse_image(
+            streams.read_input(source),
+            streams.label(source, "input"),
+            max_pixels=limits["max_pixels"],
+        )
         begin("loading the model")
         model = load_model(args.model, args.device)
         begin("encoding")
         start = time.perf_counter()
-        data = encode(
-            model, picture, args.quality, max_pixels=max_pixels, max_memory=args.max_memory
-        )
+        data = encode(model, picture, args.quality, **limits)
         seconds = time.perf_counter() - start
-        begin("writing")
-        write_atomically(target, data)
+        begin("writing and verifying" if args.verify else "writing")
+
+        def check(written: bytes) -> None:
+            if args.verify:
+                with _naming(target, "output"):
+                    verify_encoded(written, data, picture, model, **limits)
+
+        _write(target, data, check)
     height, width = picture.shape[:2]
     bpp = bits_per_pixel(len(data), width, height)
-    print(
-        f"{target}: {len(data)} bytes, {bpp:.3f} bpp, {width}x{height}, encoded in {seconds:.2f} s"
+    verified = ", verified" if args.verify else ""
+    _say(
+        target,
+        f"{len(data)} bytes, {bpp:.3f} bpp, {width}x{height}, encoded in {seconds:.2f} s{verified}",
     )
     return 0
 
@@ -109,8 +128,8 @@ def _decode(args: argparse.Namespace) -> int:
     if _are_many(args.inputs):
         return _many(args, "decode")
     (source,) = args.inputs
-    target = args.output or source.with_suffix(".png")
-    if target.suffix.lower() != ".png":
+    target = args.output or _default_target(source, ".png")
+    if target != STREAM and target.suffix.lower() != ".png":
         raise InvalidArgumentError(
             f"`-o` must be a .png file, got {str(target)!r}; "
             "decode to PNG, which loses nothing, and convert that"
@@ -119,22 +138,22 @@ def _decode(args: argparse.Namespace) -> int:
     with _stages(4) as begin:
         begin("reading")
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS, decode
-        from cmamba_ref.images import write_png
+        from cmamba_ref.images import png_bytes
 
-        data = source.read_bytes()
+        data = streams.read_input(source)
         begin("loading the model")
         model = load_model(args.model, args.device)
         begin("decoding")
         start = time.perf_counter()
-        with _naming(source):
+        with _naming(source, "input"):
             max_pixels = args.max_pixels or DEFAULT_MAX_PIXELS
             picture = decode(data, model, max_pixels=max_pixels, max_memory=args.max_memory)
         seconds = time.perf_counter() - start
         begin("writing")
-        write_png(target, picture)
+        _write(target, png_bytes(picture))
     height, width = picture.shape[:2]
     colours = "grey" if picture.ndim == 2 else "RGB"
-    print(f"{target}: {width}x{height} {colours}, decoded in {seconds:.2f} s")
+    _say(target, f"{width}x{height} {colours}, decoded in {seconds:.2f} s")
     return 0
 
 
@@ -144,6 +163,7 @@ def _many(args: argparse.Namespace, command: str) -> int:
 
     from cmamba_ref import batch
 
+    streams.check_alone(args.inputs, args.output)
     processes = _process_count(args.jobs, args.device)
     tasks = batch.find_tasks(args.inputs, args.output, command)
     waiting = batch.to_do(tasks, args.force)
@@ -153,10 +173,10 @@ def _many(args: argparse.Namespace, command: str) -> int:
         getattr(args, "quality", None),
         args.max_pixels,
         args.max_memory,
+        getattr(args, "verify", False),
     )
     summary = batch.Summary(command, skipped=len(tasks) - len(waiting))
-    form = "cmamba: {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} to go"
-    with tqdm(total=len(waiting), bar_format=form, leave=False, disable=None) as bar:
+    with tqdm(total=len(waiting), bar_format=COUNTING, leave=False, disable=None) as bar:
 
         def report(outcome: batch.Outcome) -> None:
             summary.add(outcome)
@@ -169,12 +189,47 @@ def _many(args: argparse.Namespace, command: str) -> int:
     return 1 if summary.failed else 0
 
 
+def _verify(args: argparse.Namespace) -> int:
+    """A line per file as it is done, and a summary; 1 if one is bad or could not be checked."""
+    from tqdm import tqdm
+
+    from cmamba_ref import batch
+
+    streams.check_alone(args.inputs)
+    processes = _process_count(args.jobs, args.device)
+    tasks = batch.find_files(args.inputs, "verify")
+    job = batch.Job(
+        "verify",
+        partial(load_model, args.model, args.device),
+        None,
+        args.max_pixels,
+        args.max_memory,
+    )
+    outcomes: list[batch.Outcome] = []
+    with tqdm(total=len(tasks), bar_format=COUNTING, leave=False, disable=None) as bar:
+
+        def report(outcome: batch.Outcome) -> None:
+            outcomes.append(outcome)
+            if outcome.unchecked:
+                line = f"not checked: {outcome.error}"
+            elif outcome.error:
+                line = f"bad: {outcome.error}"
+            else:
+                line = f"good: {outcome.source}: {outcome.detail}"
+            bar.write(line, file=sys.stdout)
+            bar.update()
+
+        batch.run(tasks, job, processes, report)
+    print(batch.summarise_checks(outcomes))
+    return 1 if any(outcome.error for outcome in outcomes) else 0
+
+
 def _info(args: argparse.Namespace) -> int:
     """Describe every file that can be read, also after one that cannot."""
     worst = 0
     for path in args.files:
         try:
-            with _naming(path):
+            with _naming(path, "input"):
                 print(_describe(path))
         except (CMambaError, OSError) as error:
             worst = _fail(error)
@@ -224,6 +279,27 @@ def _check_device(name: str) -> None:
         ) from error
 
 
+def _default_target(source: Path, suffix: str) -> Path:
+    """Where the output goes without -o: beside the input; to stdout what came from stdin."""
+    return STREAM if source == STREAM else source.with_suffix(suffix)
+
+
+def _write(target: Path, data: bytes, check: Callable[[bytes], None] | None = None) -> None:
+    """Write a file, or to stdout; of a file `check` is given what can be read back from it."""
+    if target == STREAM:
+        if check:
+            check(data)
+        streams.write_output(data)
+    else:
+        write_atomically(target, data, check and (lambda path: check(path.read_bytes())))
+
+
+def _say(target: Path, message: str) -> None:
+    """Report what was written: on stdout, unless that is what was written to."""
+    out = sys.stderr if target == STREAM else sys.stdout
+    print(f"{streams.label(target, 'output')}: {message}", file=out)
+
+
 def _are_many(inputs: Sequence[Path]) -> bool:
     return len(inputs) > 1 or inputs[0].is_dir()
 
@@ -245,8 +321,12 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
     """Refuse before the work what could not, or should not, be written after it.
 
     Raises:
-        InvalidArgumentError: `target` exists, is the input, or lies in no directory.
+        InvalidArgumentError: `target` exists, is the input, or lies in no directory; or it is
+            stdout, which is a terminal.
     """
+    if target == STREAM:
+        streams.check_output()
+        return
     if not target.parent.is_dir():
         raise InvalidArgumentError(
             f"`-o` must lie in an existing directory, got {str(target)!r}; make it first"
@@ -273,7 +353,7 @@ def _describe(path: Path) -> str:
     from cmamba_ref.identity import name_of
     from cmamba_ref.metrics import bits_per_pixel
 
-    data = path.read_bytes()
+    data = streams.read_input(path)
     container = bitstream.Container.unpack(data)
     prefix, y_stream = bitstream.unpack_latent(container.y)
     quality = (
@@ -293,16 +373,17 @@ def _describe(path: Path) -> str:
         "y": f"{len(container.y)} bytes, lanes: {lane_count(y_stream)}, shift: {prefix.shift}",
         "z": f"{len(container.z)} bytes, lanes: {lane_count(container.z)}",
     }
-    return "\n".join([str(path), *(f"  {name:<8}  {value}" for name, value in rows.items())])
+    name = streams.label(path, "input")
+    return "\n".join([name, *(f"  {row:<8}  {value}" for row, value in rows.items())])
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _naming(path: Path, stream: str) -> Iterator[None]:
     """Say in which file the damage is: the codec sees bytes and cannot know."""
     try:
         yield
     except BitstreamError as error:
-        raise BitstreamError(f"{path}: {error}") from error
+        raise BitstreamError(f"{streams.label(path, stream)}: {error}") from error
 
 
 @contextmanager
@@ -351,14 +432,40 @@ def _parser() -> argparse.ArgumentParser:
     encode = commands.add_parser("encode", help="pictures to .cmb", parents=[_model_options()])
     _add_files(encode, "a picture in any format that Pillow reads, or a folder of them", ".cmb")
     _add_quality(encode)
+    encode.add_argument(
+        "--verify",
+        action="store_true",
+        help="decode what was written and compare its symbols, before it gets its name",
+    )
     encode.set_defaults(command=_encode)
 
     decode = commands.add_parser("decode", help=".cmb to PNG", parents=[_model_options()])
     _add_files(decode, "a .cmb file, or a folder of them", ".png")
     decode.set_defaults(command=_decode)
 
+    verify = commands.add_parser(
+        "verify",
+        help="check that .cmb files decode, writing nothing",
+        parents=[_model_options()],
+    )
+    verify.add_argument(
+        "inputs",
+        type=streams.parse_path,
+        nargs="+",
+        metavar="IN",
+        help="a .cmb file, or a folder of them; of --model, or of a model that ships",
+    )
+    _add_work(verify)
+    verify.set_defaults(command=_verify)
+
     info = commands.add_parser("info", help="describe .cmb files and verify their checksums")
-    info.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a .cmb file")
+    info.add_argument(
+        "files",
+        nargs="+",
+        type=streams.parse_path,
+        metavar="FILE",
+        help="a .cmb file; - is standard input",
+    )
     info.set_defaults(command=_info)
 
     demo = commands.add_parser(
@@ -394,20 +501,30 @@ def _model_options() -> argparse.ArgumentParser:
 
 
 def _add_files(parser: argparse.ArgumentParser, source: str, suffix: str) -> None:
-    parser.add_argument("inputs", type=Path, nargs="+", metavar="IN", help=source)
+    parser.add_argument(
+        "inputs",
+        type=streams.parse_path,
+        nargs="+",
+        metavar="IN",
+        help=f"{source}; - is standard input",
+    )
     parser.add_argument(
         "-o",
         dest="output",
-        type=Path,
+        type=streams.parse_path,
         metavar="OUT",
-        help="a file for one IN, a folder for several or for a folder, made where missing "
-        f"(default: beside IN, with the suffix {suffix})",
+        help="a file for one IN, a folder for several or for a folder, made where missing; - is "
+        f"standard output (default: beside IN, with the suffix {suffix}; - where IN is -)",
     )
     parser.add_argument(
         "--force",
         action="store_true",
         help="replace OUT if it exists; of several files, those that exist are skipped without it",
     )
+    _add_work(parser)
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs",
         type=_positive,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from cmamba_ref import memory
+from cmamba_ref import identity, memory
 from cmamba_ref.bitstream import Container
-from cmamba_ref.errors import BitstreamError, InvalidArgumentError
+from cmamba_ref.errors import BitstreamError, InvalidArgumentError, OtherModelError
 from cmamba_ref.model import MULTIPLE, CMamba
 
 DEFAULT_MODEL = "tiny"
@@ -19,9 +21,29 @@ DEFAULT_MAX_PIXELS = 100_000_000
 
 
 @functools.cache
+def shipped_model(name: str) -> CMamba:
+    """A model that ships with the package, loaded once, on the CPU."""
+    return CMamba.from_pretrained(name)
+
+
 def default_model() -> CMamba:
-    """The model that ships with the package, loaded once, on the CPU."""
-    return CMamba.from_pretrained(DEFAULT_MODEL)
+    """The model that ships with the package and is used where none is named."""
+    return shipped_model(DEFAULT_MODEL)
+
+
+def model_for(model_id: bytes, given: Iterable[CMamba]) -> CMamba:
+    """The model of that id, among those `given` and then among those that ship.
+
+    Raises:
+        OtherModelError: it is none of them.
+    """
+    for model in given:
+        if model.model_id == model_id:
+            return model
+    name = identity.name_of(model_id)
+    if name is None:
+        raise OtherModelError(f"the file needs model {model_id.hex()}, which is not at hand")
+    return shipped_model(name)
 
 
 def encode(
@@ -99,8 +121,39 @@ def decode(
     """
     container = Container.unpack(data)
     model = model or default_model()
+    y_bar, quality = _decode_latent(container, model, max_pixels, max_memory)
+    x_hat = model.reconstruct(y_bar, quality)[0, :, : container.height, : container.width]
+    rgb = (x_hat.float() * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
+    if container.grey:
+        return np.rint(rgb.mean(axis=2)).astype(np.uint8)
+    return np.ascontiguousarray(rgb)
+
+
+def check_symbols(
+    container: Container,
+    model: CMamba,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_memory: int | None = None,
+) -> None:
+    """Decode a file as far as its symbols, which are compared with their check; no picture is made.
+
+    Limits and errors are those of `decode`.
+    """
+    _decode_latent(container, model, max_pixels, max_memory)
+
+
+def latent_shape(height: int, width: int) -> tuple[int, int]:
+    """The shape of z for a picture of that size."""
+    return -(-height // MULTIPLE), -(-width // MULTIPLE)
+
+
+def _decode_latent(
+    container: Container, model: CMamba, max_pixels: int, max_memory: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """y_bar and quality as `CMamba.decode_latent` returns them, after all that is refused."""
     if container.model_id != model.model_id:
-        raise BitstreamError(
+        raise OtherModelError(
             f"the file was made by model {container.model_id.hex()}, this is "
             f"{model.config.name!r} {model.model_id.hex()}; decode with the model it was made by"
         )
@@ -112,17 +165,7 @@ def decode(
             "raise `max_pixels` if you trust it"
         )
     _check_memory(model, container.height, container.width, max_memory)
-    y_bar, quality = model.decode_latent([[container.y], [container.z]], (rows, columns))
-    x_hat = model.reconstruct(y_bar, quality)[0, :, : container.height, : container.width]
-    rgb = (x_hat.float() * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
-    if container.grey:
-        return np.rint(rgb.mean(axis=2)).astype(np.uint8)
-    return np.ascontiguousarray(rgb)
-
-
-def latent_shape(height: int, width: int) -> tuple[int, int]:
-    """The shape of z for a picture of that size."""
-    return -(-height // MULTIPLE), -(-width // MULTIPLE)
+    return model.decode_latent([[container.y], [container.z]], (rows, columns))
 
 
 def _check_memory(model: CMamba, height: int, width: int, max_memory: int | None) -> None:

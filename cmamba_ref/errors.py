@@ -21,6 +21,14 @@ class BitstreamError(CMambaError, ValueError):
     """A file or string is damaged, truncated, of another model or of a newer format version."""
 
 
+class OtherModelError(BitstreamError):
+    """A file may be sound, but was made by another model than those at hand."""
+
+
+class PillowError(CMambaError, OSError):
+    """Pillow cannot read or write a .cmb file; an `OSError`, as with its other formats."""
+
+
 class ImageError(CMambaError, ValueError):
     """A picture cannot be read, or is of a kind that this codec does not store."""
 

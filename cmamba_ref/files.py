@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 
-def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+def write_atomically(
+    path: str | os.PathLike, data: bytes, check: Callable[[Path], None] | None = None
+) -> None:
     """Write `data` to `path`; a failure half-way leaves what was there before, and nothing else.
 
     The bytes go into a temporary file beside the target, since a rename is atomic only inside one
     file system.
+
+    Args:
+        check: is given the temporary file when it is complete; what it raises counts as a failure.
 
     Raises:
         OSError: the directory is missing, not writable or full.
@@ -22,6 +28,8 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         temporary.write_bytes(data)
+        if check is not None:
+            check(temporary)
         if target.exists():
             shutil.copymode(target, temporary)
         os.replace(temporary, target)

@@ -55,23 +55,27 @@ def read_image(path: str | os.PathLike, *, max_pixels: int = DEFAULT_MAX_PIXELS)
         ImageError: no picture, damaged, or of a kind that this codec does not store.
         OSError: the file cannot be read.
     """
-    data = Path(path).read_bytes()
+    return parse_image(Path(path).read_bytes(), str(path), max_pixels=max_pixels)
+
+
+def parse_image(data: bytes, name: str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
+    """`read_image` of bytes that are there already; `name` is what errors call them."""
     try:
         with _pixel_limit(max_pixels), Image.open(io.BytesIO(data)) as picture:
-            return _to_array(picture)
+            return to_array(picture)
     except ImageError as error:
-        raise ImageError(f"{path} {error}") from error
+        raise ImageError(f"{name} {error}") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path} is no picture in a format that Pillow reads") from error
+        raise ImageError(f"{name} is no picture in a format that Pillow reads") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(
-            f"{path} has more than {max_pixels} pixels; raise `max_pixels` if you trust it"
+            f"{name} has more than {max_pixels} pixels; raise `max_pixels` if you trust it"
         ) from error
     except MemoryError:
         raise
     # On damaged data Pillow raises a dozen types, SyntaxError and struct.error among them.
     except Exception as error:
-        raise ImageError(f"{path} is damaged or truncated: {error}") from error
+        raise ImageError(f"{name} is damaged or truncated: {error}") from error
 
 
 def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
@@ -81,6 +85,15 @@ def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
         ImageError: another type or shape.
         OSError: the file cannot be written.
     """
+    write_atomically(path, png_bytes(image))
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """A PNG file of uint8 `[H, W, 3]` or `[H, W]`.
+
+    Raises:
+        ImageError: another type or shape.
+    """
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
         raise ImageError(
             f"`image` must be uint8 [H, W, 3] or [H, W], got {image.dtype}{list(image.shape)}; "
@@ -88,7 +101,7 @@ def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
         )
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 @contextmanager
@@ -105,8 +118,15 @@ def _pixel_limit(max_pixels: int) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _to_array(picture: Image.Image) -> np.ndarray:
-    """8-bit sRGB or grey, or an ImageError whose text continues the file's name."""
+def to_array(picture: Image.Image) -> np.ndarray:
+    """A picture of Pillow's as one sees it: upright, in sRGB; see `read_image`.
+
+    Returns:
+        uint8 `[H, W, 3]`, or `[H, W]` where it is grey or black-and-white.
+
+    Raises:
+        ImageError: of a kind that this codec does not store; the text continues the file's name.
+    """
     _refuse_what_would_be_lost(picture)
     icc = picture.info.get("icc_profile")
     upright = ImageOps.exif_transpose(picture)

@@ -1,0 +1,184 @@
+"""Pillow reads and writes .cmb files once this module has been imported.
+
+    import cmamba_ref.pillow_plugin
+
+    with Image.open("photo.cmb") as picture:  # reads the header: size and mode
+        picture.load()  # decodes, as does whatever asks for pixels
+    picture.save("copy.cmb", quality=5)
+
+Options of `save`; others are ignored, as Pillow's own formats do:
+
+    quality: 1 (small) to 8 (good), any number in between; 4 where it is left out. Not 1 to 100.
+    model: the name of a model that ships, a directory with one, a repository of the Hugging Face
+        Hub, or a `CMamba`; "tiny" where it is left out.
+    max_pixels, max_memory: as in `cmamba_ref.encode`.
+
+A .cmb file holds pixels and nothing else, as modes L and RGB. What `save` does with others is what
+`cmamba encode` does with files (`cmamba_ref.images`): the orientation in the picture's EXIF data
+and its ICC profile are applied; black-and-white becomes L, palettes and YCbCr become RGB;
+transparency, CMYK, 16 bits and animations are refused. An opened file is upright, in sRGB, and has
+neither EXIF data nor a profile.
+
+A file of a model that does not ship opens, and decodes after `use_model`, or after a `save` with
+that model's name. Pillow's limit on pixels, `Image.MAX_IMAGE_PIXELS`, holds when a file is opened.
+
+What is wrong with a file or a picture is a `PillowError`, which is an `OSError` and has the reason
+as its cause. Pillow empties an existing file before `save` begins, and it is lost if that fails; of
+colours with 16 bits it may keep 8 when it loads them, which cannot be noticed here.
+
+torch is imported when the first picture is decoded or encoded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING
+
+from PIL import Image, ImageFile
+
+from cmamba_ref.bitstream import HEADER_BYTES, MAGIC, Container, Header
+from cmamba_ref.errors import BitstreamError, ImageError, OtherModelError, PillowError
+
+if TYPE_CHECKING:
+    from cmamba_ref.model import CMamba
+
+FORMAT = "CMAMBA"
+EXTENSION = ".cmb"
+MIME = "image/x-cmamba"
+
+# Models that were named, given or needed, by what identified them: weights are loaded once.
+_models: dict[str | bytes | int, CMamba] = {}
+_models_guard = threading.Lock()
+
+
+def use_model(model: str | os.PathLike | CMamba) -> CMamba:
+    """Decode files of this model from now on; it stays in memory.
+
+    Args:
+        model: as the option of `save`.
+
+    Raises:
+        WeightsError: nothing there, damaged, or not to be downloaded.
+    """
+    from cmamba_ref.codec import shipped_model
+    from cmamba_ref.identity import pretrained_names
+    from cmamba_ref.model import CMamba
+
+    with _models_guard:
+        if isinstance(model, CMamba):
+            # By the object: its weights, and with them its id, may change.
+            return _models.setdefault(id(model), model)
+        name = os.fspath(model)
+        if name not in _models:
+            load = shipped_model if name in pretrained_names() else CMamba.from_pretrained
+            _models[name] = load(name)
+        return _models[name]
+
+
+def _model_of(data: bytes) -> CMamba:
+    """The model that a file was made by, among those in use and those that ship."""
+    from cmamba_ref.codec import model_for
+
+    model_id = Container.unpack(data).model_id
+    with _models_guard:
+        model = model_for(model_id, _models.values())
+        _models[model_id] = model
+        return model
+
+
+class CMambaImageFile(ImageFile.ImageFile):
+    """A .cmb file that has been opened, and not decoded yet."""
+
+    format = FORMAT
+    format_description = "CMamba learned image codec"
+
+    def _open(self) -> None:
+        assert self.fp is not None  # for the type checker
+        with _told_as_pillow_does("cannot open:"):
+            header = Header.unpack(self.fp.read(HEADER_BYTES))
+        self._size = header.width, header.height
+        self._mode = "L" if header.grey else "RGB"
+        self.tile = [(FORMAT, (0, 0, *self._size), 0, ())]  # type: ignore[list-item]
+
+    def verify(self) -> None:
+        """Compare the file with its checksum, without decoding; open it anew to read it then.
+
+        Raises:
+            PillowError: it is damaged.
+        """
+        assert self.fp is not None  # for the type checker
+        self.fp.seek(0)
+        with _told_as_pillow_does("cannot verify:"):
+            Container.unpack(self.fp.read())
+        super().verify()
+
+
+class CMambaDecoder(ImageFile.PyDecoder):
+    """What Pillow runs when pixels are asked for."""
+
+    _pulls_fd = True  # it is given the open file instead of pieces of it
+
+    def decode(self, buffer: object) -> tuple[int, int]:
+        """Decode the whole file into the image; (-1, 0) says that this is all and went well.
+
+        Raises:
+            PillowError: damaged, of a model that is not at hand, or too large.
+            MemoryLimitError: more memory is needed than there is.
+        """
+        from cmamba_ref.codec import DEFAULT_MAX_PIXELS, decode
+
+        assert self.fd is not None  # for the type checker
+        # Pillow has refused what has more than twice as many pixels as its limit.
+        allowed = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else sys.maxsize
+        with _told_as_pillow_does("cannot decode:"):
+            data = self.fd.read()
+            picture = decode(data, _model_of(data), max_pixels=max(DEFAULT_MAX_PIXELS, allowed))
+        self.set_as_raw(picture.tobytes())
+        return -1, 0
+
+
+def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
+    from cmamba_ref.codec import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, encode
+    from cmamba_ref.images import to_array
+    from cmamba_ref.model import CMamba
+
+    options = im.encoderinfo
+    model = options.get("model") or DEFAULT_MODEL
+    with _told_as_pillow_does("cannot save: the picture"):
+        picture = to_array(im)
+    data = encode(
+        model if isinstance(model, CMamba) else use_model(model),
+        picture,
+        options.get("quality"),
+        max_pixels=options.get("max_pixels") or DEFAULT_MAX_PIXELS,
+        max_memory=options.get("max_memory"),
+    )
+    fp.write(data)
+
+
+@contextmanager
+def _told_as_pillow_does(what: str) -> Iterator[None]:
+    """Turn what is wrong with a file or picture into an OSError; the reason stays its cause."""
+    try:
+        yield
+    except OtherModelError as error:
+        raise PillowError(
+            f"{what} {error}; name it with cmamba_ref.pillow_plugin.use_model"
+        ) from error
+    except (BitstreamError, ImageError) as error:
+        raise PillowError(f"{what} {error}") from error
+
+
+def _accept(prefix: bytes) -> bool:
+    return prefix.startswith(MAGIC)
+
+
+Image.register_open(FORMAT, CMambaImageFile, _accept)
+Image.register_decoder(FORMAT, CMambaDecoder)
+Image.register_save(FORMAT, _save)
+Image.register_extension(FORMAT, EXTENSION)
+Image.register_mime(FORMAT, MIME)

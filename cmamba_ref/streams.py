@@ -1,0 +1,84 @@
+"""Standard input and output in place of files, where the command line says `-`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cmamba_ref.errors import InvalidArgumentError
+
+STREAM = Path("-")
+
+
+def parse_path(text: str) -> Path:
+    """A path as typed; `./-` stays the file of that name, which `Path` would take for `-`."""
+    path = Path(text)
+    return path.absolute() if path == STREAM and text != "-" else path
+
+
+def label(path: Path, stream: str) -> str:
+    """What messages call it: the path, or "standard input" or "standard output" for `-`."""
+    return f"standard {stream}" if path == STREAM else str(path)
+
+
+def check_alone(inputs: Sequence[Path], output: Path | None = None) -> None:
+    """Refuse `-` where several inputs are worked on by several processes.
+
+    Raises:
+        InvalidArgumentError: it is among the inputs, or the output.
+    """
+    for name, paths in (("IN", inputs), ("-o", [output])):
+        if STREAM in paths:
+            raise InvalidArgumentError(
+                f"`{name}` must be files and folders for several inputs and for verify, got -; "
+                "encode and decode take - for one input or output"
+            )
+
+
+def read_input(path: Path) -> bytes:
+    """A file's bytes; of `-`, all that comes from standard input.
+
+    Raises:
+        InvalidArgumentError: standard input is a terminal.
+        OSError: the file cannot be read.
+    """
+    if path != STREAM:
+        return path.read_bytes()
+    if sys.stdin.isatty():
+        raise InvalidArgumentError(
+            "`IN` must be data from a file or a program where it is -, got a terminal; "
+            "redirect it, as in < photo.jpg, or name a file"
+        )
+    return sys.stdin.buffer.read()
+
+
+def check_output() -> None:
+    """Refuse to send a file's bytes to a terminal, before the work that makes them.
+
+    Raises:
+        InvalidArgumentError: standard output is one.
+    """
+    if sys.stdout.isatty():
+        raise InvalidArgumentError(
+            "`-o` must not be a terminal, which cannot show binary data, got -; "
+            "redirect it, as in > photo.cmb, or name a file with -o"
+        )
+
+
+def write_output(data: bytes) -> None:
+    """Send bytes, and nothing else, to standard output.
+
+    Raises:
+        OSError: nobody reads any more, or there is no room where it goes.
+    """
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except OSError:
+        # What is left in the buffer would fail once more at the end of the process, with lines of
+        # Python's own and another exit code.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise

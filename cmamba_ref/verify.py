@@ -1,0 +1,62 @@
+"""Whether files decode: those that are there, and one that is about to be."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cmamba_ref import codec
+from cmamba_ref.bitstream import Container
+from cmamba_ref.errors import BitstreamError
+from cmamba_ref.model import CMamba
+
+
+def verify_file(data: bytes, model: CMamba, *, max_pixels: int, max_memory: int | None) -> str:
+    """Check a file down to its symbols, with `model` or the one that ships and made it.
+
+    Args:
+        data: the bytes of a `.cmb` file.
+        max_pixels, max_memory: as in `cmamba_ref.decode`.
+
+    Returns:
+        what was found, in a few words.
+
+    Raises:
+        OtherModelError: header and checksum are right, but the model it needs is not at hand.
+        BitstreamError: damaged, truncated or too large.
+        MemoryLimitError: more memory is needed than there is or than is allowed.
+    """
+    container = Container.unpack(data)
+    model = codec.model_for(container.model_id, [model])
+    codec.check_symbols(container, model, max_pixels=max_pixels, max_memory=max_memory)
+    colours = "grey" if container.grey else "colour"
+    return f"{container.width}x{container.height}, {colours}, model {model.config.name!r}"
+
+
+def verify_encoded(
+    stored: bytes,
+    data: bytes,
+    picture: np.ndarray,
+    model: CMamba,
+    *,
+    max_pixels: int,
+    max_memory: int | None,
+) -> None:
+    """Check what stands in a file after `data` was written to it, or what is about to be sent.
+
+    Decoding compares the symbols with the check that the encoder computed from its own. Of the
+    pixels that follow from them there is no other copy to compare with: the encoder makes none.
+
+    Args:
+        stored: what was read back.
+        data: what `cmamba_ref.encode` returned for `picture`.
+
+    Raises:
+        BitstreamError: other bytes, or bytes that do not decode to a picture of that size.
+    """
+    if stored != data:
+        raise BitstreamError("the bytes read back are not those written; check the disk")
+    decoded = codec.decode(stored, model, max_pixels=max_pixels, max_memory=max_memory)
+    if decoded.shape != picture.shape:
+        raise BitstreamError(
+            f"a picture of shape {list(picture.shape)} came back as {list(decoded.shape)}"
+        )

@@ -1,0 +1,267 @@
+"""Pillow opens and saves .cmb files: lazily, with its own kinds of errors, by the codec's rules."""
+
+import io
+import subprocess
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from codec_helpers import field_of, picture, random_model, with_field
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+import cmamba_ref
+from cmamba_ref import CMamba, MemoryLimitError, codec, identity, pillow_plugin
+from cmamba_ref.errors import BitstreamError, ImageError, OtherModelError, PillowError
+from cmamba_ref.images import read_image
+
+PICTURE = picture(70, 90)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("model")
+    random_model().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: str) -> CMamba:
+    return CMamba.from_pretrained(model_dir)
+
+
+@pytest.fixture(scope="module")
+def data(model: CMamba) -> bytes:
+    return cmamba_ref.encode(model, PICTURE)
+
+
+@pytest.fixture(autouse=True)
+def no_models(monkeypatch: pytest.MonkeyPatch) -> Generator[None, None, None]:
+    """Every test begins as a new process does."""
+    monkeypatch.setattr(pillow_plugin, "_models", {})
+    yield
+
+
+@pytest.fixture
+def photo(tmp_path: Path, data: bytes) -> Path:
+    path = tmp_path / "photo.cmb"
+    path.write_bytes(data)
+    return path
+
+
+class Watched(io.BytesIO):
+    """Counts what is read of it."""
+
+    taken = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        piece = super().read(size)
+        self.taken = max(self.taken, self.tell())
+        return piece
+
+
+# ---------------------------------------------------------------- open
+
+
+def test_opening_reads_the_header_and_loading_decodes(model: CMamba, data: bytes) -> None:
+    file = Watched(data)
+    opened = Image.open(file)
+    assert (opened.size, opened.mode, opened.format) == ((90, 70), "RGB", "CMAMBA")
+    assert opened.get_format_mimetype() == "image/x-cmamba"
+    assert file.taken == 26  # as docs/format.md has it
+    pillow_plugin.use_model(model)
+    np.testing.assert_array_equal(np.asarray(opened), cmamba_ref.decode(data, model))
+    assert file.taken == len(data)
+
+
+def test_a_grey_file_opens_in_mode_l(model: CMamba) -> None:
+    pillow_plugin.use_model(model)
+    data = cmamba_ref.encode(model, PICTURE[..., 0])
+    opened = Image.open(io.BytesIO(data))
+    assert opened.mode == "L"
+    np.testing.assert_array_equal(np.asarray(opened), cmamba_ref.decode(data, model))
+
+
+def test_importing_and_opening_take_no_torch(photo: Path, root: Path) -> None:
+    code = (
+        "import sys, cmamba_ref.pillow_plugin; from PIL import Image; im = Image.open(sys.argv[1]);"
+        "im.verify(); Image.init(); assert im.size == (90, 70) and 'torch' not in sys.modules;"
+        "assert Image.registered_extensions()['.cmb'] == 'CMAMBA'"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code, str(photo)], cwd=root, check=True)
+
+
+def test_a_file_of_a_model_that_ships_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the weights that ship are hashed for the first such file only."""
+    asked = []
+    name_of = identity.name_of
+
+    def counted(model_id: bytes) -> str | None:
+        asked.append(model_id)
+        return name_of(model_id)
+
+    monkeypatch.setattr(identity, "name_of", counted)
+    data = cmamba_ref.encode(None, PICTURE)
+    for _ in range(2):
+        with Image.open(io.BytesIO(data)) as opened:
+            np.testing.assert_array_equal(np.asarray(opened), cmamba_ref.decode(data))
+    assert len(asked) == 1
+
+
+def test_a_model_that_is_not_at_hand_is_named(photo: Path, model: CMamba) -> None:
+    with Image.open(photo) as opened:
+        with pytest.raises(PillowError, match=model.model_id.hex()) as caught:
+            opened.load()
+        assert "use_model" in str(caught.value)
+        assert isinstance(caught.value.__cause__, OtherModelError)
+        pillow_plugin.use_model(model)
+        opened.load()
+
+
+def test_weights_are_loaded_once(
+    tmp_path: Path, photo: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+    load = CMamba.from_pretrained
+
+    def counted(source: str, device: str = "cpu") -> CMamba:
+        loads.append(source)
+        return load(source, device)
+
+    monkeypatch.setattr(CMamba, "from_pretrained", counted)
+    picture = Image.fromarray(PICTURE)
+    for name in ("a.cmb", "b.cmb"):
+        picture.save(tmp_path / name, model=model_dir)
+        Image.open(tmp_path / name).load()  # by the id in the file
+    assert loads == [model_dir]
+    assert pillow_plugin.use_model(Path(model_dir)) is pillow_plugin.use_model(model_dir)
+
+
+# ---------------------------------------------------------------- damaged files
+
+
+def test_what_is_no_file_of_ours_is_left_to_others() -> None:
+    for data in (b"", b"hello, this is no picture at all", b"\x8fCMA" + bytes(100)):
+        with pytest.raises(UnidentifiedImageError):
+            Image.open(io.BytesIO(data))
+
+
+def test_a_file_with_a_bad_header_does_not_open(data: bytes) -> None:
+    newer = data[:4] + b"\x01" + data[5:]
+    wide = with_field(data, "width", 0)
+    for damaged, reason in (
+        (data[:20], "truncated: it has only 20 bytes"),
+        (newer, "format version 1, this program reads version 0"),
+        (wide, "malformed"),
+    ):
+        with pytest.raises(OSError, match=reason) as caught:
+            Image.open(io.BytesIO(damaged))
+        assert not isinstance(caught.value, UnidentifiedImageError)
+        assert isinstance(caught.value.__cause__, BitstreamError)
+
+
+def test_a_damaged_file_does_not_load(model: CMamba, data: bytes) -> None:
+    pillow_plugin.use_model(model)
+    flipped = bytearray(data)
+    flipped[-20] ^= 1
+    for damaged, reason in (
+        (data[:-1], "its checksum does not match"),
+        (bytes(flipped), "its checksum does not match"),
+        (with_field(data, "symbols' check", 0), "symbols fail their check"),
+    ):
+        opened = Image.open(io.BytesIO(damaged))
+        for _ in range(2):  # it does not turn into a picture by asking again
+            with pytest.raises(OSError, match=reason) as caught:
+                opened.load()
+            assert isinstance(caught.value.__cause__, BitstreamError)
+
+
+def test_verify_compares_the_checksum(photo: Path, data: bytes) -> None:
+    Image.open(photo).verify()
+    photo.write_bytes(data[:-1])
+    with Image.open(photo) as opened, pytest.raises(OSError, match="its checksum does not match"):
+        opened.verify()
+
+
+def test_pillows_limit_on_pixels_holds(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(with_field(data, "width", 2**31)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 70 * 90 // 3)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(data))
+
+
+# ---------------------------------------------------------------- save
+
+
+@pytest.mark.parametrize("kind", ["directory", "object"])
+def test_save_writes_what_the_api_returns(
+    tmp_path: Path, model: CMamba, model_dir: str, kind: str
+) -> None:
+    chosen = model_dir if kind == "directory" else model
+    Image.fromarray(PICTURE).save(tmp_path / "a.CMB", quality=2.5, model=chosen)
+    assert (tmp_path / "a.CMB").read_bytes() == cmamba_ref.encode(model, PICTURE, 2.5)
+    buffer = io.BytesIO()
+    Image.fromarray(PICTURE[..., 1]).save(buffer, "cmamba", model=chosen)
+    assert buffer.getvalue() == cmamba_ref.encode(model, PICTURE[..., 1])
+
+
+def test_the_default_model_is_that_of_the_api() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(PICTURE).save(buffer, "CMAMBA")
+    assert field_of(buffer.getvalue(), "model id") == codec.default_model().model_id
+
+
+def test_pictures_are_seen_as_the_command_line_sees_files(tmp_path: Path, model: CMamba) -> None:
+    """EXIF orientation, a profile, a palette and black-and-white: as `read_image` reads them."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+    source = Image.fromarray(PICTURE)
+    source.save(tmp_path / "turned.jpg", exif=turned)
+    source.quantize(16).save(tmp_path / "palette.png")
+    source.convert("1").save(tmp_path / "bits.png")
+    source.save(tmp_path / "profile.png", icc_profile=profile)  # not one of RGB
+    for name in ("turned.jpg", "palette.png", "bits.png"):
+        buffer = io.BytesIO()
+        with Image.open(tmp_path / name) as opened:
+            opened.save(buffer, "CMAMBA", model=model)
+        expected = read_image(tmp_path / name)
+        assert buffer.getvalue() == cmamba_ref.encode(model, expected), name
+        shown = Image.open(buffer)
+        assert shown.size == expected.shape[1::-1], name
+        assert not shown.getexif() and "icc_profile" not in shown.info
+    with (
+        Image.open(tmp_path / "profile.png") as opened,
+        pytest.raises(PillowError, match="colour profile that cannot"),
+    ):
+        opened.save(io.BytesIO(), "CMAMBA", model=model)
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("RGBA", "the picture has transparency; flatten it"),
+        ("CMYK", "the picture is in CMYK colours"),
+        ("I;16", "the picture has more than 8 bits"),
+    ],
+)
+def test_what_a_file_cannot_hold_is_refused(
+    tmp_path: Path, model: CMamba, mode: str, reason: str
+) -> None:
+    target = tmp_path / "a.cmb"
+    with pytest.raises(OSError, match=reason) as caught:
+        Image.new(mode, (8, 8)).save(target, model=model)
+    assert isinstance(caught.value.__cause__, ImageError)
+    assert not target.exists()
+
+
+def test_wrong_options_are_refused(model: CMamba) -> None:
+    source = Image.fromarray(PICTURE)
+    with pytest.raises(ValueError, match="`quality` must be a number from 1 to 8, got 75"):
+        source.save(io.BytesIO(), "CMAMBA", model=model, quality=75)
+    with pytest.raises(MemoryLimitError):
+        source.save(io.BytesIO(), "CMAMBA", model=model, max_memory=1000)
+    with pytest.raises(ValueError, match="1 to 9000 pixels"):
+        source.save(io.BytesIO(), "CMAMBA", model=model, max_pixels=9000)

@@ -1,0 +1,185 @@
+"""`-` on the command line: bytes through standard input and output, words to standard error."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from codec_helpers import picture, random_model
+from PIL import Image
+
+import cmamba_ref
+from cmamba_ref import CMamba, streams
+from cmamba_ref.cli import main
+from cmamba_ref.images import png_bytes
+
+PICTURE = picture(70, 90)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("model")
+    random_model().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def data(model_dir: str) -> bytes:
+    return cmamba_ref.encode(CMamba.from_pretrained(model_dir), PICTURE)
+
+
+def feed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+@pytest.mark.parametrize("output", [[], ["-o", "-"]])
+def test_encode_and_decode_from_stdin_to_stdout(
+    model_dir: str,
+    data: bytes,
+    output: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsysbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    """Without -o, what came from standard input goes to standard output."""
+    feed(monkeypatch, png_bytes(PICTURE))
+    assert main(["encode", "-", *output, "--model", model_dir, "--verify"]) == 0
+    out, err = capsysbinary.readouterr()
+    assert out == data
+    assert err.startswith(b"standard output: %d bytes, " % len(data))
+
+    feed(monkeypatch, data)
+    assert main(["decode", "-", *output, "--model", model_dir]) == 0
+    out, err = capsysbinary.readouterr()
+    with Image.open(io.BytesIO(out)) as decoded:
+        assert decoded.format == "PNG"
+        expected = cmamba_ref.decode(data, CMamba.from_pretrained(model_dir))
+        np.testing.assert_array_equal(np.asarray(decoded), expected)
+    assert err.startswith(b"standard output: 90x70 RGB, decoded in ")
+
+
+def test_files_and_streams_mixed(
+    tmp_path: Path,
+    model_dir: str,
+    data: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    capsysbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    path, target = tmp_path / "a.png", tmp_path / "a.cmb"
+    path.write_bytes(png_bytes(PICTURE))
+    assert main(["encode", str(path), "-o", "-", "--model", model_dir]) == 0
+    assert capsysbinary.readouterr().out == data
+    assert not target.exists()
+    feed(monkeypatch, path.read_bytes())
+    assert main(["encode", "-", "-o", str(target), "--model", model_dir]) == 0
+    out, err = capsysbinary.readouterr()
+    assert out.startswith(os.fsencode(target)) and err == b""
+    assert target.read_bytes() == data
+
+
+def test_info_of_stdin(
+    data: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(monkeypatch, data)
+    assert main(["info", "-"]) == 0
+    assert capsys.readouterr().out.startswith("standard input\n  format    version 0, checksum")
+    feed(monkeypatch, data[:-1])
+    assert main(["info", "-"]) == 1
+    assert "error: standard input: the file is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_what_is_wrong_with_stdin_is_said_of_it(
+    model_dir: str,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsysbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    """And nothing reaches standard output."""
+    feed(monkeypatch, b"")
+    assert main([command, "-", "--model", model_dir]) == 1
+    out, err = capsysbinary.readouterr()
+    assert out == b""
+    assert err.startswith(b"cmamba: error: standard input")
+
+
+def test_a_terminal_gets_no_binary_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is refused before the input, which does not exist, is looked for."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for command in ("encode", "decode"):
+        assert main([command, str(tmp_path / "missing"), "-o", "-", "--force"]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "`-o` must not be a terminal, which cannot show binary data, got -; " in err
+
+
+def test_a_terminal_is_no_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(monkeypatch, b"")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    for command in ("encode", "decode", "info"):
+        assert main([command, "-"]) == 1
+        assert "got a terminal; redirect it, as in < photo.jpg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["encode", "-", "a.png"],
+        ["decode", "a.cmb", "-"],
+        ["decode", "a.cmb", "b.cmb", "-o", "-"],
+        ["verify", "-"],
+    ],
+)
+def test_a_stream_stands_alone(
+    tmp_path: Path,
+    args: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "got -; " in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_that_name_can_be_named(
+    tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("-").write_bytes(data)
+    assert main(["info", "./-"]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / '-'}\n")
+    assert streams.parse_path("-") == streams.STREAM == Path("-")
+
+
+def test_as_programs_in_a_pipe(tmp_path: Path, model_dir: str, data: bytes) -> None:
+    """Real pipes: not a byte too many, and a reader that leaves early is told in one line."""
+    command = [sys.executable, "-m", "cmamba_ref", "encode", "-", "--model", model_dir]
+    pipes = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "cwd": tmp_path,
+        # Empty, PYTHONUNBUFFERED is as good as not set.
+        "env": os.environ
+        | {"PYTHONPATH": str(Path(cmamba_ref.__file__).parents[1]), "PYTHONUNBUFFERED": ""},
+    }
+    with (
+        subprocess.Popen(command, **pipes) as whole,
+        subprocess.Popen(command, **pipes) as cut,
+    ):
+        assert cut.stdout is not None
+        cut.stdout.close()
+        cut.stdout = None
+        out, _ = whole.communicate(png_bytes(PICTURE))
+        # Small enough to wait in a buffer, which is emptied once more when the process ends.
+        _, err = cut.communicate(png_bytes(PICTURE[:1, :1]))
+    assert (whole.returncode, out) == (0, data)
+    assert (cut.returncode, err.splitlines()) == (1, [b"cmamba: error: [Errno 32] Broken pipe"])
