@@ -186,16 +186,16 @@ def test_what_does_not_fit_is_cropped_without_loss(made, photograph, results, tm
     assert page.captions == whole.captions[:3]
 
 
-SET_UP = """
+SCRIPT = """
 <script>
-addEventListener("load", () => setTimeout(() => {
+addEventListener("load", () => {
   const set = (name, value, event) => {
     const input = document.querySelector(name);
     input.value = value;
     input.dispatchEvent(new Event(event));
   };
-  set("[data-boundary]", 20, "input");
   set("[data-side=left]", 0, "change");
+  set("[data-boundary]", 20, "input");
   set("[data-extent]", 48, "change");
   set("[data-across]", 7, "input");
   set("[data-down]", 11, "input");
@@ -213,7 +213,7 @@ addEventListener("load", () => setTimeout(() => {
       pixels,
     }),
   }));
-}, 500));
+});
 </script>
 """
 
@@ -224,7 +224,7 @@ def test_the_page_works_in_a_browser(made, tmp_path):
     if browser is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
     page = tmp_path / "page.html"
-    page.write_text(made.read_text() + SET_UP)
+    page.write_text(made.read_text() + SCRIPT)
     done = subprocess.run(
         [
             *[browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"],

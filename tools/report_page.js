@@ -113,8 +113,5 @@ function setUpComparison(section) {
   for (const part of section.querySelectorAll("[data-needs-script]")) part.hidden = false;
 }
 
-for (const section of document.querySelectorAll(".comparison")) {
-  // Sizes are known, and pixels can be drawn, once the pictures are decoded.
-  const images = [...section.querySelectorAll("figure img")];
-  Promise.all(images.map((image) => image.decode())).then(() => setUpComparison(section));
-}
+// Once everything is loaded, sizes are known and pixels can be drawn.
+addEventListener("load", () => document.querySelectorAll(".comparison").forEach(setUpComparison));
