@@ -102,7 +102,7 @@ def test_wrong_arguments_are_refused(ours, anchors, tmp_path, capsys):
     assert not Path(output).exists()
 
 
-@pytest.mark.parametrize("tool", ["bd_rate", "plot_rd", "eval_rd", "analyze"])
+@pytest.mark.parametrize("tool", ["bd_rate", "plot_rd", "eval_rd", "analyze", "report"])
 def test_help_explains(root, tool):
     """As a command of its own; it must not need matplotlib or scipy."""
     code = (

@@ -27,12 +27,16 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure; the suffix says how. The same figure gives the same bytes at any time."""
+    """Write a figure; the suffix says how."""
+    write_atomically(path, as_file(figure, path.suffix.lower().removeprefix(".")))
+
+
+def as_file(figure: Figure, kind: str) -> bytes:
+    """A figure as a file of a kind. The same figure gives the same bytes at any time."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    kind = path.suffix.lower().removeprefix(".")
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     with rc_context({"svg.hashsalt": "cmamba"}):  # names inside an SVG are random otherwise
         figure.savefig(buffer, format=kind, dpi=150, metadata=dates.get(kind))
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cmamba_ref import CMambaError
@@ -25,6 +25,8 @@ METRICS = {
     "psnr": ("psnr-rgb", "psnr"),
     "ms-ssim": ("ms-ssim-rgb", "ms-ssim"),
 }
+# What an evaluation may say of each point besides: the setting, and seconds per picture.
+DETAILS = ("quality", "encoding_time", "decoding_time")
 
 
 class CurveError(CMambaError, ValueError):
@@ -45,6 +47,7 @@ class Curve:
         qualities: for each metric that the file has, one value per point: PSNR in dB, MS-SSIM
             linear.
         is_measured: whether it is the result of an evaluation, and not of a table.
+        details: those of `DETAILS` that the file has, one value per point; None is no setting.
     """
 
     file: str
@@ -55,6 +58,7 @@ class Curve:
     bpp: tuple[float, ...]
     qualities: dict[str, tuple[float, ...]]
     is_measured: bool = False
+    details: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
 
     def identity(self) -> dict[str, str]:
         """Which curve it is, as JSON holds it."""
@@ -93,13 +97,8 @@ def load_curves(spec: str) -> list[Curve]:
     Raises:
         CurveError: no such file, no JSON, no curve of that name, or malformed points.
     """
-    path, name = _split(spec)
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise CurveError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CurveError(f"{path} is not JSON: {error}") from error
+    path, name = split(spec)
+    data = _read(path)
     found = list(curves_in(data, path))
     chosen = [c for c in found if name in ("", c.name) or c.name.startswith(f"{name}/")]
     if not chosen:
@@ -121,7 +120,28 @@ def load_curve(spec: str) -> Curve:
     return curves[0]
 
 
-def _split(spec: str) -> tuple[Path, str]:
+def load_meta(path: Path) -> dict[str, object]:
+    """What an evaluation says of itself: command, commit, machine ...; empty for a table.
+
+    Raises:
+        CurveError: no such file, or no JSON.
+    """
+    data = _read(path)
+    meta = data.get("meta") if isinstance(data, dict) else None
+    return meta if isinstance(meta, dict) else {}
+
+
+def _read(path: Path) -> object:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise CurveError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CurveError(f"{path} is not JSON: {error}") from error
+
+
+def split(spec: str) -> tuple[Path, str]:
+    """The file and the name that FILE or FILE:NAME stands for; the name may be empty."""
     whole = Path(spec)
     if whole.exists() or ":" not in spec:
         return whole, ""
@@ -167,7 +187,14 @@ def _curve(node: dict, results: dict, keys: tuple[str, ...], dataset: str, path:
     label = str(node.get("name", keys[-1] if keys else name))
     source = str(node.get("source", path.name))
     measured = results is not node
-    return Curve(path.name, name, label, dataset, source, bpp, qualities, measured)
+    details = {
+        key: tuple(results[key])
+        for key in DETAILS
+        if isinstance(results.get(key), list)
+        and len(results[key]) == len(bpp)
+        and all(isinstance(value, int | float | None) for value in results[key])
+    }
+    return Curve(path.name, name, label, dataset, source, bpp, qualities, measured, details)
 
 
 def _numbers(values: object, what: str) -> tuple[float, ...]:

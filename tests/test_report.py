@@ -1,0 +1,319 @@
+"""The report: all in one file, pictures and sizes as the codec gives them, and it works."""
+
+import base64
+import html.parser
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import embedded
+import equal_size
+import numpy as np
+import pytest
+import report
+from classical_codecs import CODECS
+from codec_helpers import picture
+from PIL import Image
+
+import cmamba_ref
+
+MODEL = Path(__file__).parent / "golden" / "model"
+PHOTOGRAPH = Path(cmamba_ref.__file__).parent / "data" / "coffee.png"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+QUALITY = 6
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a test asks for: addresses, pictures with their texts, rows of tables."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.uris: list[str] = []
+        self.captions: list[str] = []
+        self.cells: list[str] = []
+        self.scripts = self.styles = ""
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.addresses += [found[key] for key in ("src", "href", "srcset", "data") if key in found]
+        if tag == "img" and "figure" in self.open:
+            self.uris.append(found["src"])
+        if tag == "input":
+            assert "label" in self.open  # has a name for those who do not see it
+        if tag == "figcaption":
+            self.captions.append("")
+        if tag == "td":
+            self.cells.append("")
+        if tag not in ("img", "input", "meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "script" in self.open:
+            self.scripts += data
+        elif "style" in self.open:
+            self.styles += data
+        elif "figcaption" in self.open:
+            self.captions[-1] += data + "\n"
+        elif "td" in self.open:
+            self.cells[-1] += data
+
+
+@pytest.fixture(scope="module")
+def photograph(tmp_path_factory) -> Path:
+    """A crop of the photograph, whose name has to be escaped."""
+    path = tmp_path_factory.mktemp("pictures") / "a <b> & 'c'.png"
+    with Image.open(PHOTOGRAPH) as image:
+        image.crop((20, 30, 220, 200)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """What an evaluation would have written, and one published curve of few points."""
+    path = tmp_path_factory.mktemp("results") / "rd.json"
+    bpp, psnr = [0.125, 0.25, 0.5, 1.0], [28.0, 31.0, 34.0, 37.0]
+    ours = {
+        "quality": [1, 2, 3, 4],
+        "bpp": bpp,
+        "psnr-rgb": psnr,
+        "ms-ssim-rgb": [0.9, 0.95, 0.98, 0.9912],
+        "encoding_time": [0.111, 0.2, 0.3, 0.4],
+    }
+    jpeg = {"bpp": [2 * rate for rate in bpp], "psnr-rgb": psnr}
+    content = {
+        "cmamba": {"name": "CMamba <random>", "results": ours},
+        "jpeg420": {"name": "JPEG", "results": jpeg},
+        "meta": {"commit": "abc1234", "machine": "an abacus", "pictures": {"folder": "beans"}},
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+def run(results: Path, output: Path, *more: str) -> str:
+    assert report.main([str(results), "--model", str(MODEL), "-o", str(output), *more]) == 0
+    return output.read_text()
+
+
+@pytest.fixture(scope="module")
+def made(photograph, results, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("report") / "report.html"
+    run(results, output, "--picture", str(photograph), "--quality", str(QUALITY))
+    return output
+
+
+def decoded(uri: str) -> np.ndarray:
+    data = base64.b64decode(uri.removeprefix("data:image/png;base64,"), validate=True)
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        return np.array(image)
+
+
+# ---------------------------------------------------------------- the page
+
+
+def test_the_page_needs_nothing_else(made):
+    text = made.read_text()
+    page = Page(text)
+    assert not page.open  # every element was closed
+    assert page.addresses and all(address.startswith("data:") for address in page.addresses)
+    assert "://" not in text and "@import" not in text and "url(" not in page.styles
+    assert "default-src 'none'" in text
+    assert not list(made.parent.glob(".*"))
+
+
+def test_curves_rates_and_provenance(made):
+    text = made.read_text()
+    page = Page(text)
+    assert "-50" not in page.cells and "−50.00 %" in page.cells
+    for cell in ("0.1250", "31.00", "0.9912", "0.111", "4"):
+        assert cell in page.cells
+    assert "against JPEG on beans" in text and "abc1234" in text and "an abacus" in text
+    assert "CMamba &lt;random&gt;" in text and "<random>" not in text
+    plots = [address for address in page.addresses if address.startswith("data:image/svg")]
+    assert len(plots) == 2  # by PSNR and by MS-SSIM
+    assert b"<svg" in base64.b64decode(plots[0].partition(",")[2])
+
+
+def test_pictures_and_sizes_are_those_of_the_codecs(made, photograph):
+    page = Page(made.read_text())
+    original = np.array(Image.open(photograph))
+    model = cmamba_ref.CMamba.from_pretrained(MODEL)
+    ours = cmamba_ref.encode(model, original, QUALITY)
+    expected = [original, cmamba_ref.decode(ours, model)]
+    sizes = [photograph.stat().st_size, len(ours)]
+    for key in ("jpeg420", "webp", "avif"):
+        if not CODECS[key].is_available():
+            continue
+        quality = int(re.search(r"quality (\d+)", page.captions[len(expected)])[1])
+        data = CODECS[key].encode(original, quality)
+        expected.append(CODECS[key].decode(data))
+        sizes.append(len(data))
+    assert len(page.uris) == len(page.captions) == len(expected) >= 3
+    for uri, caption, shown, size in zip(page.uris, page.captions, expected, sizes, strict=True):
+        assert np.array_equal(decoded(uri), shown)
+        assert f"{size:,} bytes" in caption
+    psnr = 10 * np.log10(255**2 / np.mean((original - expected[1].astype(float)) ** 2))
+    assert f"PSNR {psnr:.2f} dB" in page.captions[1]
+    assert f"{8 * len(ours) / (200 * 170):.3f} bpp" in page.captions[1]
+
+
+def test_what_does_not_fit_is_cropped_without_loss(made, photograph, results, tmp_path):
+    output = tmp_path / "small.html"
+    most = 0.1
+    text = run(
+        results,
+        output,
+        *["--picture", str(photograph), "--quality", str(QUALITY)],
+        *["--codecs", "jpeg420", "--megabytes", str(most)],
+    )
+    page, whole = Page(text), Page(made.read_text())
+    assert sum(map(len, page.uris)) <= most * 1e6
+    found = re.search(r"the (\d+)x(\d+) pixels from column (\d+), row (\d+)", text)
+    width, height, left, top = map(int, found.groups())
+    assert width < 200 and height < 170
+    for small, large in zip(page.uris, whole.uris[:3], strict=True):
+        part = decoded(large)[top : top + height, left : left + width]
+        assert np.array_equal(decoded(small), part)
+    # The sizes are still those of the whole picture.
+    assert page.captions == whole.captions[:3]
+
+
+SCRIPT = """
+<script>
+addEventListener("load", () => {
+  const set = (name, value, event) => {
+    const input = document.querySelector(name);
+    input.value = value;
+    input.dispatchEvent(new Event(event));
+  };
+  set("[data-side=left]", 0, "change");
+  set("[data-boundary]", 20, "input");
+  set("[data-extent]", 48, "change");
+  set("[data-across]", 7, "input");
+  set("[data-down]", 11, "input");
+  const pixels = [...document.querySelectorAll("canvas")].map((canvas) => [
+    ...canvas.getContext("2d").getImageData(0, 0, 48, 48).data]);
+  const stage = document.querySelector(".stage");
+  document.body.append(Object.assign(document.createElement("pre"), {
+    id: "seen",
+    textContent: JSON.stringify({
+      clip: stage.querySelectorAll("img")[1].style.clipPath,
+      line: stage.querySelector(".line").style.left,
+      says: document.querySelector("[data-boundary]").getAttribute("aria-valuetext"),
+      width: stage.clientWidth,
+      hidden: document.querySelectorAll("[data-needs-script][hidden]").length,
+      pixels,
+    }),
+  }));
+});
+</script>
+"""
+
+
+def test_the_page_works_in_a_browser(made, tmp_path):
+    """The slider moves the boundary, the details are those of the pictures, nothing is logged."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    page = tmp_path / "page.html"
+    page.write_text(made.read_text() + SCRIPT)
+    done = subprocess.run(
+        [
+            *[browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"],
+            *["--disable-background-networking", "--disable-component-update", "--disable-sync"],
+            *["--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom"],
+            *[f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()],
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr, done.stderr  # where errors of a page are logged
+    seen = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout)[1]))
+    assert seen["clip"].startswith("inset(0px 80% 0px 0px") and seen["line"] == "20%"
+    assert seen["says"].startswith("20 % Original, 80 % CMamba")
+    assert seen["width"] > 200 and seen["hidden"] == 0
+    for pixels, uri in zip(seen["pixels"], Page(made.read_text()).uris, strict=True):
+        shown = np.array(pixels, np.uint8).reshape(48, 48, 4)[..., :3]
+        assert np.array_equal(shown, decoded(uri)[11:59, 7:55])
+
+
+# ---------------------------------------------------------------- its parts
+
+
+@pytest.mark.parametrize("size", [10, 900, 1500, 10**6])
+def test_the_nearest_file_is_the_nearest_of_all(size):
+    original = picture(48, 64)
+    quality, data = equal_size.nearest_file(CODECS["jpeg420"], original, size)
+    assert data == CODECS["jpeg420"].encode(original, quality)
+    every = [len(CODECS["jpeg420"].encode(original, q)) for q in equal_size.QUALITIES]
+    assert abs(len(data) - size) == min(abs(length - size) for length in every)
+
+
+def test_the_most_detailed_place():
+    flat = np.full((120, 200, 3), 90, np.uint8)
+    flat[60:100, 130:170] = picture(40, 40)
+    found = embedded.most_detailed(flat, 40)
+    assert abs(found.left - 130) <= 1 and abs(found.top - 60) <= 1
+    assert (found.width, found.height) == (40, 40)
+    assert embedded.most_detailed(flat[:30], 40).height == 30
+
+
+def test_a_window_keeps_to_the_picture():
+    original = picture(60, 90)
+    corner = embedded.Window(80, 50, 10, 10)
+    window, (uri,) = embedded.embed([original], corner, 4000)
+    assert (
+        len(uri) <= 4000 and window.left + window.width == 90 and window.top + window.height == 60
+    )
+    assert np.array_equal(decoded(uri), window.of(original))
+    assert embedded.embed([original], corner, 0)[0] == embedded.Window(84, 54, 1, 1)
+
+
+def test_without_pictures_there_is_no_script(results, tmp_path):
+    page = Page(run(results, tmp_path / "report.html"))
+    assert not page.uris and not page.scripts.strip()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--picture", "none.png"], "none.png"),
+        (["--picture", "{photograph}", "--quality", "9"], "quality"),
+        (["--anchor", "{results}:vtm"], "vtm"),
+        (["--megabytes", "0"], "--megabytes"),
+        (["--codecs", "jpeg2000"], "jpeg420"),
+        (["-o", "no/such/folder/report.html"], "directory"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(
+    results, photograph, tmp_path, capsys, change, message
+):
+    output = tmp_path / "report.html"
+    more = [text.format(results=results, photograph=photograph) for text in change]
+    with pytest.raises(SystemExit) as stopped:
+        report.main([str(results), "--model", str(MODEL), "-o", str(output), *more])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_picture_that_cannot_be_coded_leaves_no_page(
+    results, photograph, tmp_path, capsys, monkeypatch
+):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(report, "versions_of", fail)
+    output = tmp_path / "report.html"
+    arguments = [str(results), "--picture", str(photograph), "-o", str(output)]
+    assert report.main([*arguments, "--model", str(MODEL)]) == 1
+    assert "no page was written" in capsys.readouterr().err and not output.exists()
