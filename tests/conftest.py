@@ -3,7 +3,7 @@
 Environment variables:
     CMAMBA_REQUIRE_TRITON=1: the run fails where triton cannot be imported, and so does every test
         that would skip for want of it. The gate sets it, so that it is never green over nothing.
-    HYPOTHESIS_PROFILE: `quick` (default: 25 derandomised examples) or `long` (1000 random ones).
+    HYPOTHESIS_PROFILE: `quick` (default: 15 derandomised examples) or `long` (1000 random ones).
 """
 
 import importlib
@@ -98,3 +98,13 @@ def kodak_paths(shared_dir: Path) -> list[Path]:
     if not paths:
         pytest.skip("no Kodak images in `shared/data/kodak` beside the repository")
     return paths
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with the weights of a small model, for what takes a model by name."""
+    from codec_helpers import random_model  # here: kernels must not be defined before the switches
+
+    directory = tmp_path_factory.mktemp("model")
+    random_model().save_pretrained(directory)
+    return str(directory)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from codec_helpers import field_of, picture, random_model, with_field
+from codec_helpers import field_of, picture, with_field
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 import cmamba_ref
@@ -17,13 +17,6 @@ from cmamba_ref.errors import BitstreamError, ImageError, OtherModelError, Pillo
 from cmamba_ref.images import read_image
 
 PICTURE = picture(70, 90)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    directory = tmp_path_factory.mktemp("model")
-    random_model().save_pretrained(directory)
-    return str(directory)
 
 
 @pytest.fixture(scope="module")

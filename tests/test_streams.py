@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from codec_helpers import picture, random_model
+from codec_helpers import picture
 from PIL import Image
 
 import cmamba_ref
@@ -17,13 +17,6 @@ from cmamba_ref.cli import main
 from cmamba_ref.images import png_bytes
 
 PICTURE = picture(70, 90)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    directory = tmp_path_factory.mktemp("model")
-    random_model().save_pretrained(directory)
-    return str(directory)
 
 
 @pytest.fixture(scope="module")

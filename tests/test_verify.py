@@ -16,13 +16,6 @@ LIMITS = {"max_pixels": 10**6, "max_memory": None}
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    directory = tmp_path_factory.mktemp("model")
-    random_model().save_pretrained(directory)
-    return str(directory)
-
-
-@pytest.fixture(scope="module")
 def model(model_dir: str) -> CMamba:
     return CMamba.from_pretrained(model_dir)
 
