@@ -17,6 +17,10 @@ from cmamba_ref.errors import InvalidArgumentError
 # field's ladder (0.0018 and 0.0932, the MSE lambdas of CompressAI's qualities 1 and 7).
 VARIABLE_RATE_LMBDAS = tuple(0.0018 * (0.0932 / 0.0018) ** (i / 7) for i in range(8))
 
+# What `block` and `context` may be; the first of each is the paper's.
+BLOCKS = ("ca-ssm", "sum", "concatenation", "ssm", "cnn", "gdn")
+CONTEXTS = ("cae", "cae-without-ssm", "none")
+
 
 @dataclass(frozen=True)
 class CMambaConfig:
@@ -37,6 +41,14 @@ class CMambaConfig:
         d_state: states N per channel and direction of every scan.
         ssm_ratio: inner channels of SS2D over its input channels.
         fusion_reduction: input channels over hidden channels in the fusion MLP.
+        block: what a stage with the global path is built of.  "ca-ssm" is the paper's; the others
+            are there to be compared with it: both paths, joined by "sum" or "concatenation"
+            instead of attention; one of them alone, "ssm" or "cnn"; or "gdn", which makes every
+            stage one of divisive normalisation (Ballé et al. 2016), without any path.
+        context: where means and scales come from.  "cae" is the paper's; "cae-without-ssm" leaves
+            its scan out, and so sees one position at a time; "none" takes both from the
+            hyperprior alone (Minnen et al. 2018).
+        lrp: whether latent residual prediction follows.
         lmbdas: empty for a model of one rate; else one lambda per quality 1, 2, ...: the model has
             gain vectors (Cui et al. 2021) and serves every quality between 1 and `len(lmbdas)`.
 
@@ -56,6 +68,9 @@ class CMambaConfig:
     d_state: int = 16
     ssm_ratio: float = 2.0
     fusion_reduction: int = 4
+    block: str = BLOCKS[0]
+    context: str = CONTEXTS[0]
+    lrp: bool = True
     lmbdas: tuple[float, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -106,6 +121,16 @@ class CMambaConfig:
                 f"`ssm_stages` must be true or false for each stage, got {self.ssm_stages}; "
                 "see CMambaConfig"
             )
+        for arg, choices in (("block", BLOCKS), ("context", CONTEXTS)):
+            if getattr(self, arg) not in choices:
+                raise InvalidArgumentError(
+                    f"`{arg}` must be one of {choices}, got {getattr(self, arg)!r:.80}; "
+                    "see CMambaConfig"
+                )
+        if not isinstance(self.lrp, bool):
+            raise InvalidArgumentError(
+                f"`lrp` must be true or false, got {self.lrp!r:.80}; see CMambaConfig"
+            )
         if not 0 < self.ssm_ratio <= 64:
             raise InvalidArgumentError(
                 f"`ssm_ratio` must be above 0 and at most 64, got {self.ssm_ratio}; "
@@ -129,6 +154,11 @@ class CMambaConfig:
     def slice_channels(self) -> int:
         """Channels of y in one slice."""
         return self.latent_channels // self.slices
+
+    @property
+    def stages_with_scan(self) -> tuple[bool, ...]:
+        """Whether each stage of g_a and g_s has a scan."""
+        return tuple(stage and self.block not in ("cnn", "gdn") for stage in self.ssm_stages)
 
     @property
     def variable_rate(self) -> bool:

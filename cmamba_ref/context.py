@@ -40,8 +40,10 @@ class CAE(nn.Module):
         out_channels = 2 * config.slice_channels
         width = out_channels if config.cae_width is None else config.cae_width
         self.w_sq = nn.Linear(context_channels, width)
-        self.norm1 = nn.LayerNorm(width)
-        self.ss2d = SS2D(width, d_state=config.d_state, ssm_ratio=config.ssm_ratio)
+        self.ss2d = None
+        if config.context == "cae":
+            self.norm1 = nn.LayerNorm(width)
+            self.ss2d = SS2D(width, d_state=config.d_state, ssm_ratio=config.ssm_ratio)
         self.norm2 = nn.LayerNorm(width)
         self.w_ffn = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
@@ -52,10 +54,28 @@ class CAE(nn.Module):
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Map `[B, context_channels, h, w]` to means and log-scales, each `[B, M/slices, h, w]`."""
         t = self.w_sq(rearrange(context, "b c h w -> b h w c"))
-        f_ssm = self.ss2d(self.norm1(t)) + t
+        f_ssm = t if self.ss2d is None else self.ss2d(self.norm1(t)) + t
         phi = self.w_ffn(self.norm2(f_ssm)) + f_ssm
         means, log_scales = rearrange(self.head(phi), "b h w (two c) -> two b c h w", two=2)
         return means, log_scales
+
+
+class Hyperprior(nn.Module):
+    """In the place of the CAE, for comparison: Phi' itself is means and log-scales.
+
+    Minnen et al. 2018, without their autoregression.
+    """
+
+    def __init__(self, config: CMambaConfig, number: int) -> None:
+        super().__init__()
+        first = number * config.slice_channels
+        self.of_slice = slice(first, first + config.slice_channels)
+        self.latent_channels = config.latent_channels
+
+    def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Map `[B, context_channels, h, w]` to means and log-scales, each `[B, M/slices, h, w]`."""
+        phi_mean, phi_scale = context[:, : 2 * self.latent_channels].chunk(2, dim=1)
+        return phi_mean[:, self.of_slice], phi_scale[:, self.of_slice]
 
 
 class LRP(nn.Module):
@@ -83,8 +103,13 @@ class ContextModel(StoredPrecision):
     def __init__(self, config: CMambaConfig) -> None:
         super().__init__()
         m, width = config.latent_channels, config.slice_channels
-        self.cae = nn.ModuleList(CAE(config, 2 * m + width * i) for i in range(config.slices))
-        self.lrp = nn.ModuleList(LRP(config, m + width * (i + 1)) for i in range(config.slices))
+        self.cae = nn.ModuleList(
+            Hyperprior(config, i) if config.context == "none" else CAE(config, 2 * m + width * i)
+            for i in range(config.slices)
+        )
+        self.lrp = None
+        if config.lrp:
+            self.lrp = nn.ModuleList(LRP(config, m + width * (i + 1)) for i in range(config.slices))
 
     def forward(self, phi: tuple[Tensor, Tensor], code_slice: CodeSlice) -> Tensor:
         """Code every slice in turn and return y_bar `[B, M, h, w]`.
@@ -97,8 +122,11 @@ class ContextModel(StoredPrecision):
         """
         phi_mean, phi_scale = phi
         y_bar: list[Tensor] = []
-        for i, (cae, lrp) in enumerate(zip(self.cae, self.lrp, strict=True)):
+        for i, cae in enumerate(self.cae):
             means, log_scales = cae(torch.cat([phi_mean, phi_scale, *y_bar], dim=1))
             y_hat = code_slice(i, means, log_scales)
-            y_bar.append(y_hat + lrp(torch.cat([phi_mean, *y_bar, y_hat], dim=1)))
+            if self.lrp is None:
+                y_bar.append(y_hat)
+            else:
+                y_bar.append(y_hat + self.lrp[i](torch.cat([phi_mean, *y_bar, y_hat], dim=1)))
         return torch.cat(y_bar, dim=1)

@@ -36,7 +36,7 @@ def predict(config: CMambaConfig, height: int, width: int) -> int:
     picture = FLOAT * PICTURE_FLOATS * positions
     moments = []
     before = 3 * positions
-    for channels, has_scan in zip(config.widths, config.ssm_stages, strict=True):
+    for channels, has_scan in zip(config.widths, config.stages_with_scan, strict=True):
         positions //= 4
         inner = round(config.ssm_ratio * channels) if has_scan else channels
         at_work = STRIP_MAPS * (channels + inner) * min(positions, strips.STRIP_POSITIONS)

@@ -131,7 +131,7 @@ class CMamba(nn.Module):
         y, inverse_gain = self._analyse(pad(x), quality)
         z = self.h_a(y)
         with without_autocast(y.device):
-            stored = next(self.context.parameters()).dtype
+            stored = next(self.h_s.parameters()).dtype
             y, z = y.to(stored), z.to(stored)
             medians = self.entropy_bottleneck.medians
             z_hat = ste_round(z - medians) + medians

@@ -25,27 +25,12 @@ def upsample(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
     return nn.ConvTranspose2d(in_channels, out_channels, 5, stride=2, padding=2, output_padding=1)
 
 
-def stages(config: CMambaConfig) -> list[list[nn.Module]]:
-    """The blocks at H/2, H/4 and H/8."""
-    return [
-        stage(
-            width,
-            depth,
-            ssm=ssm,
-            d_state=config.d_state,
-            ssm_ratio=config.ssm_ratio,
-            fusion_reduction=config.fusion_reduction,
-        )
-        for width, depth, ssm in zip(config.widths, config.depths, config.ssm_stages, strict=True)
-    ]
-
-
 class Analysis(nn.Sequential):
     """g_a: picture `[B, 3, H, W]` in 0...1 to latent y `[B, M, H/16, W/16]`."""
 
     def __init__(self, config: CMambaConfig) -> None:
         c1, c2, c3 = config.widths
-        stage1, stage2, stage3 = stages(config)
+        stage1, stage2, stage3 = (stage(config, number, inverse=False) for number in range(3))
         down1 = downsample(3, c1, 5)
         down2 = downsample(c1, c2, 5)
         down3 = downsample(c2, c3, 5)
@@ -59,7 +44,7 @@ class Synthesis(nn.Sequential):
 
     def __init__(self, config: CMambaConfig) -> None:
         c1, c2, c3 = config.widths
-        stage1, stage2, stage3 = stages(config)
+        stage1, stage2, stage3 = (stage(config, number, inverse=True) for number in range(3))
         up4 = upsample(config.latent_channels, c3)
         up3 = upsample(c3, c2)
         up2 = upsample(c2, c1)

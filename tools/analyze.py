@@ -86,7 +86,7 @@ def numbers_of(seen: Observation, slices: int, pixels: int) -> Numbers:
         for block in seen.blocks
         if block.name.startswith("g_a")
     }
-    fused = [name for name, paths in spectra.items() if "ssm" in paths]
+    fused = [name for name, paths in spectra.items() if "fused" in paths]
     bits = bits_by_slice(seen.y_bits, slices)
     return {
         "spectrum_of": fused[-1] if fused else None,

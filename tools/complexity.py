@@ -37,7 +37,7 @@ from published_costs import PUBLISHED_CODECS
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmamba_ref import CMamba
-from cmamba_ref.config import CONFIGS
+from cmamba_ref.config import CONFIGS, CMambaConfig
 from cmamba_ref.errors import InvalidArgumentError
 from cmamba_ref.files import write_atomically
 from cmamba_ref.ss2d import DIRECTIONS
@@ -79,14 +79,14 @@ def _scan_elements(x_shape, proj_shape, a_shape, *args, **kwargs) -> int:
     return batch * height * width * channels * a_shape[2]
 
 
-def count(name: str, width: int, height: int) -> dict[str, Cost]:
+def count(config: CMambaConfig | str, width: int, height: int) -> dict[str, Cost]:
     """Cost of each module of a configuration for one picture; key `total` for all of it.
 
     Encoder and decoder are both counted: g_a, g_s, h_a, h_s and the context model once each, as
     `forward` runs them and as the field counts.
     """
     with torch.device("meta"):
-        model = CMamba(name).eval()
+        model = CMamba(config).eval()
         x = torch.empty(1, 3, height, width)
     quality = 1.0 if model.gain is not None else None
     op = torch.ops.cmamba.chunked_scan_2d

@@ -17,7 +17,7 @@ from stage_clock import transform_stages
 from torch import Tensor, nn
 
 from cmamba_ref import CMamba
-from cmamba_ref.blocks import CASSM
+from cmamba_ref.blocks import CASSM, PlainFusion, VSSBlock
 from cmamba_ref.entropy.gaussian import LOG_SCALE_MAX, LOG_SCALE_MIN
 
 
@@ -27,7 +27,8 @@ class Block:
 
     Attributes:
         name: transform, place and number, for instance "g_a H/4 1".
-        paths: `cnn`, and for a CA-SSM also `ssm` and `fused`, what leaves the block.
+        paths: `ssm` and `cnn` as far as the block has them, and `fused`, what leaves a block that
+            has both.  One that has neither (GDN) counts as `cnn`.
         alpha: the weight of the SSM path, `[C]`; the CNN path's beta is 1 - alpha.  None for a
             block without an SSM path.
     """
@@ -82,7 +83,7 @@ def observe(model: CMamba, x: Tensor, quality: float | None = None) -> Observati
             hooks.callback(module.register_forward_hook(hook).remove)
 
         for _, block in named:
-            for module in (block, block.ssm, block.cnn) if isinstance(block, CASSM) else (block,):
+            for module in _paths(block).values():
                 watch(module, keep_output)
             if isinstance(block, CASSM):
                 watch(block.attention, keep_alpha)
@@ -95,11 +96,9 @@ def observe(model: CMamba, x: Tensor, quality: float | None = None) -> Observati
     scales = log_scales.clamp(LOG_SCALE_MIN, LOG_SCALE_MAX).exp()
     blocks = []
     for name, block in named:
-        if isinstance(block, CASSM):
-            paths = {"ssm": outputs[block.ssm], "cnn": outputs[block.cnn], "fused": outputs[block]}
-            blocks.append(Block(name, paths, alphas[block.attention]))
-        else:
-            blocks.append(Block(name, {"cnn": outputs[block]}, None))
+        paths = {path: outputs[module] for path, module in _paths(block).items()}
+        alpha = alphas[block.attention] if isinstance(block, CASSM) else None
+        blocks.append(Block(name, paths, alpha))
     return Observation(
         blocks,
         ((latents[0].to(means.dtype) - means) / scales).cpu().numpy(),
@@ -118,6 +117,13 @@ def _blocks(model: CMamba) -> list[tuple[str, nn.Module]]:
                 count[place] = count.get(place, 0) + 1
                 named.append((f"{transform} {place} {count[place]}", child))
     return named
+
+
+def _paths(block: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose outputs are the block's paths, in the order of `Block.paths`."""
+    if isinstance(block, CASSM | PlainFusion):
+        return {"ssm": block.ssm, "cnn": block.cnn, "fused": block}
+    return {"ssm" if isinstance(block, VSSBlock) else "cnn": block}
 
 
 def receptive_field(model: CMamba, x: Tensor) -> np.ndarray:

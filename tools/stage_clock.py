@@ -126,7 +126,7 @@ def stages_of(model: CMamba) -> list[tuple[str, nn.Module]]:
     watched += [("h_a", model.h_a), ("h_s (fp64)", coding["h_s"])]
     watched += [("slice loop", context)]
     watched += [("context CAE (fp64)", cae) for cae in context.cae]  # type: ignore[union-attr]
-    watched += [("context LRP (fp64)", lrp) for lrp in context.lrp]  # type: ignore[union-attr]
+    watched += [("context LRP (fp64)", lrp) for lrp in context.lrp or ()]  # type: ignore[union-attr]
     watched += [("g_s other", model.g_s)]
     watched += zip(transform_stages("g_s", model.g_s, 4), model.g_s, strict=True)
     return watched
