@@ -1,0 +1,154 @@
+"""How fast training goes with each scan backend, and where its time goes.
+
+    python tools/bench_training.py photos --json training.json --markdown training.md
+    python tools/bench_training.py photos --config small --backends chunked triton --device cuda
+
+For each backend and size of crops, tools/train.py does a few steps in a process of its own: the
+first ones are profiled, in the others images per second and the share of data, forward, backward
+and optimiser are taken.  What the profiler says is each part's share of the time in operators,
+forward and backward: `entropy model` is h_s, CAE, LRP and the likelihoods with their scans, `scan`
+and `convolution` are those of the transforms.  The exit status is 1 if a training failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import of_run, versions
+from tqdm import tqdm
+
+from cmamba_ref.files import write_atomically
+from cmamba_ref.ops.dispatch import BACKENDS
+from cmamba_ref.training import profiling
+
+HERE = Path(__file__).resolve().parent
+PROFILED = 3
+# (side of the crops, crops per step), as tiny was trained.
+SIZES = ((128, 8), (512, 2))
+
+
+def measure(backend: str, crop: int, batch: int, args: argparse.Namespace) -> dict[str, Any] | None:
+    """One row of the result; None where the training failed, which has then said why."""
+    window = profiling.WARM_UP + PROFILED  # as many steps again are measured, without a profiler
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(sys.executable, str(HERE / "train.py"), "--data", str(args.photographs)),
+            *("--out", folder, "--config", args.config, "--device", args.device),
+            *("--crop", str(crop), "--batch", str(batch), "--precision", args.precision),
+            *("--steps", str(2 * window), "--log-every", str(window), "--profile", str(PROFILED)),
+            *("--validation", "1", "--validation-crop", "64", "--validate-every", "0"),
+            *("--coded", "never", "--samples", "0"),
+        ]
+        environment = {**os.environ, "CMAMBA_SCAN_BACKEND": backend}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if ended.returncode:
+            print(f"{backend}, {batch} crops of {crop}:\n{ended.stderr}", file=sys.stderr)
+            return None
+        log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    (profile,) = (record for record in log if record.get("event") == "profile")
+    last = [record for record in log if "event" not in record][-1]
+    return {
+        "backend": backend,
+        "crop": crop,
+        "batch": batch,
+        "steps": window,
+        "images_per_second": last["images_per_second"],
+        "share": last["share"],
+        "share_of_operators": profile["share_of_operators"],
+    }
+
+
+def page(rows: list[dict[str, Any]], made: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    names = [*rows[0]["share"], *rows[0]["share_of_operators"]]
+    lines = [
+        "# How fast training goes",
+        "",
+        f"`{made['config']}`, {made['precision']}, {made.get('gpu', 'CPU')}; images per second of "
+        f"training over {rows[0]['steps']} steps, share of each part in the time, and share of each part of "
+        f"the model in the time of operators. `{made['command']}`, commit {made['commit']}, "
+        f"{made['date']}; {made['machine']}, {made['threads']} threads, torch "
+        f"{made['versions']['torch']}.",
+        "",
+        f"| backend | crops | images/s | {' | '.join(names)} |",
+        f"|---|---|---|{'---|' * len(names)}",
+    ]
+    for row in rows:
+        shares = {**row["share"], **row["share_of_operators"]}
+        cells = [f"`{row['backend']}`", f"{row['batch']} of {row['crop']}x{row['crop']}"]
+        cells += [f"{row['images_per_second']:.2f}", *(f"{shares[name]:.0%}" for name in names)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    cuda = torch.cuda.is_available()
+    usual = ["chunked", "triton"] if cuda else ["chunked", "compiled", "reference"]
+    add("photographs", type=Path, help="folder to train on")
+    add("--config", default="tiny", help="which model (default: tiny)")
+    add("--backends", nargs="+", choices=BACKENDS, default=usual, help=f"default: {usual}")
+    add("--sizes", nargs="+", metavar="CROPxBATCH", help="default: 128x8 512x2")
+    add("--device", default="cuda" if cuda else "cpu", help="default: cuda where there is one")
+    add("--precision", default="fp32", help="fp32 or bf16 (default: fp32)")
+    add("--json", type=Path, metavar="FILE", help="write the figures here")
+    add("--markdown", type=Path, metavar="FILE", help="write the page here")
+    args = parser.parse_args(argv)
+    if not args.photographs.is_dir():
+        parser.error(f"{str(args.photographs)!r} must be a folder of photographs")
+    try:
+        args.sizes = [_size(text) for text in args.sizes] if args.sizes else SIZES
+    except ValueError:
+        parser.error(f"--sizes must be CROPxBATCH, for instance 128x8, got {args.sizes}")
+    return args
+
+
+def _size(text: str) -> tuple[int, int]:
+    crop, batch = map(int, text.split("x"))
+    return crop, batch
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    jobs = [(backend, crop, batch) for crop, batch in args.sizes for backend in args.backends]
+    rows = []
+    try:
+        for backend, crop, batch in tqdm(jobs, unit="training", disable=None):
+            rows.append(measure(backend, crop, batch, args))
+    except KeyboardInterrupt:
+        print("interrupted; nothing is written", file=sys.stderr)
+        return 130
+    measured = [row for row in rows if row is not None]
+    if not measured:
+        return 1
+    made = {
+        **of_run("bench_training.py", argv),
+        "versions": versions("cmamba-ref", "torch", "triton"),
+        **{name: getattr(args, name) for name in ("config", "device", "precision")},
+    }
+    if args.device == "cuda":
+        made["gpu"] = torch.cuda.get_device_name()
+    text = page(measured, made)
+    print(text)
+    if args.json:
+        content = json.dumps({"rows": measured, "meta": made}, indent=1) + "\n"
+        write_atomically(args.json, content.encode())
+    if args.markdown:
+        write_atomically(args.markdown, text.encode())
+    return 0 if len(measured) == len(rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
