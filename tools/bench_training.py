@@ -73,10 +73,10 @@ def page(rows: list[dict[str, Any]], made: dict[str, Any]) -> str:
         "# How fast training goes",
         "",
         f"`{made['config']}`, {made['precision']}, {made.get('gpu', 'CPU')}; images per second of "
-        f"training over {rows[0]['steps']} steps, share of each part in the time, and share of each part of "
-        f"the model in the time of operators. `{made['command']}`, commit {made['commit']}, "
-        f"{made['date']}; {made['machine']}, {made['threads']} threads, torch "
-        f"{made['versions']['torch']}.",
+        f"training over {rows[0]['steps']} steps, share of each part in the time, and share of "
+        "each part of the model in the time of operators. "
+        f"`{made['command']}`, commit {made['commit']}, {made['date']}; {made['machine']}, "
+        f"{made['threads']} threads, torch {made['versions']['torch']}.",
         "",
         f"| backend | crops | images/s | {' | '.join(names)} |",
         f"|---|---|---|{'---|' * len(names)}",
