@@ -11,6 +11,7 @@ import pytest
 import torch
 from codec_helpers import (
     ONE_RATE,
+    SMALL,
     QUALITIES,
     Recording,
     as_input,
@@ -222,9 +223,11 @@ def evaluate_like_compressai(net, x: torch.Tensor) -> dict[str, float]:
     }
 
 
+@pytest.mark.parametrize("config", [ONE_RATE, SMALL], ids=["one rate", "all rates"])
 @torch.no_grad()
-def test_compressai_evaluation_runs_on_a_model():
-    net = random_model(ONE_RATE)
+def test_compressai_evaluation_runs_on_a_model(config):
+    """A model of all rates is evaluated at its default quality."""
+    net = random_model(config)
     assert net.update(force=True) is True and net.update() is False
     assert net.aux_loss().ndim == 0 and float(net.aux_loss()) > 0
     result = evaluate_like_compressai(net, as_input(picture(120, 200)))
