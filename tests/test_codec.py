@@ -11,8 +11,8 @@ import pytest
 import torch
 from codec_helpers import (
     ONE_RATE,
-    SMALL,
     QUALITIES,
+    SMALL,
     Recording,
     as_input,
     assert_same_coding,
