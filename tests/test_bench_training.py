@@ -17,14 +17,14 @@ def folder(tmp_path):
 
 
 def run(folder, *more: str) -> int:
-    arguments = [str(folder / "photos"), "--config", str(folder / "config.json"), *more]
+    arguments = ["--config", str(folder / "config.json"), *more]
     written = ["--json", str(folder / "a.json"), "--markdown", str(folder / "a.md")]
     return bench_training.main([*arguments, *written])
 
 
 @pytest.mark.slow
 def test_a_training_is_measured(folder, capsys):
-    assert run(folder, "--backends", "chunked", "--sizes", "64x2") == 0
+    assert run(folder, str(folder / "photos"), "--backends", "chunked", "--sizes", "64x2") == 0
     found = json.loads((folder / "a.json").read_text())
     (row,) = found["rows"]
     assert (row["backend"], row["crop"], row["batch"]) == ("chunked", 64, 2)

@@ -1,13 +1,14 @@
 """How fast training goes with each scan backend, and where its time goes.
 
-    python tools/bench_training.py photos --json training.json --markdown training.md
+    python tools/bench_training.py --json training.json --markdown training.md
     python tools/bench_training.py photos --config small --backends chunked triton --device cuda
 
 For each backend and size of crops, tools/train.py does a few steps in a process of its own: the
 first ones are profiled, in the others images per second and the share of data, forward, backward
 and optimiser are taken.  What the profiler says is each part's share of the time in operators,
 forward and backward: `entropy model` is h_s, CAE, LRP and the likelihoods with their scans, `scan`
-and `convolution` are those of the transforms.  The exit status is 1 if a training failed.
+and `convolution` are those of the transforms.  Without a folder of photographs the one that ships
+is taken, continued by mirroring.  The exit status is 1 if a training failed.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_cpu import photograph
 from provenance import of_run, versions
 from tqdm import tqdm
 
 from cmamba_ref.files import write_atomically
+from cmamba_ref.images import write_png
 from cmamba_ref.ops.dispatch import BACKENDS
 from cmamba_ref.training import profiling
 
@@ -35,12 +38,14 @@ PROFILED = 3
 SIZES = ((128, 8), (512, 2))
 
 
-def measure(backend: str, crop: int, batch: int, args: argparse.Namespace) -> dict[str, Any] | None:
+def measure(
+    backend: str, crop: int, batch: int, photographs: Path, args: argparse.Namespace
+) -> dict[str, Any] | None:
     """One row of the result; None where the training failed, which has then said why."""
     window = profiling.WARM_UP + PROFILED  # as many steps again are measured, without a profiler
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            *(sys.executable, str(HERE / "train.py"), "--data", str(args.photographs)),
+            *(sys.executable, str(HERE / "train.py"), "--data", str(photographs)),
             *("--out", folder, "--config", args.config, "--device", args.device),
             *("--crop", str(crop), "--batch", str(batch), "--precision", args.precision),
             *("--steps", str(2 * window), "--log-every", str(window), "--profile", str(PROFILED)),
@@ -64,6 +69,12 @@ def measure(backend: str, crop: int, batch: int, args: argparse.Namespace) -> di
         "share": last["share"],
         "share_of_operators": profile["share_of_operators"],
     }
+
+
+def write_photographs(folder: Path, crop: int) -> None:
+    """What ships as photographs from which crops can be cut: one to train on, one to hold out."""
+    for name, side in (("a.png", 2 * crop), ("b.png", 3 * crop)):
+        write_png(folder / name, photograph(side, side))
 
 
 def page(rows: list[dict[str, Any]], made: dict[str, Any]) -> str:
@@ -96,7 +107,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     cuda = torch.cuda.is_available()
     usual = ["chunked", "triton"] if cuda else ["chunked", "compiled", "reference"]
-    add("photographs", type=Path, help="folder to train on")
+    add("photographs", type=Path, nargs="?", help="folder to train on")
     add("--config", default="tiny", help="which model (default: tiny)")
     add("--backends", nargs="+", choices=BACKENDS, default=usual, help=f"default: {usual}")
     add("--sizes", nargs="+", metavar="CROPxBATCH", help="default: 128x8 512x2")
@@ -105,7 +116,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write the figures here")
     add("--markdown", type=Path, metavar="FILE", help="write the page here")
     args = parser.parse_args(argv)
-    if not args.photographs.is_dir():
+    if args.photographs and not args.photographs.is_dir():
         parser.error(f"{str(args.photographs)!r} must be a folder of photographs")
     try:
         args.sizes = [_size(text) for text in args.sizes] if args.sizes else SIZES
@@ -125,8 +136,12 @@ def main(argv: list[str] | None = None) -> int:
     jobs = [(backend, crop, batch) for crop, batch in args.sizes for backend in args.backends]
     rows = []
     try:
-        for backend, crop, batch in tqdm(jobs, unit="training", disable=None):
-            rows.append(measure(backend, crop, batch, args))
+        with tempfile.TemporaryDirectory() as ours:
+            if not args.photographs:
+                write_photographs(Path(ours), max(crop for _, crop, _ in jobs))
+            for backend, crop, batch in tqdm(jobs, unit="training", disable=None):
+                folder = args.photographs or Path(ours)
+                rows.append(measure(backend, crop, batch, folder, args))
     except KeyboardInterrupt:
         print("interrupted; nothing is written", file=sys.stderr)
         return 130
