@@ -24,9 +24,12 @@ complete.  Ctrl-C ends the stage at work and prints the command for what is left
 stop the others, but for those that need its results.  The exit status is 1 if one failed, 2 for
 wrong arguments, 130 after Ctrl-C.
 
-Minutes that are printed beforehand are what a stage took on two cores of an AMD EPYC (Zen 5).
-Times are among what is measured: let the machine do nothing else.  Afterwards,
-`python tools/readme_tables.py` puts the new numbers into the README.
+The Kodak images may not be passed on, so no result shows one: where a result shows a picture, it is
+the photograph that ships, whose licence allows it.
+
+Minutes that are printed beforehand are estimates for two cores of an AMD EPYC (Zen 5).  Times are
+among what is measured: let the machine do nothing else.  Afterwards, `python
+tools/readme_tables.py` puts the new numbers into the README.
 """
 
 from __future__ import annotations
@@ -98,7 +101,7 @@ class Stage:
 
     Attributes:
         commands: what it runs, one after the other.
-        minutes: how long it took, see above.
+        minutes: about how long it takes, see above.
         needs: the stage whose results it reads.
         unasked: whether it runs where no stage is named.
     """
@@ -148,12 +151,13 @@ def complexity(inputs: Inputs) -> list[Command]:
 
 
 def analyze(inputs: Inputs) -> list[Command]:
-    output = inputs.result("analysis")
-    return [("analyze.py", *inputs.of_pictures("--model", inputs.model, "-o", output))]
+    # The means are over the pictures; the one that is shown is another.
+    shown = ("--picture", str(PHOTOGRAPH))
+    arguments = ("--model", inputs.model, *shown, "-o", inputs.result("analysis"))
+    return [("analyze.py", *inputs.of_pictures(*arguments))]
 
 
 def report(inputs: Inputs) -> list[Command]:
-    # Of pictures only the one whose licence allows it to be passed on.
     shown = ("--picture", str(PHOTOGRAPH), "--model", inputs.model, "--megabytes", "2.4")
     return [("report.py", inputs.rd, *shown, "--bpp", *RATES, "-o", inputs.result("report.html"))]
 
@@ -171,8 +175,8 @@ def _of_cpu(inputs: Inputs) -> Command:
 
 
 STAGES = {
-    "rd": Stage(rd, minutes=13),
-    "fine": Stage(fine, minutes=14),
+    "rd": Stage(rd, minutes=14),
+    "fine": Stage(fine, minutes=16),
     "plots": Stage(plots, minutes=0.2, needs="rd"),
     "complexity": Stage(complexity, minutes=3),
     "analyze": Stage(analyze, minutes=3),

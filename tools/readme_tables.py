@@ -163,9 +163,8 @@ def scans(results: Results) -> str:
 def complexity_table(results: Results) -> str:
     found = complexity.Findings.from_json(results.folder / "complexity.json")
     published = complexity.PUBLISHED
-    rows = [
-        ("published, derived", millions(published["params"]), NONE, giga(published["macs"]), NONE)
-    ]
+    derived = (millions(published["params"]), NONE, giga(published["macs"]), NONE)
+    rows: list[tuple[str, ...]] = [("published, derived", *derived)]
     for name, costs in found.costs.items():
         total = costs["total"]
         macs = [giga(total.total(convention)) for convention in complexity.CONVENTIONS]
