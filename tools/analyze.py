@@ -203,9 +203,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
 
     seen: dict[Path, Numbers] = {}
+    waiting: list[Path] = [*paths, apart] if apart else paths
     bad = 0
     try:
-        for path in tqdm([*paths, *([apart] if apart else [])], unit="picture", disable=None):
+        for path in tqdm(waiting, unit="picture", disable=None):
             try:
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
                 key = f"{model.model_id.hex()} {quality} {digest}"
