@@ -208,6 +208,24 @@ def test_command(model, weights, folder, tmp_path, capsys):
     assert numbers["spectrum_of"] == "g_a H/8 1"
 
 
+def test_the_picture_that_is_shown_may_be_another(weights, folder, tmp_path):
+    """It is in the map of bits, and in no mean."""
+    apart = tmp_path / "apart.png"
+    Image.fromarray(picture(192, 64, seed=2)).save(apart)
+    (folder / "c.png").unlink()
+    found = []
+    for more in ([], ["--picture", str(apart)]):
+        output = tmp_path / f"out{len(more)}"
+        assert analyze.main([str(folder), "-o", str(output), "--model", weights, *more]) == 0
+        found.append(json.loads((output / "analysis.json").read_text()))
+    without, shown = (numbers.pop("bits") for numbers in found)
+    meta, shown_meta = (numbers.pop("meta") for numbers in found)
+    assert found[0] == found[1] and without["y_bpp"] == shown["y_bpp"]
+    assert meta["pictures"] == shown_meta["pictures"]
+    assert (without["picture"], shown["picture"]) == ("a.png", "apart.png")
+    assert np.shape(shown["map"]) == (2, 12, 4)
+
+
 def test_ctrl_c_leaves_what_a_second_run_completes(weights, folder, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     arguments = [str(folder), "-o", str(output), "--model", weights, "--limit", "2"]

@@ -73,6 +73,32 @@ def test_json_has_everything(measured, capsys):
     assert content["meta"]["command"].startswith("python tools/complexity.py tiny")
 
 
+def test_the_page_is_the_same_from_the_json(measured, tmp_path, capsys):
+    """Nothing is measured anew; who made it, and how, is said as of then."""
+    file = tmp_path / "complexity.json"
+    assert complexity.main(["tiny", "--time", "--json", "--size", "128x64", "-o", str(file)]) == 0
+    found = complexity.Findings.from_json(file)
+    measured.clear()
+    assert complexity.main(["--read", str(file), "--markdown"]) == 0
+    page = capsys.readouterr().out
+    assert not measured and page == complexity.markdown(
+        {"tiny": complexity.count("tiny", 128, 64)}, found.runs, 128, 64, found.made
+    )
+    assert "1.50" in rows_of(page, "`tiny`")[1] and "complexity.py tiny --time --json" in page
+    assert complexity.main(["--read", str(file), "--json"]) == 0
+    assert capsys.readouterr().out == file.read_text()
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[]", "no JSON", '{"size": [1, 2], "models": 3}'])
+def test_other_files_are_refused(tmp_path, capsys, content):
+    file = tmp_path / "other.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        complexity.main(["--read", str(file)])
+    assert stopped.value.code == 2 and "other.json" in capsys.readouterr().err
+
+
 def test_what_cannot_be_measured_is_said(monkeypatch, capsys):
     runs = [
         {"model": "tiny", "direction": "encode", "status": "failed: for want of memory"},

@@ -1,5 +1,6 @@
 """Evaluation: what it reports is what lies on disk, and nothing measured is lost."""
 
+import argparse
 import io
 import json
 from pathlib import Path
@@ -210,6 +211,52 @@ def test_several_processes_measure_the_same(folder, evaluated, tmp_path):
     for codec in ("cmamba", "jpeg420"):
         for measure in ("bpp", "psnr-rgb", "ms-ssim-rgb"):
             assert again[codec]["results"][measure] == report[codec]["results"][measure]
+
+
+def test_brief_sweeps_have_the_same_sizes_and_psnr(folder, evaluated, tmp_path, capsys):
+    report, _ = evaluated
+    output = tmp_path / "rd.json"
+    assert run(folder, output, "--qualities", "1:8:7", "--codecs", "jpeg420", "--brief") == 0
+    again = json.loads(output.read_text())
+    for codec in ("cmamba", "jpeg420"):
+        assert set(again[codec]["results"]) - {"model"} == {"quality", "bpp", "psnr-rgb"}
+        for measure in ("quality", "bpp", "psnr-rgb"):
+            assert again[codec]["results"][measure] == report[codec]["results"][measure]
+    assert again["meta"]["brief"] and "brief" not in report["meta"]
+    assert "jpeg420: mean bpp and mean PSNR rise at every step of 11 points" in (
+        capsys.readouterr().out
+    )
+
+
+def test_ranges_of_qualities_have_both_ends():
+    tenths = eval_rd.quality_range("1:8:0.1")
+    assert tenths == [round(1 + k / 10, 10) for k in range(71)]
+    assert eval_rd.quality_range("2.5") == [2.5]
+    for wrong in ("1:8", "1:8:0", "8:1:1", "1:8:0.001", "one", "1:inf:1", "nan:8:1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="FROM:TO:STEP"):
+            eval_rd.quality_range(wrong)
+
+
+def test_steps_that_do_not_rise_are_named():
+    """In whatever order the points stand, and never from one model to another."""
+    points = {"quality": [3, 1, 2, 1], "model": ["a", "a", "a", "b"]}
+    report = {
+        "ours": {
+            "results": points | {"bpp": [3.0, 1.0, 2.0, 0.5], "psnr-rgb": [30.0, 30.0, 31.5, 9.0]}
+        },
+        "one rate": {"results": {"quality": [None], "bpp": [1.0], "psnr-rgb": [30.0]}},
+        "jpeg": {"results": {"quality": [5, 10], "bpp": [1.0, 2.0], "psnr-rgb": [30.0, 31.0]}},
+    }
+    falls = eval_rd.not_rising(report)
+    assert falls == {
+        "ours": [{"measure": "psnr-rgb", "step": [2, 3], "by": -1.5}],
+        "jpeg": [],
+    }
+    text = eval_rd.rising_lines(report, falls)
+    assert "ours: mean psnr-rgb changes by -1.5 from quality 2 to 3" in text
+    assert "jpeg: mean bpp and mean PSNR rise at every step of 2 points" in text
+    report["jpeg"]["results"]["bpp"][1] = 1.0
+    assert [fall["measure"] for fall in eval_rd.not_rising(report)["jpeg"]] == ["bpp"]
 
 
 # ---------------------------------------------------------------- interruptions and failures

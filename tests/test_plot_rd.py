@@ -46,6 +46,7 @@ def test_plot_and_numbers(ours, anchors, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "VTM-9.1 from table 7" in printed.out and not printed.err
     with Image.open(output) as image:
+        assert image.mode == "P"  # few colours, a small file
         assert image.width > 500 and np.array(image.convert("L")).std() > 10
     numbers = json.loads((tmp_path / "plot.png.json").read_text())
     assert numbers["anchor"]["label"] == "VTM-9.1"

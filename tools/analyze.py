@@ -13,7 +13,8 @@ Writes into the folder of -o:
                      distances of up to 3 positions; the less, the more the model has explained
     fusion.png       how CA-SSM weighs its paths: alpha (SSM) of every channel of each block; beta
                      (CNN) is 1 - alpha
-    bits.png         where the bits of one picture go, slice by slice (--picture, or the first)
+    bits.png         one picture and where its bits go, slice by slice: the first, or the --picture,
+                     which may be any file; one that is not in the folder is in no mean
     field.png        effective receptive field of g_a, from the centre of each picture
     analysis.json    all numbers that are drawn, means over pictures, and how they were made
 
@@ -118,12 +119,13 @@ def _field(model: CMamba, x: torch.Tensor) -> list[list[float]]:
     return pooled(framed, FIELD_SQUARE).tolist()
 
 
-def mean_of(rows: list[Numbers], shown: str, names: list[str]) -> Numbers:
+def mean_of(rows: list[Numbers], shown: str, numbers_of_shown: Numbers) -> Numbers:
     """Over pictures, everything but the map of bits, which is that of one picture.
 
     Args:
+        rows: of all pictures.
         shown: the name of that picture.
-        names: of all pictures, in the order of `rows`.
+        numbers_of_shown: its own.
     """
     alphas = {block: [row["alpha"][block] for row in rows] for block in rows[0]["alpha"]}
     return {
@@ -145,7 +147,7 @@ def mean_of(rows: list[Numbers], shown: str, names: list[str]) -> Numbers:
             "y_bpp": _mean([row["bits"]["y_bpp"] for row in rows]),
             "z_bpp": _mean([row["bits"]["z_bpp"] for row in rows]),
             "picture": shown,
-            "map": rows[names.index(shown)]["bits"]["map"],
+            "map": numbers_of_shown["bits"]["map"],
         },
     }
 
@@ -168,7 +170,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--model", default="tiny", help="name or directory (default: tiny)")
     add("--quality", type=float, help="default: 4, where a model has qualities")
     add("--limit", type=int, metavar="N", help="only the first N pictures")
-    add("--picture", metavar="NAME", help="the picture of bits.png (default: the first)")
+    add(
+        "--picture",
+        metavar="NAME",
+        help="the picture of bits.png: one of the folder, or another file (default: the first)",
+    )
     add("--fresh", action="store_true", help="forget what an earlier run left unfinished")
     args = parser.parse_args(argv)
     provenance = {
@@ -179,8 +185,13 @@ def main(argv: list[str] | None = None) -> int:
     output = args.output / "analysis.json"
     try:
         paths = picture_paths(args.folder, args.limit)
+        apart = None
         if args.picture and args.picture not in [path.name for path in paths]:
-            raise CMambaError(f"--picture must be one of the pictures, got {args.picture!r}")
+            apart = Path(args.picture)
+            if not apart.is_file():
+                raise CMambaError(
+                    f"--picture must be one of the pictures or a file, got {args.picture!r}"
+                )
         model = CMamba.from_pretrained(args.model)
         quality = model.check_quality(args.quality)
         args.output.mkdir(parents=True, exist_ok=True)
@@ -191,9 +202,11 @@ def main(argv: list[str] | None = None) -> int:
     except (CMambaError, OSError) as error:
         parser.error(str(error))
 
-    names, rows, bad = [], [], 0
+    seen: dict[Path, Numbers] = {}
+    waiting: list[Path] = [*paths, apart] if apart else paths
+    bad = 0
     try:
-        for path in tqdm(paths, unit="picture", disable=None):
+        for path in tqdm(waiting, unit="picture", disable=None):
             try:
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
                 key = f"{model.model_id.hex()} {quality} {digest}"
@@ -205,24 +218,25 @@ def main(argv: list[str] | None = None) -> int:
                 bad += 1
                 tqdm.write(f"left out: {path.name}: {text}", file=sys.stderr)
                 continue
-            names.append(path.name)
-            rows.append(kept.results[key])
+            seen[path] = kept.results[key]
     except KeyboardInterrupt:
         print(f"interrupted; {len(kept.results)} pictures are kept in {kept.path}", file=sys.stderr)
         return 130
-    if not rows:
+    used = [path for path in paths if path in seen]
+    if not used:
         print(f"no picture in {args.folder} that can be analysed", file=sys.stderr)
         return 1
 
-    shown = args.picture if args.picture in names else names[0]
-    numbers = mean_of(rows, shown, names)
+    wanted = apart or args.folder / (args.picture or "")
+    shown = wanted if wanted in seen else used[0]
+    numbers = mean_of([seen[path] for path in used], shown.name, seen[shown])
     for name, draw in FIGURES.items():
-        if (figure := draw(numbers, args.folder / shown)) is not None:
+        if (figure := draw(numbers, shown)) is not None:
             save(figure, args.output / f"{name}.png")
     numbers["meta"] = {
         **provenance,
         "model": {"name": model.config.name, "id": model.model_id.hex(), "quality": quality},
-        "pictures": {"folder": args.folder.resolve().name, "names": names},
+        "pictures": {"folder": args.folder.resolve().name, "names": [path.name for path in used]},
     }
     write_atomically(output, (json.dumps(numbers) + "\n").encode())
     kept.discard()

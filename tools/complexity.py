@@ -3,6 +3,8 @@
     python tools/complexity.py                    base, small and tiny at 768x512
     python tools/complexity.py base --size 1920x1080 --json
     python tools/complexity.py --time --markdown -o complexity.md
+    python tools/complexity.py --time --json -o complexity.json
+    python tools/complexity.py --read complexity.json --markdown -o complexity.md
 
 Counted on the meta device: nothing is computed and no memory is needed.  The conventions differ in
 what one scan of L positions, D inner channels, N states and four directions is said to cost; papers
@@ -16,8 +18,9 @@ use all three, so every figure must name its own:
 direction in a new process, whose peak memory is counted with torch and the weights.  A model
 without trained weights is given random ones: its networks take as long, its files are larger.  The
 time is the median of up to three runs after the first, the memory that of the first; `base` takes
-minutes and several GiB.  --markdown is a page with our models beside what others publish.  The exit
-status is 1 if a picture could not be coded.
+minutes and several GiB.  --markdown is a page with our models beside what others publish.  --read
+takes everything from the JSON of an earlier run and measures nothing.  The exit status is 1 if a
+picture could not be coded.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import bench_cpu
 import torch
@@ -36,7 +40,7 @@ from provenance import of_run, versions
 from published_costs import PUBLISHED_CODECS
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmamba_ref import CMamba
+from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.config import CONFIGS, CMambaConfig
 from cmamba_ref.errors import InvalidArgumentError
 from cmamba_ref.files import write_atomically
@@ -185,13 +189,13 @@ def markdown(
     runs: dict[str, dict[str, Run]],
     width: int,
     height: int,
-    made: dict[str, object],
+    made: dict[str, Any],
 ) -> str:
     """A page: our models, the share of each module, and what others publish.
 
     Args:
         runs: empty if nothing was measured.
-        made: by what command, on what machine.
+        made: by what command, on what machine, with which versions.
     """
     parts = [
         "# What the codec costs",
@@ -213,9 +217,9 @@ def markdown(
     if runs:
         parts += [
             "## Time and memory",
-            f"On {made['machine']}, {made['threads']} threads, torch {torch.__version__}. Memory "
-            "is the peak of a new process, with torch and the weights. With random weights the "
-            "networks take as long as with trained ones, but files are larger.",
+            f"On {made['machine']}, {made['threads']} threads, torch {made['versions']['torch']}. "
+            "Memory is the peak of a new process, with torch and the weights. With random weights "
+            "the networks take as long as with trained ones, but files are larger.",
             _markdown_table(
                 ["model", "weights", *(f"{d}, {of}" for d in CODING for of in ("s", "peak MiB"))],
                 [_run_cells(name, of_model) for name, of_model in runs.items()],
@@ -274,6 +278,70 @@ def _share(module: str, cost: Cost, total: Cost) -> list[str]:
     ]
 
 
+# ---------------------------------------------------------------- JSON
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that there is to show.
+
+    Attributes:
+        size: width and height.
+        costs: by model and module.
+        runs: by model and direction; empty if nothing was measured.
+        made: by what command, on what machine, with which versions.
+    """
+
+    size: tuple[int, int]
+    costs: dict[str, dict[str, Cost]]
+    runs: dict[str, dict[str, Run]]
+    made: dict[str, Any]
+
+    def to_json(self) -> str:
+        content = {
+            "size": self.size,
+            "scan_factor": CONVENTIONS,
+            "models": {
+                name: {module: asdict(cost) for module, cost in of_model.items()}
+                for name, of_model in self.costs.items()
+            },
+            "runs": {
+                name: {direction: asdict(run) for direction, run in of_model.items()}
+                for name, of_model in self.runs.items()
+            },
+            "published": [asdict(codec) for codec in PUBLISHED_CODECS],
+            "meta": self.made,
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, path: Path) -> Findings:
+        """What `to_json` wrote to a file.
+
+        Raises:
+            CMambaError: the file cannot be read, or is another.
+        """
+        try:
+            content = json.loads(path.read_text())
+            width, height = content["size"]
+            costs = {
+                name: {module: Cost(**cost) for module, cost in of_model.items()}
+                for name, of_model in content["models"].items()
+            }
+            runs = {
+                name: {direction: Run(**run) for direction, run in of_model.items()}
+                for name, of_model in content["runs"].items()
+            }
+            return cls((width, height), costs, runs, content["meta"])
+        except OSError as error:
+            raise CMambaError(f"{path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CMambaError(
+                f"{path} must be what complexity.py --json wrote, got another file ({error!r}); "
+                "write it again"
+            ) from error
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -284,6 +352,9 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
     parser.add_argument("models", nargs="*", metavar="model", help="default: base small tiny")
     parser.add_argument("--size", default="768x512", help="WIDTHxHEIGHT (default: 768x512)")
     parser.add_argument("--time", action="store_true", help="also measure time and memory here")
+    parser.add_argument(
+        "--read", type=Path, metavar="FILE", help="show what an earlier run wrote with --json"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="JSON instead of tables")
     form.add_argument("--markdown", action="store_true", help="a page instead of tables")
@@ -291,54 +362,56 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
         "-o", "--output", type=Path, metavar="FILE", help="write it here (default: print it)"
     )
     args = parser.parse_args(argv)
+    if args.read and (args.models or args.time):
+        parser.error("--read shows what is in the file; leave out models and --time")
     if args.output and not args.output.parent.is_dir():
         parser.error(f"-o must lie in an existing directory, got {str(args.output)!r}")
     return parser, args
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    parser, args = parse(argv)
+def look(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> Findings:
+    """Count, and with --time measure."""
     try:
         width, height = (int(part) for part in args.size.split("x"))
     except ValueError:
         parser.error(f"--size must be WIDTHxHEIGHT, got {args.size!r}")
     names = args.models or list(CONFIGS)
-    results = {}
+    costs = {}
     for name in names:
         try:
-            results[name] = count(name, width, height)
+            costs[name] = count(name, width, height)
         except InvalidArgumentError as error:
             parser.error(str(error))
     runs = measure(names, width, height) if args.time else {}
     made = {**of_run("complexity.py", argv), "versions": versions("cmamba-ref", "torch")}
-    if args.json:
-        content = {
-            "size": [width, height],
-            "scan_factor": CONVENTIONS,
-            "models": {
-                name: {module: asdict(cost) for module, cost in costs.items()}
-                for name, costs in results.items()
-            },
-            "runs": {
-                name: {direction: asdict(run) for direction, run in of_model.items()}
-                for name, of_model in runs.items()
-            },
-            "published": [asdict(codec) for codec in PUBLISHED_CODECS],
-            "meta": made,
-        }
-        text = json.dumps(content, indent=2) + "\n"
-    elif args.markdown:
-        text = markdown(results, runs, width, height, made)
+    return Findings((width, height), costs, runs, made)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser, args = parse(argv)
+    if args.read:
+        try:
+            found = Findings.from_json(args.read)
+        except CMambaError as error:
+            parser.error(str(error))
     else:
-        parts = [table(name, costs, width, height) for name, costs in results.items()]
-        parts += [run_lines(name, of_model) for name, of_model in runs.items()]
+        found = look(parser, args, argv)
+    if args.json:
+        text = found.to_json()
+    elif args.markdown:
+        text = markdown(found.costs, found.runs, *found.size, found.made)
+    else:
+        parts = [table(name, costs, *found.size) for name, costs in found.costs.items()]
+        parts += [run_lines(name, of_model) for name, of_model in found.runs.items()]
         text = "\n\n".join(parts) + "\n"
     if args.output:
         write_atomically(args.output, text.encode())
     else:
         print(text, end="")
-    failed = [run for of_model in runs.values() for run in of_model.values() if run.seconds is None]
+    failed = [
+        run for of_model in found.runs.values() for run in of_model.values() if run.seconds is None
+    ]
     return 1 if failed else 0
 
 

@@ -3,6 +3,7 @@
     python tools/eval_rd.py photos -o rd.json
     python tools/eval_rd.py photos --model tiny --qualities 1 4 8 --codecs jpeg420 webp
     python tools/eval_rd.py photos --model mine=runs/a/model --model paper=low/model high/model
+    python tools/eval_rd.py photos --qualities 1:8:0.1 --codecs --brief --jobs 2 -o fine.json
 
 Every picture is encoded to a file and decoded from it.  bpp is 8 times the size of the file, header
 included, over the number of pixels; PSNR (RGB) and MS-SSIM (linear) are those of the decoded 8-bit
@@ -15,6 +16,13 @@ of the cores, and times are longer than those of one alone.
 Each --model is a curve.  A model with a range of qualities gives one point for each; several
 directories after one --model, for instance models trained for one lambda each, are points of one
 curve.  The classical codecs run on the same pictures, as far as this Pillow has them.
+
+With --brief there are only bpp and PSNR: of the time of a point of ours, MS-SSIM takes more than a
+third, and where times are not asked for, several processes of one thread each (--jobs) do more than
+one process of several.
+
+Along each curve, bpp and PSNR should rise from every quality to the next; where they do not, the
+steps are named, and `meta` has them under `not_rising`.
 
 The JSON has CompressAI's layout, one object per codec: `results` holds a list per measure with an
 entry per point, `per_picture` the same for each picture.  `meta` says what it was measured with and
@@ -172,10 +180,11 @@ def measure_all(
     kept: PartialResults,
     jobs: int,
     keep: Path | None,
+    brief: bool,
 ) -> int:
     """Measure what is not yet in `kept`, into it; returns how many measurements failed."""
     keys = {
-        Task(point, picture.path, keep): key_of(point, picture)
+        Task(point, picture.path, keep, brief): key_of(point, picture)
         for point in points
         for picture in pictures
     }
@@ -233,7 +242,7 @@ def report_of(
             means["model"] = [point.model_id for point in mine]
         measures = MEASURES + (OUR_MEASURES if checkpoints else ())
         for measure in measures:
-            # The peak of memory is not counted everywhere.
+            # The peak of memory is not counted everywhere, and not all measures are asked for.
             if all(measure in row for of_point in rows for row in of_point):
                 means[measure] = [_mean(row[measure] for row in of_point) for of_point in rows]
         report[codec] = {
@@ -247,6 +256,46 @@ def report_of(
 
 def _mean(values: Iterator[float]) -> float:
     return float(np.mean(list(values)))
+
+
+def not_rising(report: dict[str, dict]) -> dict[str, list[dict[str, object]]]:
+    """The steps of quality at which a mean does not rise, by codec; [] where all rise.
+
+    A step leads from one setting of a codec, or of one model, to the next higher one.  Codecs with
+    no step are left out.
+    """
+    found: dict[str, list[dict[str, object]]] = {}
+    for codec, curve in report.items():
+        results = curve["results"]
+        models = results.get("model", [None] * len(results["quality"]))
+        points = [k for k, quality in enumerate(results["quality"]) if quality is not None]
+        points.sort(key=lambda k: (str(models[k]), results["quality"][k]))
+        for before, after in zip(points, points[1:], strict=False):
+            if models[before] != models[after]:
+                continue
+            steps = found.setdefault(codec, [])
+            for measure in ("bpp", "psnr-rgb"):
+                gain = results[measure][after] - results[measure][before]
+                if not gain > 0:
+                    ends = [results["quality"][k] for k in (before, after)]
+                    steps.append({"measure": measure, "step": ends, "by": gain})
+    return found
+
+
+def rising_lines(report: dict[str, dict], falls: dict[str, list[dict[str, object]]]) -> str:
+    """The verdict on each codec that has steps, as text."""
+    lines = []
+    for codec, steps in falls.items():
+        points = len(report[codec]["results"]["quality"])
+        if not steps:
+            lines.append(f"{codec}: mean bpp and mean PSNR rise at every step of {points} points")
+        for step in steps:
+            low, high = step["step"]  # type: ignore[misc]
+            lines.append(
+                f"{codec}: mean {step['measure']} changes by {step['by']:.3g} from quality {low:g} "
+                f"to {high:g}"
+            )
+    return "\n".join(lines)
 
 
 def bd_rates(report: dict[str, dict], anchor: str) -> tuple[dict[str, object], str]:
@@ -263,16 +312,35 @@ def bd_rates(report: dict[str, dict], anchor: str) -> tuple[dict[str, object], s
 
 def table(report: dict[str, dict]) -> str:
     """The means as text."""
-    lines = [f"{'codec':<12}{'quality':>8}" + "".join(f"{measure:>15}" for measure in MEASURES)]
+    shown = [m for m in MEASURES if all(m in curve["results"] for curve in report.values())]
+    lines = [f"{'codec':<12}{'quality':>8}" + "".join(f"{measure:>15}" for measure in shown)]
     for codec, curve in report.items():
         results = curve["results"]
         for k, quality in enumerate(results["quality"]):
-            values = "".join(f"{results[measure][k]:>15.4f}" for measure in MEASURES)
+            values = "".join(f"{results[measure][k]:>15.4f}" for measure in shown)
             lines.append(f"{codec:<12}{'' if quality is None else f'{quality:g}':>8}{values}")
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- the command
+
+
+def quality_range(text: str) -> list[float]:
+    """Qualities written as one number or as FROM:TO:STEP, for argparse; both ends are in it."""
+    try:
+        numbers = [float(part) for part in text.split(":")]
+        if len(numbers) == 1:
+            return numbers
+        low, high, step = numbers
+        # In hundredths, as files store them: steps of 0.1 add up to something else than a whole.
+        low, high, step = (round(100 * value) for value in (low, high, step))
+        if not (step > 0 and low <= high):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"must be a number or FROM:TO:STEP with a step of at least 0.01, got {text!r}"
+        ) from None
+    return [value / 100 for value in range(low, high + 1, step)]
 
 
 def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -288,7 +356,13 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
         metavar="[NAME=]MODEL",
         help="a curve: name or directory of a model, or of several (default: cmamba=tiny)",
     )
-    add("--qualities", type=float, nargs="+", help="default: every whole quality of the model")
+    add(
+        "--qualities",
+        type=quality_range,
+        nargs="+",
+        metavar="QUALITY",
+        help="numbers, or FROM:TO:STEP (default: every whole quality of the model)",
+    )
     add(
         "--codecs",
         nargs="*",
@@ -299,6 +373,7 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
     add("--anchor", default="jpeg420", metavar="CODEC", help="of BD-rates (default: jpeg420)")
     add("--limit", type=int, metavar="N", help="only the first N pictures")
     add("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
+    add("--brief", action="store_true", help="only bpp and PSNR: no MS-SSIM, no times, no memory")
     add(
         "--keep",
         type=Path,
@@ -308,6 +383,8 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
     add("--fresh", action="store_true", help="forget what an earlier run left unfinished")
     add("-o", "--output", type=Path, metavar="FILE", help="write the JSON here")
     args = parser.parse_args(argv)
+    if args.qualities:
+        args.qualities = [quality for part in args.qualities for quality in part]
     if args.output and not args.output.parent.is_dir():
         parser.error(f"-o must lie in an existing directory, got {str(args.output)!r}")
     for name in ("limit", "jobs"):
@@ -323,6 +400,8 @@ def main(argv: list[str] | None = None) -> int:
     left_out = [key for key in codecs if not CODECS[key].is_available()]
     codecs = [key for key in codecs if key not in left_out]
     provenance = {**of_run("eval_rd.py", argv), "versions": versions(*PACKAGES), "jobs": args.jobs}
+    if args.brief:
+        provenance["brief"] = True
     conditions = {key: provenance[key] for key in provenance if key not in ("command", "date")}
     try:
         pictures = find_pictures(args.folder, args.limit)
@@ -335,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
     points = find_points(curves, codecs)
 
     try:
-        failed = measure_all(points, pictures, kept, args.jobs, args.keep)
+        failed = measure_all(points, pictures, kept, args.jobs, args.keep, args.brief)
     except KeyboardInterrupt:
         print(f"interrupted; {_what_is_kept(kept)}", file=sys.stderr)
         return 130
@@ -344,6 +423,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
     report = report_of(points, pictures, curves, kept.results)
+    falls = not_rising(report)
+    print(table(report))
+    print(f"\n{rising_lines(report, falls)}\n")
     report["meta"] = {
         **provenance,
         "models": {
@@ -357,8 +439,8 @@ def main(argv: list[str] | None = None) -> int:
             "names": [picture.path.name for picture in pictures],
         },
         "codecs_left_out": left_out,
+        "not_rising": falls,
     }
-    print(table({name: curve for name, curve in report.items() if name != "meta"}))
     if args.anchor in report:
         try:
             report["meta"]["bd_rates"], text = bd_rates(report, args.anchor)
@@ -366,7 +448,7 @@ def main(argv: list[str] | None = None) -> int:
             text = f"no BD-rates: {error}; pip install scipy"
     else:
         text = f"no BD-rates: the anchor {args.anchor!r} is not in this run"
-    print(f"\n{text}")
+    print(text)
     if args.output:
         write_atomically(args.output, (json.dumps(report, indent=1) + "\n").encode())
         kept.discard()

@@ -10,6 +10,8 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
 from cmamba_ref.files import write_atomically
 
 if TYPE_CHECKING:
@@ -26,9 +28,26 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure; the suffix says how."""
-    write_atomically(path, as_file(figure, path.suffix.lower().removeprefix(".")))
+def save(figure: Figure, path: Path, *, few_colours: bool = False) -> None:
+    """Write a figure; the suffix says how.
+
+    Args:
+        few_colours: it is of lines and letters: as a PNG it needs no more than 256 colours, and is
+            a third as large with them.
+    """
+    kind = path.suffix.lower().removeprefix(".")
+    data = as_file(figure, kind)
+    write_atomically(path, _with_palette(data) if few_colours and kind == "png" else data)
+
+
+def _with_palette(png: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as image:
+        few = image.convert("RGB").quantize(
+            256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
+        )
+    few.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def as_file(figure: Figure, kind: str) -> bytes:

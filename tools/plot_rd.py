@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     except ImportError as error:
         parser.error(f"{error}; install the extra: pip install 'cmamba-ref[eval]'")
-    save(figure, args.output)
+    save(figure, args.output, few_colours=True)
     text = json.dumps(numbers, indent=1) + "\n"
     write_atomically(args.output.with_name(args.output.name + ".json"), text.encode())
     against = f", BD-rates against {anchor.label} from {anchor.source}" if anchor else ""

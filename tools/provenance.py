@@ -5,22 +5,49 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
+# Results and pages about them: what they hold has no part in what is measured next.
+NOT_MEASURED_WITH = ("benchmarks", "*.md")
+
 
 def of_run(tool: str, arguments: list[str]) -> dict[str, object]:
-    """Command, commit, date, machine and threads of this run of a tool in this folder."""
+    """Command, commit, date, machine and threads of this run of a tool in this folder.
+
+    Paths in the command say nothing of this machine, see `portable`.
+    """
     return {
-        "command": " ".join(["python", f"tools/{tool}", *arguments]),
+        "command": " ".join(["python", f"tools/{tool}", *map(portable, arguments)]),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {processor()}",
         "threads": torch.get_num_threads(),
     }
+
+
+def portable(argument: str) -> str:
+    """An argument without the folders of this machine.
+
+    A path below this clone is given from its root, another one that is absolute or leads upwards by
+    its last part: that is what anyone has to replace by their own.  NAME=PATH keeps its name, and
+    FILE:NAME what stands behind the file.
+    """
+    name, equals, rest = argument.rpartition("=")
+    file, colon, curve = rest.partition(":") if not Path(rest).drive else (rest, "", "")
+    given = Path(file)
+    if not given.is_absolute() and ".." not in given.parts:
+        return argument
+    # Not resolved: a link in this clone is known by its name here.
+    whole = Path(os.path.normpath(Path.cwd() / given))
+    inside = whole.is_relative_to(ROOT)
+    file = whole.relative_to(ROOT).as_posix() if inside else whole.name
+    return f"{name}{equals}{file}{colon}{curve}"
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -33,17 +60,24 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of this clone, with "-dirty" after it where files were changed."""
-    here = Path(__file__).parent
+    """The commit of this clone, with "-dirty" after it where files were changed.
+
+    Changed results and pages do not count: of several measurements, each writes some, and the next
+    one is made with the same code.
+    """
+    others = [f":(exclude){pattern}" for pattern in NOT_MEASURED_WITH]
     try:
-        return subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        name = _git("describe", "--always")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *others)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{name}-dirty" if changed else name
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def processor() -> str:

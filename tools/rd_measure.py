@@ -71,11 +71,13 @@ class Task:
     Attributes:
         picture: the file.
         keep: folder for the coded and the decoded picture; None to keep neither.
+        brief: only bpp and PSNR.
     """
 
     point: Point
     picture: Path
     keep: Path | None = None
+    brief: bool = False
 
 
 def use_threads(count: int) -> None:
@@ -117,7 +119,7 @@ def load_model(source: str) -> CMamba:
 
 
 def measure(task: Task) -> Row | str:
-    """All measures of one picture at one point, or one line that says why there are none.
+    """The measures of one picture at one point, or one line that says why there are none.
 
     Times are those of the codec between pictures and bytes in memory, in seconds; peaks are the
     most bytes of this process in RAM meanwhile, with torch and the model, where the system counts.
@@ -144,12 +146,10 @@ def _measure(task: Task) -> Row:
         if task.keep is not None:
             write_png(folder / f"{task.picture.name}.decoded.png", decoded)
     height, width = picture.shape[:2]
-    return {
-        "bpp": bits_per_pixel(size, width, height),
-        "psnr-rgb": psnr(picture, decoded),
-        "ms-ssim-rgb": ms_ssim(picture, decoded),
-        **costs,
-    }
+    row = {"bpp": bits_per_pixel(size, width, height), "psnr-rgb": psnr(picture, decoded)}
+    if task.brief:
+        return row
+    return {**row, "ms-ssim-rgb": ms_ssim(picture, decoded), **costs}
 
 
 def _suffix(point: Point) -> str:
