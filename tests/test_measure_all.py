@@ -28,7 +28,7 @@ if what == "wait":
         sys.exit(130)
 sys.exit(int(what))
 """
-USUAL = ["rd", "fine", "plots", "complexity", "analyze", "report", "cpu"]
+USUAL = ["rd", "fine", "plots", "complexity", "analyze", "report", "cpu", "training"]
 
 
 @pytest.fixture
@@ -59,14 +59,15 @@ def test_stages_run_in_order_and_write_into_one_folder(tools, arguments, tmp_pat
         "analyze",
         "report",
         "bench_cpu",
+        "bench_training",
     ]
     written = [re.findall(r"(?:-o|--json|--markdown) (/\S+)", line) for line in ran]
     assert all(Path(path).parent == tmp_path / "results" for paths in written for path in paths)
-    assert all(written) and len({path for paths in written for path in paths}) == len(ran) + 1
+    assert all(written) and len({path for paths in written for path in paths}) == len(ran) + 2
     assert "--qualities 1:8:0.1 --codecs --brief" in ran[1]
     assert not any("large" in line for line in ran)
     printed = capsys.readouterr().out
-    assert "7 of 7 stages are done" in printed and "[3/7] plots: done, after" in printed
+    assert "8 of 8 stages are done" in printed and "[3/8] plots: done, after" in printed
 
 
 def test_stages_are_chosen_and_arguments_passed_on(tools, arguments):

@@ -15,6 +15,7 @@
     analyze     what the model does inside, over the pictures
     report      one page of results, with the photograph that ships
     cpu         scans, codec and whole commands on a CPU; with peers, which take 15 GB of memory
+    training    how fast `tiny` trains with each scan backend
     large       a photograph of 24 megapixels
 
 Each stage runs other tools of this folder, each in a process of its own, and prints the command.
@@ -166,6 +167,11 @@ def cpu(inputs: Inputs) -> list[Command]:
     return [("bench_cpu.py", *_of_cpu(inputs))]
 
 
+def training(inputs: Inputs) -> list[Command]:
+    written = ("--json", inputs.result("training.json"), "--markdown", inputs.result("training.md"))
+    return [("bench_training.py", *written)]
+
+
 def large(inputs: Inputs) -> list[Command]:
     return [("bench_cpu.py", "--only", "large", *_of_cpu(inputs))]
 
@@ -182,6 +188,7 @@ STAGES = {
     "analyze": Stage(analyze, minutes=3),
     "report": Stage(report, minutes=0.3, needs="rd"),
     "cpu": Stage(cpu, minutes=17),
+    "training": Stage(training, minutes=4),
     "large": Stage(large, minutes=10, unasked=False),
 }
 
