@@ -10,9 +10,9 @@ are computed again under every combination of
 
 and compared with those of the first one. Not one scale index may differ: a decoder loses the rest
 of the stream with it. How far log-scales differ is what the margin of the format (docs/format.md)
-has to cover. `chunked`, the backend of all who choose none, gets all pictures; `compiled` and
-`reference`, which are slow to begin and slow, every third; `triton`, where it runs in the
-interpreter, a small model of random weights and 64x64 pixels of four pictures.
+has to cover. To keep this short, a combination gets every sixth picture (--every), each combination
+beginning with another one, so that all pictures occur; `triton`, where it runs in the interpreter,
+gets a small model of random weights and 64x64 pixels.
 
 Then files: 16 pairs of a setting that encodes and one that decodes, each in a process of its own,
 such that every two settings of either side meet in all their values (tools/covering.py). The
@@ -64,7 +64,6 @@ AXES: dict[str, tuple] = {
     "weights": tuple(work.WEIGHTS),
 }
 BACKENDS = ("chunked", "compiled", "reference", "triton")
-SLOW = ("compiled", "reference")
 PAIRS = 16
 PER_PAIR = 4
 CROP_OF_PAIRS = (128, 192)
@@ -81,7 +80,7 @@ class Study:
 
     Attributes:
         name: what results are kept under.
-        every: so many pictures further is the next that backends in `SLOW` get.
+        every: so many pictures further is the next that a combination gets.
     """
 
     name: str
@@ -93,15 +92,14 @@ class Study:
     def comparisons(self) -> list[Comparison]:
         """One for every setting, those of one process one after the other."""
         combinations = [dict(zip(AXES, values, strict=True)) for values in product(*AXES.values())]
-        settings = [Setting(backend=b, **c) for b in self.backends for c in combinations]
-        return [
+        comparisons = [
             Comparison(
-                self.model,
-                setting,
-                self.pictures[:: self.every if setting.backend in SLOW else 1],
+                self.model, Setting(backend=b, **c), self.pictures[i % self.every :: self.every]
             )
-            for setting in sorted(settings, key=process_of)
+            for b in self.backends
+            for i, c in enumerate(combinations)
         ]
+        return sorted(comparisons, key=lambda comparison: process_of(comparison.setting))
 
 
 def process_of(setting: Setting) -> tuple[str, int]:
@@ -139,20 +137,26 @@ def _boxed(function: Callable[[ItemT], ResultT], item: ItemT) -> tuple[ResultT]:
 
 
 def find_studies(
-    paths: Sequence[Path], model: str, small_model: str, backends: Sequence[str], kept: Path
+    paths: Sequence[Path],
+    model: str,
+    small_model: str,
+    backends: Sequence[str],
+    every: int,
+    kept: Path,
 ) -> list[Study]:
     """The pictures in full with `model`, and for triton crops of a few with `small_model`."""
+    every = min(every, len(paths))
     eager = tuple(b for b in backends if b != "triton")
     studies = []
     if eager:
         pictures = [_picture(path, i, None, kept / f"{i}.npz") for i, path in enumerate(paths)]
-        studies.append(Study("pictures", model, eager, tuple(pictures), every=3))
+        studies.append(Study("pictures", model, eager, tuple(pictures), every))
     if "triton" in backends:
         crops = [
             _picture(path, i, CROP_OF_TRITON, kept / f"small{i}.npz")
-            for i, path in enumerate(paths[:PER_PAIR])
+            for i, path in enumerate(paths[:every])
         ]
-        studies.append(Study("small", small_model, ("triton",), tuple(crops), every=1))
+        studies.append(Study("small", small_model, ("triton",), tuple(crops), every))
     return studies
 
 
@@ -337,6 +341,12 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
     parser.add_argument(
         "--pairs", type=int, default=PAIRS, help=f"of encoder and decoder (default: {PAIRS})"
     )
+    parser.add_argument(
+        "--every",
+        type=int,
+        default=6,
+        help="a combination gets one picture of so many, all with 1 (default: 6)",
+    )
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run kept")
     return parser, parser.parse_args(argv)
 
@@ -357,7 +367,10 @@ def main(argv: list[str] | None = None) -> int:
                 for name in (args.model, args.small_model)
             }
             conditions |= {"pictures": pictures, "models": list(models.values())}
-            studies = find_studies(paths, args.model, args.small_model, args.backends, Path(folder))
+            conditions["every"] = args.every
+            studies = find_studies(
+                paths, args.model, args.small_model, args.backends, args.every, Path(folder)
+            )
             halves = []
             if args.pairs:
                 halves = find_pairs(paths, args.model, args.backends, args.pairs, Path(folder))
@@ -388,8 +401,8 @@ def main(argv: list[str] | None = None) -> int:
         "baseline": asdict(BASELINE),
         "relative": f"of values of at least {work.LEAST_FOR_RELATIVE} in magnitude",
         "reduced": {
-            "compiled, reference": "every third picture",
-            "triton": f"small model, {CROP_OF_TRITON} pixels of {PER_PAIR} pictures",
+            "pictures": f"every {args.every}th per combination, beginning with each in turn",
+            "triton": f"small model, {CROP_OF_TRITON} pixels of one picture per combination",
             "pairs": f"{CROP_OF_PAIRS} pixels of {PER_PAIR} pictures each; small programs compiled",
         },
         "all_promises_kept": is_kept(report),
