@@ -117,27 +117,29 @@ def test_each_thread_has_the_backend_of_its_own_block(monkeypatch):
 
 
 def test_blocks_need_not_close_in_the_order_in_which_they_opened():
-    """Two threads, the first one in is the first one out: nothing of either stays."""
-    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+    """Of two threads the first one in is the first one out; nothing of its block stays."""
+    first_is_in, second_is_in, may_end = (threading.Event() for _ in range(3))
 
     def first():
         with scan_backend("reference"):
             first_is_in.set()
             second_is_in.wait(10)
-            assert dispatch.get_default_backend() == "reference"
-        first_is_out.set()
+            return dispatch.get_default_backend()
 
     def second():
         first_is_in.wait(10)
         with scan_backend("chunked"):
             second_is_in.set()
-            first_is_out.wait(10)
-            assert dispatch.get_default_backend() == "chunked"
+            may_end.wait(10)
+            return dispatch.get_default_backend()
 
     before = dispatch.get_default_backend()
     with ThreadPoolExecutor(2) as executor:
-        for done in [executor.submit(first), executor.submit(second)]:
-            done.result()
+        one, other = executor.submit(first), executor.submit(second)
+        assert one.result() == "reference"
+        assert dispatch.get_default_backend() == "chunked"  # of the block that is still open
+        may_end.set()
+        assert other.result() == "chunked"
     assert dispatch.get_default_backend() == before
 
 
