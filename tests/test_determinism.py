@@ -24,6 +24,7 @@ from codec_helpers import (
     run_elsewhere,
     shift_of,
     shipped_model,
+    with_field,
     without_onednn,
 )
 from covering import covering_array
@@ -333,6 +334,43 @@ def test_a_comparison_finds_what_differs(comparison):
     assert found["differing_indexes"] == 1
     assert found["ln_scale_absolute"] == pytest.approx(LOG_SCALE_STEP)
     assert found["mean_absolute"] == pytest.approx(1e-6, rel=1e-6)
+
+
+@pytest.fixture
+def halves(comparison, tmp_path):
+    """A pair that encodes two pictures at a time and decodes one at a time, otherwise too."""
+    one = comparison(batch=2, weights="bfloat16")
+    other = work.Setting(onednn=False, layout="channels_last", backend="reference")
+    writer = work.Half(one.model, one.setting, other, one.pictures, tmp_path)
+    return writer, dataclasses.replace(writer, setting=other, other=one.setting)
+
+
+def test_what_one_half_writes_the_other_reads(halves):
+    writer, reader = halves
+    size = work.write_half(writer)
+    assert size == sum(path.stat().st_size for path in writer.folder.glob("*.cmb"))
+    found = work.read_half(reader)
+    assert (found["files"], found["files_with_other_symbols"]) == (2, 0)
+    assert found["values"] == 2 * 70 * 90 * 3
+    assert found["largest_difference"] <= 1
+
+
+def test_a_half_finds_what_differs(halves):
+    """A file with a wrong check of its symbols, and three pixels of the other one moved."""
+    writer, reader = halves
+    work.write_half(writer)
+    path = writer.folder / "0.cmb"
+    path.write_bytes(with_field(path.read_bytes(), "symbols' check", 0))
+    decoded = np.load(writer.folder / "decoded.npy")
+    decoded[1] = work.decode(
+        work.load_model(reader.model, reader.setting.layout, "float32"),
+        [(writer.folder / "1.cmb").read_bytes()],
+    )[0]
+    decoded[1, 0, 0] ^= 4
+    np.save(writer.folder / "decoded.npy", decoded)
+    found = work.read_half(reader)
+    assert (found["files_with_other_symbols"], found["values"]) == (1, 70 * 90 * 3)
+    assert found["differing_values"] >= 3 and 3 <= found["largest_difference"] <= 5
 
 
 @pytest.mark.slow
