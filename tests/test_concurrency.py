@@ -23,7 +23,7 @@ from cmamba_ref.ops import dispatch
 THREADS = 8
 ROOT = Path(cmamba_ref.__file__).parents[1]
 # Pictures of several sizes, each at a quality of its own.
-WORK = [(picture(64 + 24 * (i % 3), 80 + 16 * (i % 5), seed=i), 1 + 0.5 * i) for i in range(10)]
+WORK = [(picture(64 + 24 * (i % 3), 80 + 16 * (i % 5), seed=i), 1 + 0.5 * i) for i in range(8)]
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def test_a_model_that_ships_is_loaded_once(monkeypatch):
 def test_each_thread_has_the_backend_of_its_own_block(monkeypatch):
     """Blocks of two backends, open at the same time; what comes out is what each gives alone."""
     backends = ["reference", "chunked"]
-    small = [(picture(64, 64, seed=i), 1.0 + i, backends[i % 2]) for i in range(6)]
+    small = [(picture(64, 64, seed=i), 1.0 + i, backends[i % 2]) for i in range(4)]
     seen: dict[str, set[str]] = {}
     implementation = ops._implementation
 
@@ -109,7 +109,7 @@ def test_each_thread_has_the_backend_of_its_own_block(monkeypatch):
     shared = random_model()
     alone = [work(item) for item in small]
     monkeypatch.setattr(ops, "_implementation", recorded)
-    together = at_once(work, small, threads=6)
+    together = at_once(work, small, threads=4)
     assert together == alone
     assert seen == {f"{b} {q}": {b} for _, q, b in small}
 
@@ -169,7 +169,7 @@ REPLACE = """
 import sys
 from cmamba_ref.files import write_atomically
 
-for _ in range(300):
+for _ in range(100):
     write_atomically(sys.argv[1], sys.argv[2].encode() * 100_000)
 """
 
