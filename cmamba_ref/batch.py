@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmamba_ref import pool
-from cmamba_ref.errors import InvalidArgumentError, MemoryLimitError, OtherModelError, explain
+from cmamba_ref.errors import (
+    InvalidArgumentError,
+    MemoryLimitError,
+    OtherModelError,
+    explain,
+    is_out_of_memory,
+)
 from cmamba_ref.files import write_atomically
 
 if TYPE_CHECKING:
@@ -260,7 +266,7 @@ def _outcome(model: CMamba, job: Job, task: Task) -> Outcome:
             # A mistake in this package: told in full, but the other files are not to blame.
             _logger.exception("%s", task.source)
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        unchecked = isinstance(error, OtherModelError | MemoryLimitError | MemoryError)
+        unchecked = isinstance(error, OtherModelError | MemoryLimitError) or is_out_of_memory(error)
         return Outcome(task.source, error=_naming(task, text), unchecked=unchecked)
 
 

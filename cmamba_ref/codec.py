@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterable
 
 import numpy as np
@@ -20,9 +21,17 @@ DEFAULT_MODEL = "tiny"
 DEFAULT_MAX_PIXELS = 100_000_000
 
 
-@functools.cache
+_loading = threading.Lock()
+
+
 def shipped_model(name: str) -> CMamba:
     """A model that ships with the package, loaded once, on the CPU."""
+    with _loading:  # a cache by itself lets threads load one each
+        return _load_shipped(name)
+
+
+@functools.cache
+def _load_shipped(name: str) -> CMamba:
     return CMamba.from_pretrained(name)
 
 

@@ -41,13 +41,18 @@ class TrainingError(CMambaError, RuntimeError):
     """A training run cannot start or go on: its photographs, checkpoints or settings forbid it."""
 
 
-def explain(error: BaseException) -> str | None:
-    """One line for the user about an error that correct code can meet; None for a mistake in it."""
-    # On the CPU torch reports exhausted memory by a plain RuntimeError.
-    if isinstance(error, MemoryError) or (
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the CPU or on a GPU."""
+    # On the CPU torch reports that by a plain RuntimeError; its type for GPUs is one too.
+    return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError)
         and ("out of memory" in str(error) or "can't allocate memory" in str(error))
-    ):
+    )
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for the user about an error that correct code can meet; None for a mistake in it."""
+    if is_out_of_memory(error):
         return "not enough memory for this picture; encode a smaller one or use another --device"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

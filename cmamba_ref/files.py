@@ -15,7 +15,7 @@ def write_atomically(
     """Write `data` to `path`; a failure half-way leaves what was there before, and nothing else.
 
     The bytes go into a temporary file beside the target, since a rename is atomic only inside one
-    file system.
+    file system. Its name, `.cmamba-*.tmp`, says whose it is where a process was killed and left it.
 
     Args:
         check: is given the temporary file when it is complete; what it raises counts as a failure.
@@ -25,7 +25,7 @@ def write_atomically(
     """
     # Resolved, so that a link stays a link and the file it points at is replaced.
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = target.with_name(f".cmamba-{secrets.token_hex(8)}.tmp")
     try:
         temporary.write_bytes(data)
         if check is not None:

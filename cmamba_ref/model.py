@@ -9,6 +9,7 @@ Names are the field's: `g_a g_s h_a h_s y y_hat y_bar z z_hat x_hat`, as in the 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from typing import TypedDict
 
@@ -48,6 +49,10 @@ MULTIPLE = 64
 DEFAULT_QUALITY = 4.0
 # The part of their information that symbols take at the very least in a rANS string.
 RANS_LUCK = 0.95
+
+# Threads that share a model wait for the one that copies its coding path, and copy none themselves.
+# Not a part of the model, which could not be copied or pickled with it.
+_copying = threading.Lock()
 
 NOT_FINITE_INPUT = (
     "the entropy model gives values that are not finite; "
@@ -456,12 +461,14 @@ class CMamba(nn.Module):
         path = nn.ModuleDict({"h_s": self.h_s, "context": self.context})
         # MPS has no float64: the path runs on the CPU there.
         device = self._device() if self._device().type != "mps" else torch.device("cpu")
-        key = (_fingerprint(path), device)
-        if self._coding_path is None or self._coding_path[0] != key:
-            copies = {name: float64_copy(module, device) for name, module in path.items()}
-            # In a tuple, so that it is no submodule: it is derived, not a part of the model.
-            self._coding_path = (key, nn.ModuleDict(copies))
-        return self._coding_path[1], device
+        with _copying:
+            key = (_fingerprint(path), device)
+            known = self._coding_path
+            if known is None or known[0] != key:
+                copies = {name: float64_copy(module, device) for name, module in path.items()}
+                # In a tuple, so that it is no submodule: it is derived, not a part of the model.
+                self._coding_path = known = (key, nn.ModuleDict(copies))
+        return known[1], device
 
     def _medians(self, device: torch.device) -> Tensor:
         return self.entropy_bottleneck.medians.to(device, torch.float64)

@@ -1,10 +1,14 @@
 """Decoding elsewhere gives the same symbols; the margin that makes it a guarantee."""
 
 import copy
+import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
 
+import determinism
+import determinism_work as work
 import numpy as np
 import pytest
 import torch
@@ -20,8 +24,11 @@ from codec_helpers import (
     run_elsewhere,
     shift_of,
     shipped_model,
+    with_field,
     without_onednn,
 )
+from covering import covering_array
+from PIL import Image
 
 import cmamba_ref
 from cmamba_ref import BitstreamError
@@ -246,3 +253,136 @@ def test_every_scale_of_a_photograph_keeps_the_margin(kodak_paths):
         data = cmamba_ref.encode(model, load_picture(kodak_paths[3]), 4)
     parts = np.array_split(seen[0].log_scales, 20)
     assert min(distance_to_boundaries(part, shift_of(data)) for part in parts) >= MARGIN
+
+
+# All combinations of settings (tools/determinism.py).
+
+
+def test_a_covering_array_holds_every_pair():
+    factors = {"a": (1, 2), "b": (True, False), "c": ("x", "y", "z"), "d": (1, 2), "e": (None, 0)}
+    rows = covering_array(factors, 9)
+    assert len(rows) == 9 and all(list(row) == list(factors) for row in rows)
+    for one, other in itertools.combinations(factors, 2):
+        met = {(row[one], row[other]) for row in rows}
+        assert met == set(itertools.product(factors[one], factors[other]))
+    with pytest.raises(cmamba_ref.InvalidArgumentError, match="got 5, which leave out"):
+        covering_array(factors, 5)  # 2 x 3 pairs of b and c need six
+
+
+def test_the_pairs_of_encoder_and_decoder_cover_all_settings():
+    halves = determinism.find_pairs(
+        [Path("a.png")], "tiny", determinism.BACKENDS, determinism.PAIRS, Path()
+    )
+    rows = [dataclasses.astuple(h.setting) + dataclasses.astuple(h.other) for h in halves]
+    values = [set(column) for column in zip(*rows, strict=True)]
+    assert [len(column) for column in values] == 2 * [2, 2, 2, 3, 2, 2]
+    for one, other in itertools.combinations(range(len(values)), 2):
+        met = {(row[one], row[other]) for row in rows}
+        assert met == set(itertools.product(values[one], values[other]))
+
+
+@pytest.fixture
+def comparison(tmp_path, monkeypatch):
+    """Makes a comparison of two pictures under a setting, with the small random model."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    pictures = []
+    for i in range(2):
+        Image.fromarray(picture(70, 90, seed=i)).save(tmp_path / f"{i}.png")
+        pictures.append(work.Picture(tmp_path / f"{i}.png", None, 4, tmp_path / f"{i}.npz"))
+
+    def compare(**setting):
+        return work.Comparison(
+            str(determinism.SMALL_MODEL), work.Setting(**setting), tuple(pictures)
+        )
+
+    work.keep_baseline(compare())
+    return compare
+
+
+def test_entropy_parameters_agree_under_other_settings(comparison):
+    settings = {"onednn": False, "layout": "channels_last", "batch": 4, "weights": "bfloat16"}
+    found = work.compare(comparison(**settings, backend="reference"))
+    # The second picture of the batch of four is taken twice.
+    assert (found["pictures"], found["indexes"]) == (4, 4 * 16 * 8 * 8)
+    assert found["differing_indexes"] == 0
+    assert 0 < found["ln_scale_absolute"] < 1e-12
+    assert 0 < found["mean_absolute"] < 1e-12
+
+
+def test_the_comparison_walks_as_the_decoder_does(comparison):
+    """The kept symbols and log-scales are those that decoding the same file goes through."""
+    one = comparison().pictures[0]
+    model = work.load_model(str(determinism.SMALL_MODEL), "contiguous", "float32")
+    data = work.encode(model, [one])
+    with recording() as seen:
+        work.decode(model, data)
+    kept = np.load(one.kept)
+    slices = np.split(kept["y"], model.config.slices)
+    symbols = np.concatenate([kept["z"].ravel(), *(part.ravel() for part in slices)])
+    assert np.array_equal(symbols, seen[0].symbols)
+    assert np.array_equal(kept["log_scales"].ravel(), seen[0].log_scales)
+
+
+def test_a_comparison_finds_what_differs(comparison):
+    """One log-scale in the baseline moved across a boundary, one mean by a millionth."""
+    one = comparison().pictures[0]
+    kept = dict(np.load(one.kept))
+    kept["log_scales"].flat[5] += LOG_SCALE_STEP * (-1 if kept["log_scales"].flat[5] > 0 else 1)
+    kept["means"].flat[7] += 1e-6
+    np.savez(one.kept, **kept)
+    found = work.compare(comparison())
+    assert found["differing_indexes"] == 1
+    assert found["ln_scale_absolute"] == pytest.approx(LOG_SCALE_STEP)
+    assert found["mean_absolute"] == pytest.approx(1e-6, rel=1e-6)
+
+
+@pytest.fixture
+def halves(comparison, tmp_path):
+    """A pair that encodes two pictures at a time and decodes one at a time, otherwise too."""
+    one = comparison(batch=2, weights="bfloat16")
+    other = work.Setting(onednn=False, layout="channels_last", backend="reference")
+    writer = work.Half(one.model, one.setting, other, one.pictures, tmp_path)
+    return writer, dataclasses.replace(writer, setting=other, other=one.setting)
+
+
+def test_what_one_half_writes_the_other_reads(halves):
+    writer, reader = halves
+    size = work.write_half(writer)
+    assert size == sum(path.stat().st_size for path in writer.folder.glob("*.cmb"))
+    found = work.read_half(reader)
+    assert (found["files"], found["files_with_other_symbols"]) == (2, 0)
+    assert found["values"] == 2 * 70 * 90 * 3
+    assert found["largest_difference"] <= 1
+
+
+def test_a_half_finds_what_differs(halves):
+    """A file with a wrong check of its symbols, and three pixels of the other one moved."""
+    writer, reader = halves
+    work.write_half(writer)
+    path = writer.folder / "0.cmb"
+    path.write_bytes(with_field(path.read_bytes(), "symbols' check", 0))
+    decoded = np.load(writer.folder / "decoded.npy")
+    decoded[1] = work.decode(
+        work.load_model(reader.model, reader.setting.layout, "float32"),
+        [(writer.folder / "1.cmb").read_bytes()],
+    )[0]
+    decoded[1, 0, 0] ^= 4
+    np.save(writer.folder / "decoded.npy", decoded)
+    found = work.read_half(reader)
+    assert (found["files_with_other_symbols"], found["values"]) == (1, 70 * 90 * 3)
+    assert found["differing_values"] >= 3 and 3 <= found["largest_difference"] <= 5
+
+
+@pytest.mark.slow
+def test_the_matrix_in_processes_of_its_own(kodak_paths, tmp_path, capsys):
+    """Reduced: one picture, one backend, as many pairs as that needs."""
+    output = tmp_path / "determinism.json"
+    arguments = [str(kodak_paths[0].parent), "--limit", "1", "--backends", "chunked"]
+    assert determinism.main([*arguments, "--pairs", "10", "-o", str(output)]) == 0
+    report = json.loads(output.read_text())
+    assert report["meta"]["all_promises_kept"]
+    assert report["pictures"]["settings"] == len(report["pictures"]["rows"]) == 32
+    assert report["pictures"]["indexes"] == 32 * 2.5 * 128 * 32 * 48
+    assert report["pairs"]["files"] == 40 and report["pairs"]["files_with_other_symbols"] == 0
+    assert list(tmp_path.iterdir()) == [output]
+    assert "0 of 40 files have other symbols" in capsys.readouterr().out

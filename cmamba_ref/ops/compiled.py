@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cmamba_ref.errors import BackendUnavailableError
 from cmamba_ref.ops.blocks import Block, Blocks, Operands, fitting
 
 # Pairs of a step and a state that are written out, and how many of these are states: more take
@@ -121,9 +122,14 @@ def _compiled(
     threads: int,
     softplus: bool,
 ) -> Program:
-    """`forward_block` compiled for these shapes and strides, and for this many threads."""
+    """`forward_block` compiled for these shapes and strides, and for this many threads.
+
+    Raises:
+        BackendUnavailableError: the C++ compiler that is there does not work.
+    """
     # Imported here: this takes seconds, which only those who use it should wait.
     import torch._inductor
+    import torch._inductor.exc
     from torch._guards import TracingContext, tracing
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -138,7 +144,14 @@ def _compiled(
         graph = make_fx(functools.partial(forward_block, softplus=softplus))(*examples)
         # TorchInductor keeps what it makes on disk only where it finds a ShapeEnv.
         with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
-            return cast(Program, torch._inductor.compile(graph, examples, options=_OPTIONS))
+            try:
+                return cast(Program, torch._inductor.compile(graph, examples, options=_OPTIONS))
+            except torch._inductor.exc.InductorError as error:
+                reason = str(error).partition("\n")[0]
+                raise BackendUnavailableError(
+                    "`backend` must be one that runs this scan here, got 'compiled', which cannot "
+                    f"be compiled ({reason}); use backend='auto' or 'chunked'"
+                ) from error
 
 
 # ---------------------------------------------------------------- what is compiled

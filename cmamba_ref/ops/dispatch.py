@@ -1,9 +1,12 @@
-"""Which backend runs a scan: argument, default, environment, `auto`, in this order."""
+"""Which backend runs a scan: argument, `with` block, default, environment, `auto`, in order."""
+
+from __future__ import annotations
 
 import contextlib
 import importlib
 import logging
 import os
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -17,8 +20,30 @@ ENVIRONMENT_VARIABLE = "CMAMBA_SCAN_BACKEND"
 _logger = logging.getLogger("cmamba_ref.ops")
 _logged_reasons: set[str] = set()
 
-# A plain global: a ContextVar would break torch.compile(fullgraph=True). None: not set.
+# Plain globals: a ContextVar would break torch.compile(fullgraph=True). None: not set.
 _default_backend: str | None = None
+# Of all `with` blocks that are open, in any thread: the last one entered counts where a thread has
+# none of its own. Blocks of several threads need not close in the order in which they opened.
+_open_blocks: list[_Block] = []
+
+
+class _Block:
+    """One `with scan_backend(name)`; equal to itself only."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class _OfThread(threading.local):
+    """The backend of the innermost `with` block of a thread.
+
+    A compiler does not look here, since it cannot guard on what differs from thread to thread.
+    """
+
+    name: str | None = None
+
+
+_of_thread = _OfThread()
 
 
 def _check_name(name: str, argument: str) -> str:
@@ -31,11 +56,16 @@ def _check_name(name: str, argument: str) -> str:
 
 
 def get_default_backend() -> str:
-    """The backend of calls that name none: the one set, else CMAMBA_SCAN_BACKEND, else `auto`.
+    """The backend of calls that name none: `scan_backend`, else `set_default_backend`, else
+    CMAMBA_SCAN_BACKEND, else `auto`.
 
     Raises:
         InvalidArgumentError: the environment variable holds an unknown name.
     """
+    if not torch.compiler.is_compiling() and _of_thread.name is not None:
+        return _of_thread.name
+    if _open_blocks:
+        return _open_blocks[-1].name
     if _default_backend is not None:
         return _default_backend
     return _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
@@ -53,17 +83,22 @@ def set_default_backend(name: str | None) -> None:
 
 @contextlib.contextmanager
 def scan_backend(name: str) -> Iterator[None]:
-    """Within the `with` block, calls that name no backend use this one (in all threads).
+    """Within the `with` block, calls that name no backend use this one.
+
+    That holds for all threads but those that are in such a block themselves.
 
     Raises:
         InvalidArgumentError: unknown name.
     """
-    previous = _default_backend
-    set_default_backend(name)
+    block = _Block(_check_name(name, "name"))
+    outer = _of_thread.name
+    _open_blocks.append(block)
+    _of_thread.name = name
     try:
         yield
     finally:
-        set_default_backend(previous)
+        _of_thread.name = outer
+        _open_blocks.remove(block)
 
 
 def triton_unavailable_reason(device_type: str) -> str | None:

@@ -1,0 +1,248 @@
+"""One model in many threads, and many processes on one folder: as if each were alone."""
+
+import io
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from codec_helpers import picture, random_model
+from PIL import Image
+
+import cmamba_ref
+from cmamba_ref import CMamba, codec, model, ops, pillow_plugin, scan_backend
+from cmamba_ref.images import png_bytes
+from cmamba_ref.ops import dispatch
+
+THREADS = 8
+ROOT = Path(cmamba_ref.__file__).parents[1]
+# Pictures of several sizes, each at a quality of its own.
+WORK = [(picture(64 + 24 * (i % 3), 80 + 16 * (i % 5), seed=i), 1 + 0.5 * i) for i in range(8)]
+
+
+@pytest.fixture(autouse=True)
+def short_turns() -> Iterator[None]:
+    """Threads take turns a hundred times as often as usual, so that they meet anywhere."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(before / 100)
+    yield
+    sys.setswitchinterval(before)
+
+
+def at_once(work: Callable, items: list, threads: int = THREADS) -> list:
+    """`work(item)` in so many threads that begin together."""
+    barrier = threading.Barrier(threads)
+    with ThreadPoolExecutor(threads, initializer=barrier.wait) as executor:
+        return list(executor.map(work, items))
+
+
+# ---------------------------------------------------------------- threads
+
+
+def coded(shared: CMamba, image: np.ndarray, quality: float) -> tuple[bytes, bytes]:
+    data = cmamba_ref.encode(shared, image, quality)
+    return data, cmamba_ref.decode(data, shared).tobytes()
+
+
+def test_one_model_in_many_threads():
+    """From the first use on, when its float64 path and lookups are made, bytes and pixels agree."""
+    alone = [coded(random_model(), image, quality) for image, quality in WORK]
+    shared = random_model()
+    assert at_once(lambda item: coded(shared, *item), WORK) == alone
+
+
+def test_the_coding_path_is_copied_once(monkeypatch):
+    copies = []
+    original = model.float64_copy
+
+    def copy_slowly(module, device):
+        copies.append(module)
+        time.sleep(0.02)
+        return original(module, device)
+
+    monkeypatch.setattr(model, "float64_copy", copy_slowly)
+    shared = random_model()
+    at_once(lambda _: shared._coding(), [0] * THREADS)
+    assert len(copies) == 2  # h_s and the context model
+
+
+def test_a_model_that_ships_is_loaded_once(monkeypatch):
+    loaded = []
+
+    def load(name):
+        loaded.append(name)
+        time.sleep(0.05)
+        return random_model()
+
+    monkeypatch.setattr(codec.CMamba, "from_pretrained", load)
+    codec._load_shipped.cache_clear()
+    try:
+        models = at_once(lambda _: codec.default_model(), [0] * THREADS)
+    finally:
+        codec._load_shipped.cache_clear()
+    assert loaded == ["tiny"] and len(set(map(id, models))) == 1
+
+
+def test_each_thread_has_the_backend_of_its_own_block(monkeypatch):
+    """Blocks of two backends, open at the same time; what comes out is what each gives alone."""
+    backends = ["reference", "chunked"]
+    small = [(picture(64, 64, seed=i), 1.0 + i, backends[i % 2]) for i in range(4)]
+    seen: dict[str, set[str]] = {}
+    implementation = ops._implementation
+
+    def recorded(name: str):
+        seen.setdefault(threading.current_thread().name, set()).add(name)
+        return implementation(name)
+
+    def work(item):
+        image, quality, backend = item
+        threading.current_thread().name = f"{backend} {quality}"
+        with scan_backend(backend):
+            return coded(shared, image, quality)
+
+    shared = random_model()
+    alone = [work(item) for item in small]
+    monkeypatch.setattr(ops, "_implementation", recorded)
+    together = at_once(work, small, threads=4)
+    assert together == alone
+    assert seen == {f"{b} {q}": {b} for _, q, b in small}
+
+
+def test_blocks_need_not_close_in_the_order_in_which_they_opened():
+    """Of two threads the first one in is the first one out; nothing of its block stays."""
+    first_is_in, second_is_in, may_end = (threading.Event() for _ in range(3))
+
+    def first():
+        with scan_backend("reference"):
+            first_is_in.set()
+            second_is_in.wait(10)
+            return dispatch.get_default_backend()
+
+    def second():
+        first_is_in.wait(10)
+        with scan_backend("chunked"):
+            second_is_in.set()
+            may_end.wait(10)
+            return dispatch.get_default_backend()
+
+    before = dispatch.get_default_backend()
+    with ThreadPoolExecutor(2) as executor:
+        one, other = executor.submit(first), executor.submit(second)
+        assert one.result() == "reference"
+        assert dispatch.get_default_backend() == "chunked"  # of the block that is still open
+        may_end.set()
+        assert other.result() == "chunked"
+    assert dispatch.get_default_backend() == before
+
+
+def test_a_thread_without_a_block_uses_that_of_another():
+    with scan_backend("reference"), ThreadPoolExecutor(1) as executor:
+        assert executor.submit(dispatch.get_default_backend).result() == "reference"
+
+
+def test_pillow_in_threads(tmp_path):
+    """Opening, decoding and saving."""
+    shared = random_model()
+    expected = [coded(shared, image, quality) for image, quality in WORK]
+    pillow_plugin.use_model(shared)
+
+    def through_pillow(i: int) -> tuple[bytes, bytes]:
+        image, quality = WORK[i]
+        path = tmp_path / f"{i}.cmb"
+        Image.fromarray(image).save(path, model=shared, quality=quality)
+        with Image.open(io.BytesIO(expected[i][0])) as opened:
+            return path.read_bytes(), np.asarray(opened).tobytes()
+
+    assert at_once(through_pillow, list(range(len(WORK)))) == expected
+
+
+# ---------------------------------------------------------------- processes
+
+
+REPLACE = """
+import sys
+from cmamba_ref.files import write_atomically
+
+for _ in range(100):
+    write_atomically(sys.argv[1], sys.argv[2].encode() * 100_000)
+"""
+
+
+def test_writers_of_one_file_leave_one_whole_version(tmp_path):
+    """Two processes replace it; whoever reads meanwhile sees the one or the other."""
+    target = tmp_path / "a.cmb"
+    target.write_bytes(b"z" * 100_000)
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", REPLACE, str(target), letter],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        for letter in "ab"
+    ]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        data = target.read_bytes()
+        assert data == data[:1] * 100_000
+        seen.add(data[:1])
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert seen >= {b"a", b"b"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.cmb"]
+
+
+def cmamba(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "cmamba_ref", *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_several_commands_into_one_folder(tmp_path, model_dir):
+    """Three folders of their own and one that all of them encode, for the same outputs."""
+    out = tmp_path / "out"
+    expected = {}
+    for name in ("a", "b", "c", "all"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            image = picture(70, 90, seed=10 * ord(name[0]) + i)
+            (tmp_path / name / f"{name}{i}.png").write_bytes(png_bytes(image))
+            expected[f"{name}{i}.cmb"] = cmamba_ref.encode(random_model(), image)
+    commands = [
+        cmamba(
+            *("encode", str(tmp_path / name), str(tmp_path / "all"), "-o", str(out)),
+            *("--model", model_dir, "--jobs", "2", "--force"),
+        )
+        for name in "abc"
+    ]
+    for command in commands:
+        printed, errors = command.communicate(timeout=300)
+        assert (command.returncode, errors) == (0, "")
+        assert printed.startswith("encoded 8\n")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
+
+
+@pytest.mark.slow
+def test_several_commands_for_one_target(tmp_path, model_dir):
+    """At different qualities: the file is one of theirs, whole."""
+    source, target = tmp_path / "photo.png", tmp_path / "photo.cmb"
+    source.write_bytes(png_bytes(picture(70, 90)))
+    qualities = (1, 4, 8)
+    commands = [
+        cmamba("encode", str(source), "--quality", str(q), "--model", model_dir, "--force")
+        for q in qualities
+    ]
+    for command in commands:
+        assert command.wait(timeout=300) == 0
+        command.communicate()
+    versions = [cmamba_ref.encode(random_model(), picture(70, 90), q) for q in qualities]
+    assert target.read_bytes() in versions
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.cmb", "photo.png"]

@@ -1,0 +1,414 @@
+"""What goes wrong around the codec: full disks, signals, missing parts, exhausted memory.
+
+A fault costs one line and an exit code; the file that was there stays whole, and nothing half
+written gets its name. The table in docs/reliability.md says which test holds which fault.
+"""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from codec_helpers import picture, random_model
+from PIL import Image
+from scan_helpers import scan_2d_arguments
+
+import cmamba_ref
+from cmamba_ref import BackendUnavailableError, batch, ops
+from cmamba_ref.cli import main
+from cmamba_ref.images import png_bytes
+from cmamba_ref.ops import compiled
+
+ROOT = Path(cmamba_ref.__file__).parents[1]
+PIXELS = picture(70, 90)
+NOT_FOR_ROOT = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="modes do not bind the superuser"
+)
+
+
+NEEDS_COMPILER = pytest.mark.skipif(
+    sys.platform != "linux", reason="names a program of Linux as the compiler"
+)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    (tmp_path / "photo.png").write_bytes(png_bytes(PIXELS))
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def encoded(tmp_path: Path, model_dir: str) -> Path:
+    path = tmp_path / "photo.cmb"
+    path.write_bytes(cmamba_ref.encode(random_model(), PIXELS))
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The only line that was printed."""
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == "" and line.startswith("cmamba: error: ")
+    return line.removeprefix("cmamba: error: ")
+
+
+# ---------------------------------------------------------------- disks
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes: the system itself refuses in the middle of a write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("missing", ["all", "half", "one byte"])
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_no_room_for_the_whole_file(photo, encoded, model_dir, capsys, command, missing):
+    source, target = (photo, encoded) if command == "encode" else (encoded, photo)
+    target.write_bytes(b"older")
+    arguments = [command, str(source), "--model", model_dir, "--force"]
+    data = cmamba_ref.encode(random_model(), PIXELS)
+    if command == "decode":
+        data = png_bytes(cmamba_ref.decode(data, random_model()))
+    size = len(data)
+    before = contents(photo.parent)
+    with room_for({"all": 0, "half": size // 2, "one byte": size - 1}[missing]):
+        assert main(arguments) == 1
+    assert "File too large" in error_line(capsys)
+    assert contents(photo.parent) == before
+    with room_for(size):
+        assert main(arguments) == 0
+    assert target.read_bytes() == data
+
+
+def test_no_room_for_one_of_many(tmp_path, model_dir, capsys):
+    """The large one fails and is named; the small one is written."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "large.png").write_bytes(png_bytes(picture(200, 200)))
+    (folder / "small.png").write_bytes(png_bytes(picture(8, 8)))
+    limit = len(cmamba_ref.encode(random_model(), picture(8, 8)))
+    arguments = ["encode", str(folder), "-o", str(tmp_path / "out"), "--model", model_dir]
+    with room_for(limit):
+        assert main([*arguments, "--jobs", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith(f"cmamba: error: {folder / 'large.png'}: ") and "File too large" in err
+    assert out.startswith("encoded 1\nskipped 0\nfailed 1\n")
+    assert list(contents(tmp_path / "out")) == ["small.cmb"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_standard_output_without_room(photo, model_dir):
+    command = [sys.executable, "-m", "cmamba_ref", "encode", str(photo), "-o", "-"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*command, "--model", model_dir],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "cmamba: error: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system without files")
+def test_a_folder_that_takes_no_files(photo, model_dir, capsys):
+    assert main(["encode", str(photo), "-o", "/proc/self/photo.cmb", "--model", model_dir]) == 1
+    assert error_line(capsys).startswith("/proc/")
+
+
+@NOT_FOR_ROOT
+def test_a_folder_that_may_not_be_written(photo, encoded, model_dir, capsys):
+    before = contents(photo.parent)
+    photo.parent.chmod(0o500)
+    try:
+        assert main(["encode", str(photo), "--model", model_dir, "--force"]) == 1
+        assert "Permission denied" in error_line(capsys)
+    finally:
+        photo.parent.chmod(0o700)
+    assert contents(photo.parent) == before
+
+
+# ---------------------------------------------------------------- signals
+
+# What was started in the background may have inherited that Ctrl-C is ignored.
+SEES_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+# A process that is at the end of a write when the signal comes: all bytes are in the temporary
+# file, which has not got its name.
+WRITE = (
+    SEES_CTRL_C
+    + """
+import os, sys
+from pathlib import Path
+from cmamba_ref import cli
+from cmamba_ref.files import write_atomically
+
+def main():
+    number = getattr(signal, sys.argv[2])
+    write_atomically(sys.argv[1], b"newer", lambda path: os.kill(os.getpid(), number))
+
+cli.main = main
+cli.run()
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "leaves_temporary"), [("SIGINT", False), ("SIGTERM", False), ("SIGKILL", True)]
+)
+def test_a_signal_in_the_middle_of_a_write(tmp_path, name, leaves_temporary):
+    target = tmp_path / "photo.cmb"
+    target.write_bytes(b"older")
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE, str(target), name],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )
+    assert done.returncode != 0
+    left = contents(tmp_path)
+    assert left.pop("photo.cmb") == b"older"
+    assert [(n.startswith(".cmamba-"), n.endswith(".tmp")) for n in left] == (
+        [(True, True)] if leaves_temporary else []
+    )
+
+
+def test_what_a_killed_process_left_is_taken_for_nothing(photo, encoded, model_dir, capsys):
+    left = photo.parent / ".cmamba-0123456789abcdef.tmp"
+    left.write_bytes(encoded.read_bytes()[:50])
+    for command, source in (("encode", photo), ("decode", encoded), ("verify", encoded)):
+        found = batch.find_files([photo.parent], command)
+        assert [task.source for task in found] == [source]
+    assert main(["encode", str(photo), "--model", model_dir, "--force"]) == 0
+    assert left.read_bytes() == encoded.read_bytes()[:50]
+
+
+# The command itself; it gets the signal when it comes to a stage, or within its write.
+AT_STAGE = (
+    SEES_CTRL_C
+    + """
+import contextlib, os, sys
+from pathlib import Path
+from cmamba_ref import cli
+
+number, moment = getattr(signal, sys.argv.pop(1)), sys.argv.pop(1)
+
+@contextlib.contextmanager
+def stages(count):
+    def begin(stage):
+        if stage == moment:
+            os.kill(os.getpid(), number)
+    yield begin
+
+def half(path, data):
+    with open(path, "wb") as file:
+        file.write(data[: len(data) // 2])
+        file.flush()
+        os.kill(os.getpid(), number)
+
+cli._stages = stages
+if moment == "half-way":
+    Path.write_bytes = half
+cli.run()
+"""
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "moment", ["reading", "loading the model", "coding", "writing", "half-way"]
+)
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_a_command_that_gets_a_signal(photo, encoded, model_dir, command, moment):
+    source, target = (photo, encoded) if command == "encode" else (encoded, photo)
+    before = contents(photo.parent)
+    stage = f"{command.removesuffix('e')}ing" if moment == "coding" else moment
+    for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)):
+        done = subprocess.run(
+            [sys.executable, "-c", AT_STAGE, name, stage]
+            + [command, str(source), "--model", model_dir, "--force"],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code, done.stderr
+        assert done.stderr == ("cmamba: interrupted\n" if name == "SIGINT" else "")
+        left = contents(photo.parent)
+        assert left.pop(target.name) == before[target.name]
+        temporary = left.keys() - before.keys()
+        assert len(temporary) == (moment == "half-way" and name == "SIGKILL")
+        for path in temporary:
+            assert path.startswith(".cmamba-")
+            (photo.parent / path).unlink()
+
+
+def many(folder: Path, count: int) -> list[str]:
+    """So many pictures that differ, and the command that encodes them with two processes."""
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"{i}.png").write_bytes(png_bytes(picture(256, 256, seed=i)))
+    return [sys.executable, "-m", "cmamba_ref", "encode", str(folder), "--jobs", "2"]
+
+
+def start(command: list[str], out: Path, model_dir: str) -> subprocess.Popen[str]:
+    """The command, when it has written its first file."""
+    process = subprocess.Popen(
+        [*command, "-o", str(out), "--model", model_dir],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and not (out.is_dir() and any(out.glob("*.cmb"))):
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()
+    return process
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """The processes at work for it; not the one in which Python keeps account of semaphores."""
+    pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [p for p in map(int, pids) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_a_killed_process_of_a_batch_costs_no_file(tmp_path, model_dir):
+    """What it had at work is done again by another."""
+    process = start(many(tmp_path / "in", 40), tmp_path / "out", model_dir)
+    os.kill(children(process)[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    assert out.startswith("encoded 40\nskipped 0\nfailed 0\n")
+    model = random_model()
+    for path in (tmp_path / "out").glob("*.cmb"):
+        cmamba_ref.decode(path.read_bytes(), model)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_batch_that_is_ended_leaves_whole_files_and_no_process(tmp_path, model_dir, number):
+    process = start(many(tmp_path / "in", 200), tmp_path / "out", model_dir)
+    workers = children(process)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == (143 if number == signal.SIGTERM else -9)
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    model = random_model()
+    for path in (tmp_path / "out").iterdir():
+        if path.suffix == ".cmb":
+            cmamba_ref.decode(path.read_bytes(), model)
+        else:
+            assert number == signal.SIGKILL and path.name.startswith(".cmamba-")
+
+
+# ---------------------------------------------------------------- what is missing
+
+
+def test_compiled_without_a_compiler_says_so(photo, encoded, model_dir, capsys, monkeypatch):
+    before = contents(photo.parent)
+    monkeypatch.setenv("CMAMBA_SCAN_BACKEND", "compiled")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert main(["encode", str(photo), "--model", model_dir, "--force"]) == 1
+    assert "'no-such-compiler'; use backend='auto' or 'chunked'" in error_line(capsys)
+    assert contents(photo.parent) == before
+
+
+@pytest.mark.slow
+@NEEDS_COMPILER
+def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing was compiled before
+    for name, size in {"UNROLLED": 8, "MAX_CHUNKS": 2, "MIN_CHUNKS": 2}.items():
+        monkeypatch.setattr(compiled, name, size)
+    compiled._compiled.cache_clear()
+    sizes = {"batch": 2, "height": 4, "width": 8, "channels": 4, "n": 2}
+    with pytest.raises(BackendUnavailableError, match="No working C.. compiler.*'chunked'"):
+        ops.selective_scan_2d(**scan_2d_arguments(**sizes, dtype=torch.float32), backend="compiled")
+
+
+def test_triton_that_is_missing_is_told(photo, encoded, model_dir, capsys, monkeypatch):
+    before = contents(photo.parent)
+    monkeypatch.setenv("CMAMBA_SCAN_BACKEND", "triton")
+    monkeypatch.setitem(sys.modules, "cmamba_ref.kernels", None)
+    assert main(["encode", str(photo), "--model", model_dir, "--force"]) == 1
+    assert "got 'triton'" in (line := error_line(capsys)) and "use backend='auto'" in line
+    assert contents(photo.parent) == before
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.fixture
+def full_gpu(encoded, monkeypatch):
+    """From here on the transforms fail as they do on a GPU whose memory is taken."""
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ...")
+
+    monkeypatch.setattr(cmamba_ref.CMamba, "_analyse", fail)
+    monkeypatch.setattr(cmamba_ref.CMamba, "decode_latent", fail)
+
+
+@pytest.mark.usefixtures("full_gpu")
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_a_gpu_without_memory(photo, encoded, model_dir, capsys, command):
+    before = contents(photo.parent)
+    source = photo if command == "encode" else encoded
+    assert main([command, str(source), "--model", model_dir, "--force"]) == 1
+    line = error_line(capsys)
+    assert "not enough memory" in line and "another --device" in line
+    assert contents(photo.parent) == before
+
+
+@pytest.mark.usefixtures("full_gpu")
+def test_a_file_is_not_called_bad_for_want_of_gpu_memory(encoded, model_dir, capsys):
+    assert main(["verify", str(encoded), "--model", model_dir]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith(f"not checked: {encoded}: not enough memory")
+    assert out.endswith("good 0, bad 0, not checked 1\n")
+
+
+# ---------------------------------------------------------------- input that goes away
+
+
+def test_a_picture_that_vanishes_before_its_turn(tmp_path, model_dir, capsys, monkeypatch):
+    """Between the search of the folder and the work on it; the others are encoded."""
+    for name in "ab":
+        Image.fromarray(np.asarray(PIXELS)).save(tmp_path / f"{name}.png")
+    find = batch.find_tasks
+
+    def find_and_lose(*arguments):
+        tasks = find(*arguments)
+        (tmp_path / "a.png").unlink()
+        return tasks
+
+    monkeypatch.setattr(batch, "find_tasks", find_and_lose)
+    assert main(["encode", str(tmp_path), "--model", model_dir, "--jobs", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert err == f"cmamba: error: {tmp_path / 'a.png'}: No such file or directory\n"
+    assert out.startswith("encoded 1\nskipped 0\nfailed 1\n")
