@@ -221,7 +221,7 @@ def run_elsewhere(function: str, *arguments: Path, **environment: str) -> str:
     """
     module, name = function.split(".")
     code = f"import sys, pathlib, {module}; {module}.{name}(*map(pathlib.Path, sys.argv[1:]))"
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    paths = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS.parent / "tools")))
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": paths, **environment},
