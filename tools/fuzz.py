@@ -141,7 +141,7 @@ def summed_up(runs: list[dict[str, Any]]) -> dict[str, Any]:
     reasons = {name: len({o for r in runs for o in r["outcomes"][name]}) for name in TARGETS}
     of_now = [run["lines"] for run in runs if run["sources"] == sources()]
     lines = {
-        name: f"{len({n for reached in of_now for n in reached[name]} & possible)} of {len(possible)}"
+        name: f"{len(possible & set().union(*(r[name] for r in of_now)))} of {len(possible)}"
         for name, possible in executable_lines().items()
     }
     return {

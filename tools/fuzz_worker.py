@@ -226,6 +226,7 @@ def set_up() -> None:
     """What every process needs, done once before the first one is forked."""
     torch.set_num_threads(1)  # a process with other threads must not fork
     torch.zeros(1)
-    executable_lines(), sources()  # as they are imported
+    executable_lines()  # of the sources as they are imported
+    sources()
     for target in TARGETS.values():
         target.seeds()
