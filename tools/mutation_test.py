@@ -4,9 +4,9 @@
 
 A mutant is one module with one change: a comparison, an operator, a number by one, a truth value, a
 slice by one, a statement left out.  Text of messages and annotations is left alone.  Each mutant is
-compiled in memory, nothing on disk changes, and meets the quick ones of the tests that are about it,
-in a forked process that has torch already.  The first failure kills it; so does a process that
-takes five times the processor time of the sound module.
+compiled in memory, nothing on disk changes, and meets the quick ones of its module's tests, in a
+forked process that has torch already.  The first failure kills it; so does a process that takes
+five times the processor time of the sound module.
 
 A survivor is either a gap in the tests or no defect.  `benchmarks/mutation_survivors.json` says of
 each why it is none; the exit status is 1 if it does not, or if fewer than 85 % were killed.
