@@ -399,6 +399,25 @@ def test_weights_that_do_not_fit_are_refused(saved, change, reason):
     refused(saved, reason)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_value_that_is_not_finite_is_refused_wherever_it_stands(saved, value):
+    """One tensor of every part of the model, the gains and the quantiles among them."""
+    names = {}
+    for name, tensor in load_file(saved / "model.safetensors").items():
+        if tensor.is_floating_point():
+            names[name.split(".")[0] + name.split(".")[-1]] = name
+    assert {"gain.log_inverse_gain", "entropy_bottleneck.quantiles"} < set(names.values())
+    for name in names.values():
+
+        def spoil(tensors, name=name, value=value):
+            tensors[name].view(-1)[-1] = value
+
+        sound = (saved / "model.safetensors").read_bytes()
+        rewrite(saved, spoil)
+        refused(saved, f"{name} holds NaN or infinity")
+        (saved / "model.safetensors").write_bytes(sound)
+
+
 @pytest.mark.parametrize(
     "change",
     [

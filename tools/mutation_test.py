@@ -12,7 +12,8 @@ A survivor is either a gap in the tests or no defect.  `benchmarks/mutation_surv
 each why it is none; the exit status is 1 if it does not, or if fewer than 85 % were killed.
 
 What was done lies beside the output until the run is complete, and a run that was cut short goes on
-from there.  Linux only, for the limits.
+from there.  An output that is there is added to: a larger sample begins with the smaller one of the
+same seed.  Linux only, for the limits.
 """
 
 from __future__ import annotations
@@ -388,11 +389,26 @@ def run_tests(module: str, mutant: Mutant | None, cpu_seconds: float) -> dict[st
 # What came of it.
 
 
-def _fingerprint(modules: list[str]) -> str:
-    digest = hashlib.sha256()
-    for path in [*map(source_of, modules), Path(__file__)]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def _fingerprint(mutants: list[Mutant]) -> str:
+    """Of all defects that can be made: results of others do not belong together with these."""
+    return hashlib.sha256(json.dumps([m.what for m in mutants]).encode()).hexdigest()[:16]
+
+
+def _earlier(output: Path | None, conditions: dict[str, object]) -> list[dict[str, Any]]:
+    """The rows of an output that is there.
+
+    Raises:
+        OtherConditionsError: they are of other defects.
+    """
+    if output is None or not output.exists():
+        return []
+    earlier = json.loads(output.read_text())
+    if earlier["conditions"] != conditions:
+        raise OtherConditionsError(
+            f"{output} is of other sources, modules or another seed; complete that one, or start "
+            "again with --fresh"
+        )
+    return earlier["rows"]
 
 
 def _explanations() -> dict[str, str]:
@@ -440,14 +456,11 @@ def main(argv: list[str] | None = None) -> int:
         "--modules", nargs="+", choices=MODULES, default=list(MODULES),
         help="which to put defects into; default: all",
     )  # fmt: skip
-    add("--sample", type=int, help="how many mutants, drawn by --seed; default: all")
-    add("--seed", type=int, default=0, help="of the sample; default: %(default)s")
+    add("--sample", type=int, help="how many mutants, in an order drawn by --seed; default: all")
+    add("--seed", type=int, default=0, help="of their order; default: %(default)s")
     add("-o", "--output", type=Path, help="JSON to write")
-    add("--fresh", action="store_true", help="forget what a run that was cut short has kept")
-    add(
-        "--survivors", action="store_true",
-        help="of the output that is there, run those again that survived, after tests were added",
-    )  # fmt: skip
+    add("--fresh", action="store_true", help="forget what earlier runs have kept")
+    add("--survivors", action="store_true", help="run earlier survivors again, with new tests")
     add("--only", metavar="KEY", help='run one mutant, such as "entropy.rans 17", and print it')
     arguments = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(arguments)
@@ -463,24 +476,18 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({"what": mutant.what, "line": mutant.line, **outcome}, indent=2))
         return 0
     conditions = {
-        "sources": _fingerprint(args.modules),
+        "mutants": _fingerprint(found),
         "modules": args.modules,
-        "sample": args.sample,
         "seed": args.seed,
     }
-    chosen = found
-    if args.sample is not None and args.sample < len(found):
-        chosen = random.Random(args.seed).sample(found, args.sample)
-    kept: dict[str, Any] = {}
-    if args.survivors:
-        earlier = json.loads(args.output.read_text())
-        if earlier["conditions"] != conditions:
-            parser.error(f"{args.output} is of other sources or another sample; run it anew")
-        kept = {row["key"]: row for row in earlier["rows"] if row["outcome"] == "killed"}
+    # A larger sample begins with the smaller one.
+    chosen = random.Random(args.seed).sample(found, len(found))[: args.sample]
     try:
+        earlier = [] if args.fresh else _earlier(args.output, conditions)
         partial = PartialResults(args.output, conditions, fresh=args.fresh)
     except OtherConditionsError as error:
         parser.error(str(error))
+    kept = {r["key"]: r for r in earlier if r["outcome"] == "killed" or not args.survivors}
     limits: dict[str, float] = {}
     start = time.monotonic()
     for count, mutant in enumerate(chosen, 1):
