@@ -45,8 +45,8 @@ from cmamba_ref.files import write_atomically
 SAVE_EVERY = 60.0
 # Kept inputs are small; more than this per target would only make each one rarer.
 MOST_KEPT = 1000
-# Of which a small file of examples is made for the tests.
-MOST_EXAMPLE_BYTES = 1500
+# Larger inputs are no examples for `--examples`.
+MOST_EXAMPLE_BYTES = 300
 
 
 class Run:
@@ -93,7 +93,8 @@ class Run:
         self.seconds[name] += trial.seconds
         if (is_new or trial.lines) and not trial.finding:
             self._kept[name] = [*self._kept[name], data][-MOST_KEPT:]
-        if is_new and len(data) <= MOST_EXAMPLE_BYTES:
+        smallest = self.examples[name].get(trial.outcome)
+        if len(data) <= MOST_EXAMPLE_BYTES and (smallest is None or len(data) < len(smallest)):
             self.examples[name][trial.outcome] = data
         if trial.seconds > self.slowest["seconds"]:
             self.slowest = {
@@ -146,6 +147,7 @@ def summed_up(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
     return {
         "minutes": round(sum(r["minutes"] for r in runs), 1),
+        "processor_minutes": round(sum(sum(r["processor_seconds"].values()) for r in runs) / 60, 1),
         "trials": sum(trials.values()),
         "trials_by_target": trials,
         "distinct_outcomes_by_target": reasons,
@@ -168,6 +170,19 @@ def _earlier(output: Path | None, seed: int) -> list[dict[str, Any]]:
     return runs
 
 
+def replay(paths: list[Path]) -> int:
+    """Try inputs that a run has saved, and say what comes of them now; 1 if it is a finding."""
+    worker, is_wrong = Worker(), False
+    by_stem = {name.replace(" ", "-"): name for name in TARGETS}
+    for path in paths:
+        trial = worker.run(by_stem[path.stem.rpartition("-")[0]], path.read_bytes())
+        is_wrong |= bool(trial.finding)
+        print(f"{path}: {trial.outcome}, {trial.seconds:.2f} s, {trial.memory >> 20} MiB")
+        print(trial.finding)
+    worker.stop()
+    return int(is_wrong)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -181,9 +196,20 @@ def main(argv: list[str] | None = None) -> int:
         "--findings", type=Path, default=Path("runs/fuzz"),
         help="folder for inputs that show a defect; default: %(default)s",
     )  # fmt: skip
-    add("--examples", type=Path, help="JSON to write, with one small input for each outcome")
+    add(
+        "--replay",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="try findings again, and nothing else",
+    )
+    add("--examples", type=Path, help="JSON to write, the smallest input of each outcome")
     arguments = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(arguments)
+    if args.replay:
+        set_up()
+        scratch()
+        return replay(args.replay)
     try:
         earlier = _earlier(args.output, args.seed)
     except InvalidArgumentError as error:
@@ -227,12 +253,12 @@ def main(argv: list[str] | None = None) -> int:
     run.worker.stop()
     save()
     if args.examples is not None:
-        found = [
-            {"target": name, "outcome": outcome, "input": data.hex()}
+        examples = [
+            json.dumps([name, outcome, data.hex()])
             for name, by_outcome in run.examples.items()
-            for outcome, data in by_outcome.items()
+            for outcome, data in sorted(by_outcome.items())
         ]
-        write_atomically(args.examples, (json.dumps(found, indent=1) + "\n").encode())
+        write_atomically(args.examples, ("[\n" + ",\n".join(examples) + "\n]\n").encode())
     total = {key: value for key, value in result()["total"].items() if key != "lines_reached"}
     print(json.dumps(total, indent=2))
     return 1 if run.findings else 0

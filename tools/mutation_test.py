@@ -53,7 +53,7 @@ LEAST_KILLED = 0.85
 
 # Modules, and the test files that try them, the ones that notice most first.
 MODULES = {
-    "bitstream": ["golden", "hostile_files", "codec"],
+    "bitstream": ["bitstream", "golden", "hostile_files", "codec"],
     "codec": ["golden", "hostile_files", "codec"],
     "entropy.bounds": ["model"],
     "entropy.factorized": ["model", "golden"],
@@ -364,7 +364,7 @@ def run_tests(module: str, mutant: Mutant | None, cpu_seconds: float) -> dict[st
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.setsid()  # so that its own children can be ended with it
+        os.setpgid(0, 0)  # so that its own children can be ended with it
         try:
             _test_in_child(module, mutant, writing, cpu_seconds)
         except BaseException:  # noqa: BLE001  # this process must not go on as its parent
