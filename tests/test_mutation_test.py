@@ -21,7 +21,7 @@ def f(x: int = 1) -> int:
 '''
 DEFECTS = [
     "LIMIT = 4", "LIMIT = 2", "def f(x: int=2)", "def f(x: int=0)", "if x < LIMIT or not x == 0:",
-    "if x <= LIMIT and", "not x != 0", "x == 1:", "x == -1:", "and x == 0:", "x -= 2", "x += 3",
+    "if x <= LIMIT and", "not x != 0", "x == 1):", "x == -1):", "and x == 0:", "x -= 2", "x += 3",
     "x += 1", "x[1:x + 1]", "x[2:x]", "x[0:x]", "False)", "if not x else", "return x if x",
     "x * 2", "x // 3", "x // 1",
 ]  # fmt: skip
