@@ -75,7 +75,7 @@ class Worker:
 
     def __init__(self, deadline: float = DEADLINE) -> None:
         self.seen: dict[str, set[Line]] = {name: set() for name in TARGETS}
-        self._deadline = deadline
+        self.deadline = deadline
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
 
@@ -86,16 +86,16 @@ class Worker:
         assert self._process is not None and self._connection is not None  # for the type checker
         self._connection.send((target, data))
         try:
-            if self._connection.poll(self._deadline):
+            if self._connection.poll(self.deadline):
                 trial = self._connection.recv()
                 self.seen[target] |= trial.lines
                 return trial
-            finding = f"no end within {self._deadline} s"
+            finding = f"no end within {self.deadline} s"
         except EOFError:
             self._process.join()
             finding = f"the process died with exit code {self._process.exitcode}"
         self.stop()
-        return Trial(outcome=finding, finding=finding, seconds=self._deadline)
+        return Trial(outcome=finding, finding=finding, seconds=self.deadline)
 
     def stop(self) -> None:
         """End the process."""
