@@ -21,7 +21,9 @@ import torch
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
 
-from cmamba_ref import CMamba, CMambaConfig, model
+import cmamba_ref
+from cmamba_ref import CMamba, CMambaConfig
+from cmamba_ref import model as model_module
 from cmamba_ref.config import TINY
 from cmamba_ref.context import ContextModel
 from cmamba_ref.entropy import rans
@@ -113,7 +115,7 @@ def recording() -> Iterator[list[Recording]]:
     log_scales: list[np.ndarray] = []
     y_bars: list[np.ndarray] = []
     encode, take = rans.encode, rans.Decoder.take
-    scale_index = model.scale_index
+    scale_index = model_module.scale_index
 
     def seen_encode(tables, new, lanes=None):
         blocks[:0] = new  # y is coded before z, and decoded after it
@@ -137,7 +139,7 @@ def recording() -> Iterator[list[Recording]]:
         with (
             mock.patch.object(rans, "encode", seen_encode),
             mock.patch.object(rans.Decoder, "take", seen_take),
-            mock.patch.object(model, "scale_index", seen_index),
+            mock.patch.object(model_module, "scale_index", seen_index),
         ):
             yield seen
     finally:
@@ -156,6 +158,28 @@ def assert_same_coding(decoded: Recording, encoded: Recording) -> float:
     worst = float(np.abs(decoded.y_bar - encoded.y_bar).max())
     assert worst <= 1e-9
     return worst
+
+
+@dataclasses.dataclass
+class RoundTrip:
+    """A picture through a file on disk."""
+
+    size: int
+    image: np.ndarray
+    decoded: np.ndarray
+    encoder: Recording
+    decoder: Recording
+
+
+def round_trip(model: CMamba, image: np.ndarray, quality: float | None, path: Path) -> RoundTrip:
+    with recording() as at_encoder:
+        path.write_bytes(cmamba_ref.encode(model, image, quality))
+    data = path.read_bytes()
+    with recording() as at_decoder:
+        decoded = cmamba_ref.decode(data, model)
+    assert decoded.shape == image.shape and decoded.dtype == np.uint8
+    assert_same_coding(at_decoder[0], at_encoder[0])
+    return RoundTrip(len(data), image, decoded, at_encoder[0], at_decoder[0])
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 import copy
 import functools
 import math
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +11,13 @@ from codec_helpers import (
     ONE_RATE,
     QUALITIES,
     SMALL,
-    Recording,
     as_input,
     assert_same_coding,
     load_picture,
     picture,
     random_model,
     recording,
+    round_trip,
     shipped_model,
 )
 from torch.nn import functional as F
@@ -33,6 +31,7 @@ from cmamba_ref import (
     WeightsError,
     identity,
 )
+from cmamba_ref.bitstream import Container
 from cmamba_ref.entropy import rans
 from cmamba_ref.entropy.tables import CdfTables
 from cmamba_ref.model import RANS_LUCK
@@ -51,28 +50,6 @@ def small_model() -> CMamba:
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return -10 * math.log10(np.mean((a.astype(float) - b.astype(float)) ** 2) / 255**2)
-
-
-@dataclass
-class RoundTrip:
-    """A picture through a file on disk."""
-
-    size: int
-    image: np.ndarray
-    decoded: np.ndarray
-    encoder: Recording
-    decoder: Recording
-
-
-def round_trip(model: CMamba, image: np.ndarray, quality: float | None, path: Path) -> RoundTrip:
-    with recording() as at_encoder:
-        path.write_bytes(cmamba_ref.encode(model, image, quality))
-    data = path.read_bytes()
-    with recording() as at_decoder:
-        decoded = cmamba_ref.decode(data, model)
-    assert decoded.shape == image.shape and decoded.dtype == np.uint8
-    assert_same_coding(at_decoder[0], at_encoder[0])
-    return RoundTrip(len(data), image, decoded, at_encoder[0], at_decoder[0])
 
 
 # Round trips.
@@ -438,6 +415,34 @@ def test_a_nan_on_the_encoder_s_way_makes_no_file(name):
     model.get_parameter(name).data.view(-1)[-1] = math.nan
     with pytest.raises(CMambaError, match="NaN"):
         cmamba_ref.encode(model, picture(130, 130), 8)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["gain.log_gain", "entropy_bottleneck.quantiles"])
+def test_gains_and_medians_that_are_not_finite_make_no_file(name, value):
+    """But for a gain of zero, the exponential of minus infinity, which is a number."""
+    model = random_model()
+    parameter = model.get_parameter(name)
+    if name == "gain.log_gain":
+        parameter.data[-1, 3] = value
+    else:
+        parameter.data[2, 1] = value  # the median of a channel
+    if (name, value) == ("gain.log_gain", -math.inf):
+        data = cmamba_ref.encode(model, picture(64, 64), 8)
+        assert cmamba_ref.decode(data, model).shape == (64, 64, 3)
+    else:
+        with pytest.raises(CMambaError, match="NaN"):
+            cmamba_ref.encode(model, picture(64, 64), 8)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_inverse_gain_that_is_not_finite_makes_no_picture(value):
+    model = random_model()
+    data = cmamba_ref.encode(model, picture(64, 64), 8)
+    container = Container.unpack(data)
+    model.gain.log_inverse_gain.data[-1, 3] = value
+    with pytest.raises(BitstreamError, match="not finite"):
+        model.decompress([[container.y], [container.z]], (1, 1))
 
 
 def test_a_nan_among_the_scales_is_an_error_when_decoding():

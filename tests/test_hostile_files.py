@@ -24,6 +24,7 @@ from codec_helpers import (
     with_checksum,
     with_field,
 )
+from hostile_helpers import completed, damage
 from safetensors.torch import load_file, save_file
 
 import cmamba_ref
@@ -229,33 +230,9 @@ def mutations() -> Iterator[bytes]:
         small_file(1, 1, 1, 2),
         small_file(130, 100, 6.3, 3),
     ]
-    sizes = [0, 1, 63, 64, 65, 500, 9_999, 10_000, 65_535, 2**20, 2**31 - 1, 2**31, 2**32 - 1]
     for k in range(500):
-        data = files[rng.integers(len(files))]
-        kind = k // 2 % 6
-        if kind == 0:  # flipped bits, from one to dozens
-            changed = np.frombuffer(data, np.uint8).copy()
-            for bit in rng.integers(0, 8 * len(data), rng.integers(1, 40)):
-                changed[bit // 8] ^= 1 << bit % 8
-            data = changed.tobytes()
-        elif kind == 1:  # truncated
-            data = data[: rng.integers(len(data))]
-        elif kind == 2:  # another file's header, or its tail
-            other = files[rng.integers(len(files))]
-            cut = int(rng.integers(min(len(data), len(other))))
-            data = other[:cut] + data[cut:]
-        elif kind == 3:  # sizes
-            data = with_field(data, "width", int(rng.choice(sizes)))
-            data = with_field(data, "height", int(rng.choice(sizes)))
-        elif kind == 4:  # bytes overwritten behind the model's id, where damage goes deepest
-            changed = np.frombuffer(data, np.uint8).copy()
-            places = rng.integers(14, len(data), rng.integers(1, 8))
-            changed[places] = rng.integers(0, 256, len(places))
-            data = changed.tobytes()
-        else:  # pieces taken out or put in
-            cut, end = sorted(rng.integers(HEADER_BYTES, len(data), 2))
-            data = data[:cut] + rng.bytes(int(rng.integers(0, 50))) + data[end:]
-        yield with_checksum(data[:-4]) if k % 2 else data
+        data = damage(files[rng.integers(len(files))], files, k // 2 % 6, rng)
+        yield completed(data) if k % 2 else data
 
 
 def decode_mutations(report: Path) -> None:
@@ -420,6 +397,25 @@ def test_weights_that_do_not_fit_are_refused(saved, change, reason):
     CMamba.from_pretrained(saved)
     rewrite(saved, change)
     refused(saved, reason)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_value_that_is_not_finite_is_refused_wherever_it_stands(saved, value):
+    """One tensor of every part of the model, the gains and the quantiles among them."""
+    names = {}
+    for name, tensor in load_file(saved / "model.safetensors").items():
+        if tensor.is_floating_point():
+            names[name.split(".")[0] + name.split(".")[-1]] = name
+    assert {"gain.log_inverse_gain", "entropy_bottleneck.quantiles"} < set(names.values())
+    for name in names.values():
+
+        def spoil(tensors, name=name, value=value):
+            tensors[name].view(-1)[-1] = value
+
+        sound = (saved / "model.safetensors").read_bytes()
+        rewrite(saved, spoil)
+        refused(saved, f"{name} holds NaN or infinity")
+        (saved / "model.safetensors").write_bytes(sound)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The model: published totals, shapes, training and evaluation modes, initial weights, rates."""
 
 import dataclasses
+import math
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -204,6 +206,31 @@ def test_tables_of_z_reach_as_far_as_its_density(model):
         assert outside < 3e-5
         frequencies = torch.from_numpy(cdf[1:-1] - cdf[:-2]) / 65536
         assert torch.allclose(frequencies, mass[channel, 500 + low : 501 + high], atol=2e-4)
+
+
+@pytest.mark.parametrize(("weight", "reach"), [(10.0, 1), (-8.0, 512)])
+def test_tables_of_z_have_a_least_and_a_greatest_reach(model, weight, reach):
+    """Of a density that is all at its median, and of one that is spread too thin for any table."""
+    prior = model.entropy_bottleneck
+    with torch.no_grad():
+        for matrix, bias in zip(prior.matrices, prior.biases, strict=True):
+            matrix.fill_(weight)
+            bias.zero_()
+    model.update()
+    tables = prior.stored.tables()
+    assert (tables.offsets == -reach).all()
+    assert (tables.symbol_counts == 2 * reach + 1).all()
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0, 7.5])
+def test_likelihood_of_y_is_the_mass_of_the_unit_interval(model, scale):
+    mean, offsets = 0.3, torch.linspace(-3, 3, 13, dtype=torch.float64) * scale
+    y = mean + offsets
+    log_scales = torch.full_like(y, math.log(scale))
+    likelihood = model.gaussian_conditional.likelihood(y, torch.full_like(y, mean), log_scales)
+    density = NormalDist(mean, scale)
+    mass = [density.cdf(v + 0.5) - density.cdf(v - 0.5) for v in y.tolist()]
+    assert torch.allclose(likelihood, torch.tensor(mass, dtype=torch.float64), rtol=1e-6, atol=2e-9)
 
 
 def test_likelihood_is_whole_where_the_density_is_symmetric(model):

@@ -92,6 +92,13 @@ def test_escapes_reach_every_int32(value):
         assert_round_trip(GAUSSIANS, [(symbols, np.full(5, index))])
 
 
+@pytest.mark.parametrize("count", [1, 127, 128, 129, 255, 256, 16_383, 16_384])
+def test_any_number_of_escapes(count):
+    """Their length takes one byte up to 127, two up to 16,383; its lowest digit may be zero."""
+    data = assert_round_trip(SMALL, [(np.full(count, 2), np.zeros(count, int))])
+    assert rans._read_length(data, 1)[0] == count
+
+
 def test_shapes_and_dtypes_of_the_caller():
     symbols = np.arange(-6, 6, dtype=np.int32).reshape(2, 3, 2)
     indexes = np.full((2, 3, 2), 30, dtype=np.uint8)

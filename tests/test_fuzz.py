@@ -1,0 +1,125 @@
+"""The fuzzer: it notices what goes wrong, keeps it, and adds runs up; its examples still hold."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import fuzz
+import fuzz_targets
+import fuzz_worker
+import pytest
+from codec_helpers import TESTS, run_elsewhere
+from fuzz_targets import TARGETS, UnexpectedError
+
+EXAMPLES = json.loads((TESTS / "hostile_examples.json").read_text())
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fuzzer's limits are Linux's")
+# In a process of its own: the fuzzer forks, and this one may have threads.
+PATHS = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS.parent / "tools")))
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _, _ in EXAMPLES}))
+def test_examples_end_as_they_did(name):
+    """One small input for each outcome that a run of the fuzzer has seen."""
+    for _, outcome, data in (e for e in EXAMPLES if e[0] == name):
+        target = TARGETS[name]
+        try:
+            text = target.use(bytes.fromhex(data))
+        except target.errors as error:
+            text = f"{type(error).__name__}: {error}"
+        found = fuzz_worker.template(text)
+        if "cannot read the weights" in outcome:  # the rest is another library's text
+            found, outcome = (t.partition(":")[0] for t in (found, outcome))
+        assert found == outcome
+
+
+class Misbehaving(fuzz_targets.Stream):
+    """Does what its input says."""
+
+    def seeds(self) -> list[bytes]:
+        return [b"well"]
+
+    def use(self, data: bytes) -> str:
+        if data == b"crash":
+            os._exit(7)
+        if data == b"sleep":
+            time.sleep(600)
+        if data == b"fill":
+            bytearray(fuzz_worker.MEMORY_LIMIT)
+        if data == b"grow":
+            bytes(100 << 20)
+            bytearray(b"x" * (100 << 20))
+        if data == b"raise":
+            raise ZeroDivisionError
+        if data == b"wrong":
+            raise UnexpectedError("wrong")
+        return "symbols"
+
+
+def misbehave(report: Path) -> None:
+    """Runs in the other process: every way to go wrong, with a good trial after each."""
+    TARGETS["rANS stream"] = Misbehaving()
+    worker = fuzz_worker.Worker()
+    trials = {}
+    for data in ("crash", "sleep", "fill", "raise", "wrong", "grow"):
+        worker.deadline = 3.0 if data == "sleep" else fuzz_worker.DEADLINE
+        trial = worker.run("rANS stream", data.encode())
+        worker.deadline = fuzz_worker.DEADLINE  # on a busy machine a good trial takes long as well
+        after = worker.run("rANS stream", b"well")
+        trials[data] = [trial.outcome, trial.finding, trial.memory, after.outcome, after.finding]
+    worker.stop()
+    report.write_text(json.dumps(trials))
+
+
+def test_whatever_goes_wrong_is_a_finding_and_ends_nothing(tmp_path):
+    run_elsewhere("test_fuzz.misbehave", tmp_path / "report.json", PYTHONPATH=PATHS)
+    trials = json.loads((tmp_path / "report.json").read_text())
+    for data, reason in {
+        "crash": "exit code 7",
+        "sleep": "no end within 3.0 s",
+        "fill": "MemoryError",
+        "raise": "ZeroDivisionError",
+        "wrong": "UnexpectedError: wrong",
+    }.items():
+        assert reason in trials[data][1], data
+    outcome, finding, memory, *_ = trials["grow"]
+    assert (outcome, finding) == ("symbols", "") and memory > 90 << 20
+    assert all(trial[3:] == ["symbols", ""] for trial in trials.values())
+
+
+def fuzz_a_little(folder: Path) -> None:
+    """Runs in the other process: one seed twice, another one added, and one with a finding."""
+    common = ["--trials", "25", "--findings", str(folder / "findings")]
+    for seed, output in (("3", "a.json"), ("3", "b.json"), ("4", "b.json")):
+        assert fuzz.main([*common, "--seed", seed, "-o", str(folder / output)]) == 0
+    try:
+        fuzz.main([*common, "--seed", "3", "-o", str(folder / "b.json")])
+    except SystemExit as refused:
+        assert refused.code == 2
+    else:
+        raise AssertionError("a seed was counted twice")
+    assert not (folder / "findings").exists()
+    TARGETS["rANS stream"].use = lambda data: 1 // 0  # type: ignore[method-assign, assignment]
+    assert fuzz.main([*common, "--seed", "5"]) == 1
+
+
+def test_runs_repeat_and_add_up(tmp_path):
+    run_elsewhere("test_fuzz.fuzz_a_little", tmp_path, PYTHONPATH=PATHS)
+    a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert a["runs"][0]["outcomes"] == b["runs"][0]["outcomes"]
+    assert [run["seed"] for run in b["runs"]] == [3, 4]
+    sound = sum(len(target.seeds()) for target in TARGETS.values())
+    assert b["total"]["trials"] == 2 * (25 + sound) == 2 * a["total"]["trials"]
+    assert b["total"]["findings"] == 0 and b["total"]["slowest"]["seconds"] > 0
+    reached, possible = b["total"]["lines_reached"]["bitstream.py"].split(" of ")
+    assert 10 < int(reached) <= int(possible)
+    (finding, *_) = sorted((tmp_path / "findings").glob("*.txt"))
+    assert "ZeroDivisionError" in finding.read_text() and finding.with_suffix(".bin").exists()
+
+
+def test_the_template_keeps_reasons_and_drops_values():
+    one = "WeightsError: '/tmp/x': g_a.0.weight is torch.int8[3, 4], the configuration has [1]"
+    two = "WeightsError: '/other/y': h_s.weight is torch.int32[7], the configuration has [2, 2]"
+    assert fuzz_worker.template(one) == fuzz_worker.template(two)
+    assert fuzz_worker.template(one) != fuzz_worker.template(one.replace("is", "lacks"))
