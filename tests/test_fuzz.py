@@ -104,6 +104,7 @@ def fuzz_a_little(folder: Path) -> None:
     assert fuzz.main([*common, "--seed", "5"]) == 1
 
 
+@pytest.mark.slow
 def test_runs_repeat_and_add_up(tmp_path):
     run_elsewhere("test_fuzz.fuzz_a_little", tmp_path, PYTHONPATH=PATHS)
     a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))

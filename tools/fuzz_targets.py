@@ -345,8 +345,9 @@ class Tables(Target):
 
     def damaged(self, data: bytes, others: Sequence[bytes], rng: np.random.Generator) -> bytes:
         tensors = {name: t.numpy() for name, t in deserialize(data).items()}
+        names = sorted(tensors)  # safetensors gives them in any order
         for _ in range(int(rng.integers(1, 4))):
-            name = list(tensors)[rng.integers(len(tensors))]
+            name = names[rng.integers(len(names))]
             tensors[name] = _other_integers(tensors[name], rng)
         return serialize({name: torch.from_numpy(array) for name, array in tensors.items()})
 
