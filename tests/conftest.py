@@ -8,6 +8,7 @@ Environment variables:
 
 import importlib
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 # a kernel is defined; a test that compiles ahead of time needs a process without this variable.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What was started in the background may ignore Ctrl-C, and then so does all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Threads gain little on the small tensors of these tests, and on a machine that does anything else
 # they wait for each other: measured up to ten times slower than one.

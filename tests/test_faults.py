@@ -150,15 +150,10 @@ def test_a_folder_that_may_not_be_written(photo, encoded, model_dir, capsys):
 
 # ---------------------------------------------------------------- signals
 
-# What was started in the background may have inherited that Ctrl-C is ignored.
-SEES_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-
 # A process that is at the end of a write when the signal comes: all bytes are in the temporary
 # file, which has not got its name.
-WRITE = (
-    SEES_CTRL_C
-    + """
-import os, sys
+WRITE = """
+import os, signal, sys
 from pathlib import Path
 from cmamba_ref import cli
 from cmamba_ref.files import write_atomically
@@ -170,7 +165,6 @@ def main():
 cli.main = main
 cli.run()
 """
-)
 
 
 @pytest.mark.parametrize(
@@ -203,10 +197,8 @@ def test_what_a_killed_process_left_is_taken_for_nothing(photo, encoded, model_d
 
 
 # The command itself; it gets the signal when it comes to a stage, or within its write.
-AT_STAGE = (
-    SEES_CTRL_C
-    + """
-import contextlib, os, sys
+AT_STAGE = """
+import contextlib, os, signal, sys
 from pathlib import Path
 from cmamba_ref import cli
 
@@ -230,7 +222,6 @@ if moment == "half-way":
     Path.write_bytes = half
 cli.run()
 """
-)
 
 
 @pytest.mark.slow
