@@ -22,8 +22,8 @@ def results(root: Path, tmp_path: Path) -> Results:
     """A copy of the results of the repository, to be changed."""
     folder = tmp_path / "results"
     folder.mkdir()
-    for name in ("kodak_tiny.json", "cpu.json", "complexity.json", "published_kodak.json"):
-        shutil.copy(root / "benchmarks" / name, folder)
+    for name in ("kodak_tiny", "cpu", "complexity", "ablation", "published_kodak"):
+        shutil.copy(root / "benchmarks" / f"{name}.json", folder)
     return Results(folder)
 
 
@@ -120,6 +120,15 @@ def test_costs_and_times_of_our_models(results):
         "9.88 s",
         "2.00 GiB",
     ]
+
+
+def test_variants_stand_beside_what_they_are_compared_with(results):
+    table = TABLES["ablation"](results)
+    assert rows_of(table, "`ca-ssm`")[0][2:4] == ["+0.0 %", "+0.0 %"]
+    for row in results.read("ablation.json")["variants"]:
+        (cells,) = rows_of(table, f"`{row['variant']}`")
+        assert cells[2] == f"{row['bd_rate']['psnr'][0]:+.1f} %"
+        assert cells[4] == f"{row['parameters'] / 1e6:.2f}"
 
 
 def test_measured_and_published_are_not_mixed(results):

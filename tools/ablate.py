@@ -14,7 +14,7 @@ in VARIANT-SEED and its output in VARIANT-SEED.txt; and
 
     rd.json           every picture at every quality
     ablation.json     BD-rates by PSNR and MS-SSIM against the first variant of the same seed,
-                      parameters, MACs, time of training
+                      parameters, MACs, minutes of training
     ablation.md       the same as a page
 
 Short runs of small models show what helps early and at that size, and with one seed nothing about
@@ -229,15 +229,23 @@ def page(rows: Sequence[dict[str, Any]], made: dict[str, Any]) -> str:
         "what helps early and at this size; the paper's models were trained for far longer, and "
         "are larger. One seed says nothing about chance.",
         "",
-        "| variant | | BD-rate, PSNR | BD-rate, MS-SSIM | parameters, M | GMACs | minutes |",
-        "|---|---|---|---|---|---|---|",
+        *table(rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The lines of a table in Markdown, one per variant."""
+    lines = [
+        "| variant | | BD-rate, PSNR | BD-rate, MS-SSIM | parameters, M | GMACs |",
+        "|---|---|---:|---:|---:|---:|",
     ]
     for row in rows:
         rates = [_in_words(row["bd_rate"][metric]) for metric in rd_curves.METRICS]
         cells = [f"`{row['variant']}`", row["text"], *rates, f"{row['parameters'] / 1e6:.2f}"]
-        cells += [f"{row['macs'] / 1e9:.1f}", f"{mean(row['minutes']):.0f}"]
+        cells.append(f"{row['macs'] / 1e9:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _in_words(percents: Sequence[float | None]) -> str:

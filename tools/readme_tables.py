@@ -9,6 +9,7 @@ What stands between `<!-- table: NAME -->` and `<!-- end -->` is replaced.  NAME
     bd_rates    BD-rates of all that was measured there, and ours against each
     scans       one scan on a CPU, ours and peers
     complexity  parameters, MACs by convention, time and memory of our models
+    ablation    variants of the model, trained alike for a short time
     published   what was measured here, and what others publish, each with its anchor, its
                 convention of MACs and its hardware
 
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ablate
 import bd_rate
 import complexity
 import numpy as np
@@ -185,6 +187,11 @@ def complexity_table(results: Results) -> str:
     return lines + "\n\n" + _with_meta(table(heading, measured, figures=4), found.made)
 
 
+def ablation(results: Results) -> str:
+    found = results.read("ablation.json")
+    return _with_meta("\n".join(ablate.table(found["variants"])), found["meta"])
+
+
 def published(results: Results) -> str:
     """Rows of what was measured here, then rows of what others publish."""
     points = results.curves("published_kodak.json")
@@ -311,6 +318,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "bd_rates": bd_rates,
     "scans": scans,
     "complexity": complexity_table,
+    "ablation": ablation,
     "published": published,
 }
 
