@@ -295,7 +295,7 @@ SIDE = 256  # of a picture
 def model_shapes():
     """Every scan of every configuration on a picture: those of the stages, and of the CAE."""
     for config in CONFIGS.values():
-        stages = zip(config.widths, config.ssm_stages, strict=True)
+        stages = zip(config.widths, config.stages_with_scan, strict=True)
         for k, (width, has_scan) in enumerate(stages):
             if has_scan:
                 types = (FLOAT32, BFLOAT16)

@@ -1,10 +1,12 @@
 """Maps that are cut into strips give what they would give as a whole."""
 
+import functools
+
 import pytest
 import torch
 
 from cmamba_ref import blocks, scan_backend, ss2d, strips
-from cmamba_ref.blocks import CASSM, ResBlock
+from cmamba_ref.blocks import CASSM, PlainFusion, ResBlock
 from cmamba_ref.ops import blocks as ops_blocks
 from cmamba_ref.ops import chunked
 
@@ -55,9 +57,17 @@ def whole(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 SHAPES = [(1, 6, 13, 17), (2, 6, 9, 11), (1, 6, 1, 90), (1, 6, 90, 1), (3, 6, 4, 40)]
 
 
+BLOCKS = {
+    "attention": functools.partial(CASSM, fusion_reduction=2),
+    "sum": functools.partial(PlainFusion, concatenate=False),
+    "concatenation": functools.partial(PlainFusion, concatenate=True),
+}
+
+
+@pytest.mark.parametrize("fusion", BLOCKS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_block_in_strips_is_the_block(shape, scans):
-    block = noisy(CASSM(6, d_state=2, ssm_ratio=1.5, fusion_reduction=2))
+def test_a_block_in_strips_is_the_block(shape, fusion, scans):
+    block = noisy(BLOCKS[fusion](6, d_state=2, ssm_ratio=1.5))
     x = map_of(*shape)
     expected = whole(block, x)
     assert not scans

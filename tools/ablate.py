@@ -26,14 +26,13 @@ stopped, with more variants, seeds or --jobs as well.  The exit status is 1 if a
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -42,10 +41,12 @@ import bd_rate
 import complexity
 import eval_rd
 import rd_curves
-from provenance import of_run, versions
+from markdown_table import markdown_table
+from provenance import in_words, of_run, versions
 from tqdm import tqdm
 
 from cmamba_ref import CMamba, CMambaError
+from cmamba_ref.batch import core_count
 from cmamba_ref.files import write_atomically
 from cmamba_ref.identity import WEIGHTS_FILE
 from cmamba_ref.training.settings import Settings
@@ -83,6 +84,7 @@ VARIANTS = {
 FULL = next(iter(VARIANTS))
 # A curve of all rates in four points, the fewest that a BD-rate takes.
 QUALITIES = (1.0, 3.0, 5.0, 7.0)
+METRIC_NAMES = {"psnr": "PSNR", "ms-ssim": "MS-SSIM"}
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ def train(run: Run, args: argparse.Namespace, passed_on: Sequence[str]) -> bool:
 
 def _environment(jobs: int) -> dict[str, str]:
     """Of several trainings at a time each has its share of the cores."""
-    cores = max(1, (os.cpu_count() or 1) // jobs)
-    return os.environ if jobs == 1 else {**os.environ, "OMP_NUM_THREADS": str(cores)}  # type: ignore[return-value]
+    share = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, core_count() // jobs))}
+    return {**os.environ, **share}
 
 
 def train_all(runs: Sequence[Run], args: argparse.Namespace, passed_on: Sequence[str]) -> list[Run]:
@@ -150,7 +152,7 @@ def check_alike(runs: Sequence[Run], out: Path) -> None:
     Raises:
         CMambaError: some do.
     """
-    fixed = [f.name for f in dataclasses.fields(Settings) if not f.metadata["may_change"]]
+    fixed = [f.name for f in fields(Settings) if not f.metadata["may_change"]]
     fixed.remove("seed")
     settings = {run.name: _log(out / run.name)[0]["settings"] for run in runs}
     first, *others = settings
@@ -182,7 +184,7 @@ def results_of(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
                 "seeds": [run.seed for run in mine],
                 "bd_rate": {
                     metric: [_bd_rate(curves, run, metric) for run in mine]
-                    for metric in rd_curves.METRICS
+                    for metric in METRIC_NAMES
                 },
                 "parameters": cost.params,
                 "macs": cost.total(complexity.OURS),
@@ -220,35 +222,31 @@ def page(rows: Sequence[dict[str, Any]], made: dict[str, Any]) -> str:
         f"Each variant trained for {' or '.join(map(str, steps))} steps of {settings['batch']} "
         f"crops of {settings['crop']} pixels, seed {', '.join(map(str, seeds))}, all else equal; "
         f"then measured on the {made['pictures']} pictures of `{made['folder']}` in real files at "
-        f"qualities {', '.join(f'{quality:g}' for quality in QUALITIES)}. `{made['command']}`, "
-        f"commit {made['commit']}, {made['date']}; {made['machine']}, torch "
-        f"{made['versions']['torch']}.",
+        f"qualities {', '.join(f'{quality:g}' for quality in QUALITIES)}. {in_words(made)}",
         "",
         f"BD-rate is against `{FULL}` of the same seed: above zero, files are so much larger for "
         "the same quality. GMACs are at 768x512, 4.5 for each scan element. Such short runs show "
         "what helps early and at this size; the paper's models were trained for far longer, and "
         "are larger. One seed says nothing about chance.",
         "",
-        *table(rows),
+        table(rows),
     ]
     return "\n".join(lines) + "\n"
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The lines of a table in Markdown, one per variant."""
-    lines = [
-        "| variant | | BD-rate, PSNR | BD-rate, MS-SSIM | parameters, M | GMACs |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        rates = [_in_words(row["bd_rate"][metric]) for metric in rd_curves.METRICS]
-        cells = [f"`{row['variant']}`", row["text"], *rates, f"{row['parameters'] / 1e6:.2f}"]
-        cells.append(f"{row['macs'] / 1e9:.1f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One row per variant, in Markdown."""
+    heading = ("variant", "", *(f"BD-rate, {name}" for name in METRIC_NAMES.values()))
+    return markdown_table((*heading, "parameters, M", "GMACs"), map(_cells, rows), figures=4)
 
 
-def _in_words(percents: Sequence[float | None]) -> str:
+def _cells(row: dict[str, Any]) -> list[str]:
+    rates = [_percent(row["bd_rate"][metric]) for metric in METRIC_NAMES]
+    costs = [f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.1f}"]
+    return [f"`{row['variant']}`", row["text"], *rates, *costs]
+
+
+def _percent(percents: Sequence[float | None]) -> str:
     """The mean over seeds, with the range of several."""
     found = [percent for percent in percents if percent is not None]
     if len(found) < len(percents):

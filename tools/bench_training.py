@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 from bench_cpu import photograph
-from provenance import of_run, versions
+from markdown_table import markdown_table
+from provenance import in_words, of_run, versions
 from tqdm import tqdm
 
 from cmamba_ref.files import write_atomically
@@ -85,19 +86,23 @@ def page(rows: list[dict[str, Any]], made: dict[str, Any]) -> str:
         "",
         f"`{made['config']}`, {made['precision']}, {made.get('gpu', 'CPU')}; images per second of "
         f"training over {rows[0]['steps']} steps, share of each part in the time, and share of "
-        "each part of the model in the time of operators. "
-        f"`{made['command']}`, commit {made['commit']}, {made['date']}; {made['machine']}, "
-        f"{made['threads']} threads, torch {made['versions']['torch']}.",
+        f"each part of the model in the time of operators. {in_words(made)}",
         "",
-        f"| backend | crops | images/s | {' | '.join(names)} |",
-        f"|---|---|---|{'---|' * len(names)}",
+        markdown_table(
+            ("backend", "crops", "images/s", *names), map(_cells, rows), figures=1 + len(names)
+        ),
     ]
-    for row in rows:
-        shares = {**row["share"], **row["share_of_operators"]}
-        cells = [f"`{row['backend']}`", f"{row['batch']} of {row['crop']}x{row['crop']}"]
-        cells += [f"{row['images_per_second']:.2f}", *(f"{shares[name]:.0%}" for name in names)]
-        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    shares = [*row["share"].values(), *row["share_of_operators"].values()]
+    return [
+        f"`{row['backend']}`",
+        f"{row['batch']} of {row['crop']}x{row['crop']}",
+        f"{row['images_per_second']:.2f}",
+        *(f"{share:.0%}" for share in shares),
+    ]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

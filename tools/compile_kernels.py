@@ -38,6 +38,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from markdown_table import markdown_table
 from torch import Tensor
 
 from cmamba_ref.config import CONFIGS
@@ -337,7 +338,7 @@ def _model_scans() -> list[MapScan]:
     scans = []
     for config in CONFIGS.values():
         for stage, (width, has_scan) in enumerate(
-            zip(config.widths, config.ssm_stages, strict=True), start=1
+            zip(config.widths, config.stages_with_scan, strict=True), start=1
         ):
             if has_scan:
                 scans.append(
@@ -928,11 +929,6 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def as_json(reports: Sequence[Report]) -> dict[str, Any]:
     """Everything of the reports, with what the tables derive."""
     return {
@@ -1044,7 +1040,7 @@ def page(reports: Sequence[Report], command: str) -> str:
 
 
 def _report_table(reports: Iterable[Report]) -> str:
-    return markdown_table(COLUMNS, [report_row(report) for report in reports])
+    return markdown_table(COLUMNS, map(report_row, reports), figures=len(COLUMNS) - 1)
 
 
 def _microseconds(seconds: float) -> str:
@@ -1083,7 +1079,7 @@ def _predicted_table(of: dict[Variant, Report]) -> str:
                 *(f"{fill:.1f}" for fill in fills),
             ]
         )
-    return markdown_table(header, rows)
+    return markdown_table(header, rows, figures=len(header) - 1)
 
 
 def _launch_table(of: dict[Variant, Report]) -> str:
@@ -1110,7 +1106,7 @@ def _launch_table(of: dict[Variant, Report]) -> str:
                     ),
                 ]
             )
-    return markdown_table(header, rows)
+    return markdown_table(header, rows, figures=len(header) - 1)
 
 
 SCANS = {

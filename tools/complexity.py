@@ -35,6 +35,7 @@ from typing import Any
 import bench_cpu
 import torch
 from bench_cpu import DIRECTIONS as CODING
+from markdown_table import markdown_table
 from profile_scan import Settings
 from provenance import of_run, versions
 from published_costs import PUBLISHED_CODECS
@@ -204,7 +205,7 @@ def markdown(
         "MACs without the scans, with 4.5 for each scan element, and by VMamba's count (9). A scan "
         "element is one (position, channel, state, direction). Papers use all three; compare "
         "figures only within one.",
-        _markdown_table(
+        markdown_table(
             [
                 "model",
                 "parameters, M",
@@ -212,6 +213,7 @@ def markdown(
                 f"kMACs per pixel, {OURS}",
             ],
             [_totals(name, costs["total"], width * height) for name, costs in results.items()],
+            figures=0,
         ),
     ]
     if runs:
@@ -220,32 +222,29 @@ def markdown(
             f"On {made['machine']}, {made['threads']} threads, torch {made['versions']['torch']}. "
             "Memory is the peak of a new process, with torch and the weights. With random weights "
             "the networks take as long as with trained ones, but files are larger.",
-            _markdown_table(
+            markdown_table(
                 ["model", "weights", *(f"{d}, {of}" for d in CODING for of in ("s", "peak MiB"))],
                 [_run_cells(name, of_model) for name, of_model in runs.items()],
+                figures=0,
             ),
         ]
     parts.append("## Share of each module")
     for name, costs in results.items():
         rows = [_share(m, cost, costs["total"]) for m, cost in costs.items() if m != "total"]
         head = [f"`{name}`", "parameters, M", "share", f"GMACs, {OURS}", "share"]
-        parts.append(_markdown_table(head, rows))
+        parts.append(markdown_table(head, rows, figures=0))
     parts += [
         "## What others publish",
         "As stated by each source, otherwise marked: counted is from released code, at 768x512. "
         "Graphics cards, sizes and conventions differ or are not stated, so times cannot be "
         "compared with each other or with ours.",
-        _markdown_table(
+        markdown_table(
             ["codec", "parameters, M", "MACs", "time on a GPU", "source"],
             [[c.name, c.params, c.macs, c.times, c.source] for c in PUBLISHED_CODECS],
+            figures=0,
         ),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _totals(name: str, total: Cost, pixels: int) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from markdown_table import markdown_table
 from profile_scan import BOTH, FORWARD, as_text
 
 Section = dict[str, Any]
@@ -153,7 +154,7 @@ def to_markdown(sections: Section) -> str:
         "Made by `python tools/bench_cpu.py --json benchmarks/cpu.json --markdown "
         "benchmarks/cpu.md` from that JSON. Do not edit: run the command again. Times are medians.",
         "## Goals",
-        table(
+        markdown_table(
             ("goal", "wanted", "measured", ""),
             ((goal.name, goal.wanted, goal.found, goal.verdict) for goal in goals(sections)),
             figures=0,
@@ -170,14 +171,6 @@ def to_markdown(sections: Section) -> str:
         if name in sections:
             parts += [*write(sections[name]), measured_by(sections[name]["meta"])]
     return "\n\n".join(parts) + "\n"
-
-
-def table(heading: Iterable[str], rows: Iterable[Iterable[str]], figures: int) -> str:
-    """A table, whose last so many columns are figures, set to the right."""
-    heading = list(heading)
-    rules = ["---"] * (len(heading) - figures) + ["---:"] * figures
-    lines = [heading, rules, *map(list, rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def measured_by(meta: Section) -> str:
@@ -233,7 +226,7 @@ def scan_part(section: Section) -> list[str]:
         "before its output and gradients were found right. Extra memory is the peak of the "
         "process beyond what it held before the call, results included; the inputs take "
         f"{section['inputs_mib']:.0f} MiB.",
-        table(
+        markdown_table(
             (
                 "mode",
                 "scan",
@@ -270,7 +263,9 @@ def growth_part(section: Section) -> list[str]:
         "## Growth with positions and states",
         f"Backend `{section['backend']}`, fp32. The exponent e of time = c size^e, by least "
         f"squares on logarithms: {exponents_text(section)}.",
-        table(("varied", "mode", "shape", "size", "s", "ns/elt", "extra MiB"), rows, figures=4),
+        markdown_table(
+            ("varied", "mode", "shape", "size", "s", "ns/elt", "extra MiB"), rows, figures=4
+        ),
     ]
 
 
@@ -328,7 +323,7 @@ def runs_table(runs: list[Section]) -> str:
             )
         )
     heading = ("model", "picture", "", "s", "first, s", "µs per pixel", "of it scans", "bpp")
-    return table((*heading, "loaded MiB", "peak MiB"), rows, figures=7)
+    return markdown_table((*heading, "loaded MiB", "peak MiB"), rows, figures=7)
 
 
 def stage_tables(runs: list[Section]) -> Iterator[str]:
@@ -364,7 +359,7 @@ def stage_tables(runs: list[Section]) -> Iterator[str]:
             f"{model}, {direction}, by stage; peak is that of the process while the stage was at "
             "work, beyond what was loaded:"
         )
-        yield table(heading, rows, figures=3 * len(measured))
+        yield markdown_table(heading, rows, figures=3 * len(measured))
 
 
 def startup_part(section: Section) -> list[str]:
@@ -380,5 +375,5 @@ def startup_part(section: Section) -> list[str]:
         f"{section['height']} with the weights that ship, from the start of the process to its "
         "end, with all files in the system's cache. The parts are those of further runs "
         "(`tools/timed_cli.py`), each a median, so they add up only nearly.",
-        table(("command", "part", "s"), rows, figures=1),
+        markdown_table(("command", "part", "s"), rows, figures=1),
     ]

@@ -247,8 +247,8 @@ def compare(comparison: Comparison) -> dict[str, float]:
     worst = dict.fromkeys(
         ["ln_scale_absolute", "ln_scale_relative", "mean_absolute", "mean_relative"], 0.0
     )
-    for group in _batches(comparison.pictures, setting.batch):
-        kept = [dict(np.load(picture.kept)) for picture in group]
+    baselines = [dict(np.load(picture.kept)) for picture in comparison.pictures]
+    for kept in _batches(baselines, setting.batch):
         z = torch.from_numpy(np.stack([k["z"] for k in kept]))
         slices = torch.from_numpy(np.stack([k["y"] for k in kept])).chunk(
             model.config.slices, dim=1
@@ -281,13 +281,15 @@ def _largest(values: Tensor, expected: Tensor) -> tuple[float, float]:
     return float(difference.max()), float(relative.max())
 
 
-def _batches(pictures: Sequence[Picture], size: int) -> Iterator[list[Picture]]:
-    """Pictures of one shape, so many at a time; the last ones are filled up with the first."""
+def _batches(
+    baselines: Sequence[dict[str, np.ndarray]], size: int
+) -> Iterator[list[dict[str, np.ndarray]]]:
+    """Latents of one shape, so many at a time; the last ones are filled up with the first."""
 
-    def shape(picture: Picture) -> tuple[int, ...]:
-        return read_pixels(picture).shape
+    def shape(baseline: dict[str, np.ndarray]) -> tuple[int, ...]:
+        return baseline["z"].shape
 
-    for _, same in groupby(sorted(pictures, key=shape), key=shape):
+    for _, same in groupby(sorted(baselines, key=shape), key=shape):
         group = list(same)
         for start in range(0, len(group), size):
             yield [group[i % len(group)] for i in range(start, start + size)]

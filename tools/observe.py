@@ -30,7 +30,7 @@ class Block:
         paths: `ssm` and `cnn` as far as the block has them, and `fused`, what leaves a block that
             has both.  One that has neither (GDN) counts as `cnn`.
         alpha: the weight of the SSM path, `[C]`; the CNN path's beta is 1 - alpha.  None for a
-            block without an SSM path.
+            block without attention.
     """
 
     name: str

@@ -182,7 +182,7 @@ def model_cases(width: int, height: int) -> list[Case]:
         places = [
             (f"stage {stage}", channels, stage)  # stage s lies at H / 2^s
             for stage, channels in enumerate(config.widths, start=1)
-            if config.ssm_stages[stage - 1] and config.depths[stage - 1]
+            if config.stages_with_scan[stage - 1] and config.depths[stage - 1]
         ]
         places.append(("context", config.cae_width or literal_width, 4))
         for place, channels, halvings in places:

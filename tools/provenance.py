@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +30,14 @@ def of_run(tool: str, arguments: list[str]) -> dict[str, object]:
         "machine": f"{platform.machine()}, {processor()}",
         "threads": torch.get_num_threads(),
     }
+
+
+def in_words(made: dict[str, Any]) -> str:
+    """What `of_run` gives, with `versions`, as a sentence for a page."""
+    return (
+        f"`{made['command']}`, commit {made['commit']}, {made['date']}; {made['machine']}, "
+        f"{made['threads']} threads, torch {made['versions']['torch']}."
+    )
 
 
 def portable(argument: str) -> str:

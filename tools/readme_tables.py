@@ -34,8 +34,10 @@ import complexity
 import numpy as np
 import rd_curves
 from bd_rate import BDRate
-from cpu_page import scan_row, table
+from cpu_page import scan_row
+from markdown_table import markdown_table
 from profile_scan import BOTH, FORWARD
+from provenance import in_words
 from published_costs import PUBLISHED_CODECS
 from rd_curves import Curve
 
@@ -118,7 +120,7 @@ def kodak(results: Results) -> str:
         )
     heading = ("quality", "bpp", "PSNR, dB", "MS-SSIM", "JPEG 4:2:0 at this PSNR, bpp")
     return _with_meta(
-        table((*heading, "ours against it", "encode / decode, s"), rows, figures=6),
+        markdown_table((*heading, "ours against it", "encode / decode, s"), rows, figures=6),
         measured["meta"],
     )
 
@@ -143,7 +145,7 @@ def bd_rates(results: Results) -> str:
             of_codec = rates[name]
         rows.append((curves[name].label, *(signed(value) for value in of_codec)))
     heading = ("", "BD-rate by PSNR", "by MS-SSIM", "ours against it by PSNR", "by MS-SSIM")
-    return table(heading, rows, figures=4)
+    return markdown_table(heading, rows, figures=4)
 
 
 def scans(results: Results) -> str:
@@ -157,7 +159,7 @@ def scans(results: Results) -> str:
         rows.append((label, *(digits(row["median_ms"] / 1e3) for row in of_modes), memory))
     inputs = f"memory beyond {section['inputs_mib']:.0f} MiB of inputs, MiB"
     return _with_meta(
-        table(("", "forward, s", "forward and backward, s", inputs), rows, figures=3),
+        markdown_table(("", "forward, s", "forward and backward, s", inputs), rows, figures=3),
         section["meta"],
     )
 
@@ -172,7 +174,7 @@ def complexity_table(results: Results) -> str:
         macs = [giga(total.total(convention)) for convention in complexity.CONVENTIONS]
         rows.append((f"`{name}`", millions(total.params), *macs))
     heading = ["", "parameters", "scan left out", "4.5 MACs per scan element", "VMamba's count, 9"]
-    lines = table(heading, rows, figures=4)
+    lines = markdown_table(heading, rows, figures=4)
     if not found.runs:
         return lines
     measured = []
@@ -184,12 +186,12 @@ def complexity_table(results: Results) -> str:
             cells.append(NONE if run.peak_mib is None else f"{run.peak_mib / 1024:.2f} GiB")
         measured.append(cells)
     heading = ("768x512 on a CPU", "encode", "peak of memory", "decode", "peak of memory")
-    return lines + "\n\n" + _with_meta(table(heading, measured, figures=4), found.made)
+    return lines + "\n\n" + _with_meta(markdown_table(heading, measured, figures=4), found.made)
 
 
 def ablation(results: Results) -> str:
     found = results.read("ablation.json")
-    return _with_meta("\n".join(ablate.table(found["variants"])), found["meta"])
+    return _with_meta(ablate.table(found["variants"]), found["meta"])
 
 
 def published(results: Results) -> str:
@@ -218,7 +220,7 @@ def published(results: Results) -> str:
         "time, and on what",
         "source",
     )
-    return table(heading, rows, figures=0)
+    return markdown_table(heading, rows, figures=0)
 
 
 def _measured_rows(results: Results, anchor: Curve) -> list[tuple[str, ...]]:
@@ -305,12 +307,7 @@ def giga(count: float) -> str:
 
 def _with_meta(lines: str, meta: dict[str, Any]) -> str:
     """A table, and by what, when and on what it was measured."""
-    versions = meta["versions"]
-    made = (
-        f"`{meta['command']}`, commit {meta['commit']}, {meta['date']}; {meta['machine']}, "
-        f"{meta['threads']} threads, torch {versions['torch']}."
-    )
-    return f"{lines}\n\n{made}"
+    return f"{lines}\n\n{in_words(meta)}"
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
