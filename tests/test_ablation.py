@@ -216,7 +216,7 @@ def test_the_whole_comparison(folders, capsys):
     assert settings[0] == settings[1] and settings[0]["log_every"] == 2
     assert CMamba.from_pretrained(out / "no-lrp-0" / "model").config.lrp is False
     page = (out / "ablation.md").read_text()
-    assert "for 2 steps of [2] crops of [64] pixels, seed 0" in page
+    assert "for 2 steps of 2 crops of 64x64 pixels, seed 0" in page
     assert "on the 1 pictures of `test`" in page and "| `no-lrp` | without latent" in page
     assert page in capsys.readouterr().out
 

@@ -22,6 +22,14 @@ def run(folder, *more: str) -> int:
     return bench_training.main([*arguments, *written])
 
 
+def test_the_reference_is_spared_large_crops(folder, monkeypatch):
+    """It would take more than all others together."""
+    asked = []
+    monkeypatch.setattr(bench_training, "measure", lambda *job: asked.append(job[:3]))
+    assert run(folder, "--backends", "chunked", "reference") == 1  # nothing was measured
+    assert asked == [("chunked", 128, 8), ("chunked", 512, 2), ("reference", 128, 8)]
+
+
 @pytest.mark.slow
 def test_a_training_is_measured(folder, capsys):
     assert run(folder, str(folder / "photos"), "--backends", "chunked", "--sizes", "64x2") == 0

@@ -94,8 +94,9 @@ def test_a_failure_is_named_and_stops_only_what_needs_it(tools, arguments, monke
     assert "1 of 3 stages are done" in printed.out
 
 
-def test_ctrl_c_ends_the_tool_and_says_what_is_left(tools, arguments, tmp_path):
-    """As a terminal does it: the signal goes to all processes of the group."""
+@pytest.mark.parametrize(("name", "send"), [("SIGINT", os.killpg), ("SIGTERM", os.kill)])
+def test_a_signal_ends_the_tool_and_says_what_is_left(tools, arguments, tmp_path, name, send):
+    """Ctrl-C in a terminal goes to all processes of the group, SIGTERM to the one that is named."""
     code = (
         "import pathlib, sys, measure_all; measure_all.TOOLS = pathlib.Path(sys.argv.pop(1));"
         "sys.exit(measure_all.main())"
@@ -119,7 +120,7 @@ def test_ctrl_c_ends_the_tool_and_says_what_is_left(tools, arguments, tmp_path):
             assert time.monotonic() < until and process.poll() is None
             time.sleep(0.05)
         time.sleep(0.5)  # the tool is about to wait
-        os.killpg(process.pid, signal.SIGINT)
+        send(process.pid, signal.Signals[name])
         _, error = process.communicate(timeout=100)
     finally:
         process.kill()

@@ -216,13 +216,15 @@ def page(rows: Sequence[dict[str, Any]], made: dict[str, Any]) -> str:
     steps = sorted({step for row in rows for step in row["steps"]})
     seeds = sorted({seed for row in rows for seed in row["seeds"]})
     settings = rows[0]["settings"]
+    phases = zip(settings["batch"], settings["crop"], strict=True)
+    crops = ", then ".join(f"{batch} crops of {crop}x{crop} pixels" for batch, crop in phases)
     lines = [
         "# What the parts of the model are worth",
         "",
-        f"Each variant trained for {' or '.join(map(str, steps))} steps of {settings['batch']} "
-        f"crops of {settings['crop']} pixels, seed {', '.join(map(str, seeds))}, all else equal; "
-        f"then measured on the {made['pictures']} pictures of `{made['folder']}` in real files at "
-        f"qualities {', '.join(f'{quality:g}' for quality in QUALITIES)}. {in_words(made)}",
+        f"Each variant trained for {' or '.join(map(str, steps))} steps of {crops}, seed "
+        f"{', '.join(map(str, seeds))}, all else equal; then measured on the {made['pictures']} "
+        f"pictures of `{made['folder']}` in real files at qualities "
+        f"{', '.join(f'{quality:g}' for quality in QUALITIES)}. {in_words(made)}",
         "",
         f"BD-rate is against `{FULL}` of the same seed: above zero, files are so much larger for "
         "the same quality. GMACs are at 768x512, 4.5 for each scan element. Such short runs show "

@@ -620,7 +620,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--json must be a file that this command wrote, or none yet: {error}")
 
     for name in (name for name in SECTIONS if name in asked):
-        section = SECTIONS[name](plan, settings)
+        try:
+            section = SECTIONS[name](plan, settings)
+        except KeyboardInterrupt:
+            kept = f"the sections before it are in {args.json}" if args.json else "nothing is kept"
+            print(f"interrupted in {name}; {kept}", file=sys.stderr)
+            return 130
         sections[name] = {"meta": provenance(argv, args.quick), **section}
         if args.json:  # after each section: what was measured is kept, whatever ends the run
             report = {"sections": sections}

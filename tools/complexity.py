@@ -395,7 +395,12 @@ def main(argv: list[str] | None = None) -> int:
         except CMambaError as error:
             parser.error(str(error))
     else:
-        found = look(parser, args, argv)
+        try:
+            found = look(parser, args, argv)
+        except KeyboardInterrupt:
+            # Times are compared with each other, so they come from one run; it takes minutes.
+            print("interrupted; nothing is written", file=sys.stderr)
+            return 130
     if args.json:
         text = found.to_json()
     elif args.markdown:

@@ -20,10 +20,10 @@
 
 Each stage runs other tools of this folder, each in a process of its own, and prints the command.
 A stage that is named runs: its results replace those that there are, file by file, each when it is
-complete.  Ctrl-C ends the stage at work and prints the command for what is left; `rd`, `fine` and
-`analyze` then go on where they stopped, unless --fresh.  A stage that fails is named and does not
-stop the others, but for those that need its results.  The exit status is 1 if one failed, 2 for
-wrong arguments, 130 after Ctrl-C.
+complete.  Ctrl-C or SIGTERM ends the stage at work and prints the command for what is left; `rd`,
+`fine` and `analyze` then go on where they stopped, unless --fresh.  A stage that fails is named and
+does not stop the others, but for those that need its results.  The exit status is 1 if one failed,
+2 for wrong arguments, 130 after Ctrl-C or SIGTERM.
 
 The Kodak images may not be passed on, so no result shows one: where a result shows a picture, it is
 the photograph that ships, whose licence allows it.
@@ -41,9 +41,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from cmamba_ref.batch import core_count
 from cmamba_ref.demo import PHOTOGRAPH
@@ -199,22 +201,42 @@ STAGES = {
 def run(command: Command) -> int:
     """The exit status of a tool in a process of its own.
 
-    Ctrl-C reaches every process of a terminal, so the tool ends by itself and tidies up; one that
-    does not, is made to.
+    Ctrl-C reaches every process of a terminal, so the tool ends by itself and tidies up; SIGTERM
+    reaches only this one, and the tool is told.  A tool that does not end is made to.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; the tool has ended.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the tool has ended.
     """
     tool, *arguments = command
     process = subprocess.Popen([sys.executable, str(TOOLS / tool), *arguments])
     try:
         status = process.wait()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if isinstance(interrupt, TerminatedError):
+            process.send_signal(signal.SIGINT)
         _end(process)
         raise
     if status in (INTERRUPTED, -signal.SIGINT):  # only the tool was interrupted
         raise KeyboardInterrupt
     return status
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """In here SIGTERM raises a TerminatedError."""
+
+    def stop(*_: object) -> NoReturn:
+        raise TerminatedError
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -240,7 +262,7 @@ def run_all(names: Sequence[str], inputs: Inputs) -> dict[str, str]:
     """Run stages; returns what failed and why.
 
     Raises:
-        StoppedError: Ctrl-C.
+        StoppedError: Ctrl-C or SIGTERM.
     """
     failed: dict[str, str] = {}
     for k, name in enumerate(names):
@@ -267,7 +289,7 @@ def run_all(names: Sequence[str], inputs: Inputs) -> dict[str, str]:
 
 
 class StoppedError(Exception):
-    """Ctrl-C.
+    """Ctrl-C or SIGTERM.
 
     Attributes:
         left: the stages that are not complete.
@@ -330,7 +352,8 @@ def main(argv: list[str] | None = None) -> int:
     names, inputs = parse(argv)
     stopped = None
     try:
-        failed = run_all(names, inputs)
+        with terminable():
+            failed = run_all(names, inputs)
     except StoppedError as stop:
         stopped, failed = stop, stop.failed
     for name, why in failed.items():

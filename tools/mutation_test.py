@@ -9,7 +9,8 @@ forked process that has torch already.  The first failure kills it; so does a pr
 five times the processor time of the sound module.
 
 A survivor is either a gap in the tests or no defect.  `benchmarks/mutation_survivors.json` says of
-each why it is none; the exit status is 1 if it does not, or if fewer than 85 % were killed.
+each why it is none; the exit status is 1 if it does not, or if fewer than 85 % were killed, 2 for
+wrong arguments, 130 after Ctrl-C.
 
 What was done lies beside the output until the run is complete, and a run that was cut short goes on
 from there.  An output that is there is added to: a larger sample begins with the smaller one of the
@@ -371,8 +372,12 @@ def run_tests(module: str, mutant: Mutant | None, cpu_seconds: float) -> dict[st
             os.write(writing, traceback.format_exc()[-500:].encode())
         os._exit(0)
     os.close(writing)
-    # By the clock ten times as long: the machine may have other work.
-    ready, _, _ = select.select([reading], [], [], 10 * cpu_seconds)
+    try:
+        # By the clock ten times as long: the machine may have other work.
+        ready, _, _ = select.select([reading], [], [], 10 * cpu_seconds)
+    except KeyboardInterrupt:
+        os.killpg(child, signal.SIGKILL)
+        raise
     if not ready:
         os.killpg(child, signal.SIGKILL)
     _, status, usage = os.wait4(child, 0)
@@ -447,6 +452,38 @@ def summary(rows: list[dict[str, Any]], total: Counter[str]) -> dict[str, Any]:
     }
 
 
+class UnsoundError(Exception):
+    """A test fails without any defect."""
+
+
+def run_mutants(mutants: list[Mutant], partial: PartialResults) -> None:
+    """Run those that have no result yet, and keep each result.
+
+    Raises:
+        UnsoundError: a test fails without any defect, so that its failures say nothing.
+    """
+    limits: dict[str, float] = {}
+    start = time.monotonic()
+    for count, mutant in enumerate(mutants, 1):
+        if mutant.key in partial.results:
+            continue
+        if mutant.module not in limits:
+            sound = run_tests(mutant.module, None, cpu_seconds=600)
+            if sound["outcome"] != "survived":
+                raise UnsoundError(f"a test fails without any defect: {sound['by']}")
+            limits[mutant.module] = 5 * sound["seconds"] + 10
+        outcome = run_tests(mutant.module, mutant, limits[mutant.module])
+        row = {"key": mutant.key, "line": mutant.line, "what": mutant.what, **outcome}
+        partial.add(mutant.key, row)
+        print(
+            f"{count}/{len(mutants)} {time.monotonic() - start:.0f} s  {outcome['outcome']}  "
+            f"{mutant.module}:{mutant.line}  {mutant.before[:60]}  ->  {mutant.after[:60]}  "
+            f"{outcome['by'][:60]}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -488,26 +525,13 @@ def main(argv: list[str] | None = None) -> int:
     except OtherConditionsError as error:
         parser.error(str(error))
     kept = {r["key"]: r for r in earlier if r["outcome"] == "killed" or not args.survivors}
-    limits: dict[str, float] = {}
-    start = time.monotonic()
-    for count, mutant in enumerate(chosen, 1):
-        if mutant.key in kept or mutant.key in partial.results:
-            continue
-        if mutant.module not in limits:
-            sound = run_tests(mutant.module, None, cpu_seconds=600)
-            if sound["outcome"] != "survived":
-                parser.exit(1, f"a test fails without any defect: {sound['by']}\n")
-            limits[mutant.module] = 5 * sound["seconds"] + 10
-        outcome = run_tests(mutant.module, mutant, limits[mutant.module])
-        row = {"key": mutant.key, "line": mutant.line, "what": mutant.what, **outcome}
-        partial.add(mutant.key, row)
-        print(
-            f"{count}/{len(chosen)} {time.monotonic() - start:.0f} s  {outcome['outcome']}  "
-            f"{mutant.module}:{mutant.line}  {mutant.before[:60]}  ->  {mutant.after[:60]}  "
-            f"{outcome['by'][:60]}",
-            file=sys.stderr,
-            flush=True,
-        )
+    try:
+        run_mutants([m for m in chosen if m.key not in kept], partial)
+    except KeyboardInterrupt:
+        print(f"interrupted; {len(partial.results)} mutants are kept", file=sys.stderr)
+        return 130
+    except UnsoundError as error:
+        parser.exit(1, f"{error}\n")
     done = kept | partial.results
     rows = [done[mutant.key] for mutant in chosen]
     result = summary(rows, Counter(mutant.module for mutant in found))

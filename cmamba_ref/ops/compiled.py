@@ -115,7 +115,8 @@ class CompiledBlocks(Blocks):
         return last.movedim(0, 2).flatten(2, 3).clone(memory_format=torch.contiguous_format)
 
 
-@functools.cache
+# Bounded, as a program that runs for long may meet pictures of any number of sizes.
+@functools.lru_cache(maxsize=256)
 def _compiled(
     forms: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...],
     dtype: torch.dtype,
