@@ -3,8 +3,8 @@
     python tools/bench_training.py --json training.json --markdown training.md
     python tools/bench_training.py photos --config small --backends chunked triton --device cuda
 
-For each backend and size of crops, tools/train.py does a few steps in a process of its own: the
-first ones are profiled, in the others images per second and the share of data, forward, backward
+For each backend and size of crops, tools/train.py does a few steps in a process of its own: one of
+the first is profiled, in the last ones images per second and the share of data, forward, backward
 and optimiser are taken.  What the profiler says is each part's share of the time in operators,
 forward and backward: `entropy model` is h_s, CAE, LRP and the likelihoods with their scans, `scan`
 and `convolution` are those of the transforms.  Without a folder of photographs the one that ships
@@ -31,10 +31,11 @@ from tqdm import tqdm
 from cmamba_ref.files import write_atomically
 from cmamba_ref.images import write_png
 from cmamba_ref.ops.dispatch import BACKENDS
-from cmamba_ref.training import profiling
 
 HERE = Path(__file__).resolve().parent
-PROFILED = 3
+# The profiler's records of scans step by step fill gigabytes, and take minutes to count.
+PROFILED = 1
+MEASURED = 6
 # (side of the crops, crops per step), as tiny was trained.
 SMALL, LARGE = (128, 8), (512, 2)
 
@@ -48,13 +49,14 @@ def measure(
     backend: str, crop: int, batch: int, photographs: Path, args: argparse.Namespace
 ) -> dict[str, Any] | None:
     """One row of the result; None where the training failed, which has then said why."""
-    window = profiling.WARM_UP + PROFILED  # as many steps again are measured, without a profiler
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, str(HERE / "train.py"), "--data", str(photographs)),
             *("--out", folder, "--config", args.config, "--device", args.device),
             *("--crop", str(crop), "--batch", str(batch), "--precision", args.precision),
-            *("--steps", str(2 * window), "--log-every", str(window), "--profile", str(PROFILED)),
+            # A record after the profile, and one of steps without it.
+            *("--steps", str(2 * MEASURED), "--log-every", str(MEASURED)),
+            *("--profile", str(PROFILED)),
             *("--validation", "1", "--validation-crop", "64", "--validate-every", "0"),
             *("--coded", "never", "--samples", "0"),
         ]
@@ -70,7 +72,7 @@ def measure(
         "backend": backend,
         "crop": crop,
         "batch": batch,
-        "steps": window,
+        "steps": MEASURED,
         "images_per_second": last["images_per_second"],
         "share": last["share"],
         "share_of_operators": profile["share_of_operators"],
