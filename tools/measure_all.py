@@ -183,13 +183,13 @@ def _of_cpu(inputs: Inputs) -> Command:
 
 
 STAGES = {
-    "rd": Stage(rd, minutes=14),
-    "fine": Stage(fine, minutes=16),
-    "plots": Stage(plots, minutes=0.2, needs="rd"),
-    "complexity": Stage(complexity, minutes=3),
-    "analyze": Stage(analyze, minutes=3),
-    "report": Stage(report, minutes=0.3, needs="rd"),
-    "cpu": Stage(cpu, minutes=17),
+    "rd": Stage(rd, minutes=12),
+    "fine": Stage(fine, minutes=12),
+    "plots": Stage(plots, minutes=0.1, needs="rd"),
+    "complexity": Stage(complexity, minutes=1),
+    "analyze": Stage(analyze, minutes=0.3),
+    "report": Stage(report, minutes=0.2, needs="rd"),
+    "cpu": Stage(cpu, minutes=14),
     "training": Stage(training, minutes=4),
     "large": Stage(large, minutes=10, unasked=False),
 }
