@@ -46,7 +46,7 @@ class Misbehaving(fuzz_targets.Stream):
         if data == b"sleep":
             time.sleep(600)
         if data == b"fill":
-            bytearray(fuzz_worker.MEMORY_LIMIT)
+            bytearray(2 * fuzz_worker.MEMORY_LIMIT)
         if data == b"grow":
             bytes(100 << 20)
             bytearray(b"x" * (100 << 20))
