@@ -23,7 +23,7 @@ def run(folder, *more: str) -> int:
 
 
 def test_the_reference_is_spared_large_crops(folder, monkeypatch):
-    """It would take more than all others together."""
+    """Unless `--sizes` asks for them."""
     asked = []
     monkeypatch.setattr(bench_training, "measure", lambda *job: asked.append(job[:3]))
     assert run(folder, "--backends", "chunked", "reference") == 1  # nothing was measured

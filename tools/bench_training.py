@@ -35,13 +35,14 @@ from cmamba_ref.ops.dispatch import BACKENDS
 HERE = Path(__file__).resolve().parent
 # The profiler's records of scans step by step fill gigabytes, and take minutes to count.
 PROFILED = 1
+# Of each record: enough for the first to take in the profiler's warm-up and the profile.
 MEASURED = 6
 # (side of the crops, crops per step), as tiny was trained.
 SMALL, LARGE = (128, 8), (512, 2)
 
 
 def default_sizes(backend: str) -> list[tuple[int, int]]:
-    """`reference` takes minutes for a step with large maps: only who asks for that gets it."""
+    """`reference` is for small crops: with large ones it took too long to wait for."""
     return [SMALL] if backend == "reference" else [SMALL, LARGE]
 
 
