@@ -110,6 +110,17 @@ def test_the_smallest_file_is_one_and_a_byte_less_is_none():
         Header.unpack(data[:4])
 
 
+def test_another_kind_of_file_is_called_so():
+    for data in (b"", b"\x8fCM", b"\x89PNG\r\n\x1a\n" + bytes(100)):
+        with pytest.raises(BitstreamError, match="does not begin with its signature"):
+            Container.unpack(data)
+
+
+def test_five_bytes_tell_the_version():
+    with pytest.raises(BitstreamError, match="format version 9, this program reads version 0"):
+        Container.unpack(b"\x8fCMB\x09")
+
+
 def test_a_z_string_may_fill_the_payload_and_no_more():
     data = SMALLEST.pack()
     assert len(Container.unpack(with_field(data, "z length", 7)).z) == 7

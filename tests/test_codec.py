@@ -1,6 +1,7 @@
 """The codec as its users see it: pictures to files and back, sizes, CompressAI's protocol, ids."""
 
 import copy
+import dataclasses
 import functools
 import math
 
@@ -29,11 +30,13 @@ from cmamba_ref import (
     CMambaError,
     InvalidArgumentError,
     WeightsError,
+    codec,
     identity,
 )
-from cmamba_ref.bitstream import Container
+from cmamba_ref.bitstream import Container, pack_latent, unpack_latent
 from cmamba_ref.entropy import rans
 from cmamba_ref.entropy.tables import CdfTables
+from cmamba_ref.errors import OtherModelError
 from cmamba_ref.model import RANS_LUCK
 
 ODD_SIZES = [
@@ -299,6 +302,20 @@ def test_rounded_weights_take_half_the_room_and_lose_nothing(tmp_path):
     saved = sum(2 * p.numel() for p in (*model.g_a.parameters(), *model.g_s.parameters()))
     # Not all of it: what fits float16 anyway, such as zeros, is short in both files.
     assert rounded < whole - 0.7 * saved
+
+
+def test_a_file_of_an_unknown_model_names_it():
+    with pytest.raises(OtherModelError, match="needs model 0102030405060708, which is not at hand"):
+        codec.model_for(bytes(range(1, 9)), [small_model()])
+
+
+def test_symbols_can_be_checked_without_making_a_picture():
+    container = Container.unpack(cmamba_ref.encode(small_model(), picture(70, 60), 4))
+    codec.check_symbols(container, small_model())
+    prefix, coded = unpack_latent(container.y)
+    other = pack_latent(dataclasses.replace(prefix, crc=prefix.crc ^ 1), coded)
+    with pytest.raises(BitstreamError, match="symbols fail their check"):
+        codec.check_symbols(dataclasses.replace(container, y=other), small_model())
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,23 @@ def test_length_of_other_distributions(pmf, escape_mass):
     assert len(assert_round_trip(tables, [block])) <= 1.005 * ideal + 16
 
 
+@pytest.mark.parametrize(("count", "lanes"), [(200_400, 200), (200_700, 201), (300_000, 256)])
+def test_a_lane_is_opened_for_a_thousand_bytes(count, lanes):
+    tables = tables_from_pmfs([(0, [1] * 255, 1)])  # eight bits for each symbol
+    block = (np.arange(count) % 255, np.zeros(count, np.int64))
+    assert rans.lane_count(rans.encode(tables, [block])) == lanes
+
+
+@pytest.mark.parametrize("value", [0, 126, 127, 128, 2**14 - 1, 2**14, INT32.max])
+def test_escapes_take_the_fewest_bytes(value):
+    """Nothing reads longer ones otherwise; they would be a second file of the same picture."""
+    width = max(1, -(-value.bit_length() // 7))
+    symbol = -(value // 2) - 2 if value % 2 else value // 2 + 2  # SMALL's table 0 is -1, 0, 1
+    data = rans.encode(SMALL, [(np.array([symbol]), np.array([0]))])
+    assert data[1] == width and rans.lane_count(data) == 1
+    assert sum((byte & 0x7F) << 7 * k for k, byte in enumerate(data[2 : 2 + width])) == value
+
+
 def test_ideal_bits_counts_frequencies_and_escaped_bytes():
     assert rans.ideal_bits(SMALL, np.array([-1, 1]), np.array([0, 0])) == pytest.approx(
         -math.log2(40000 / TOTAL) - math.log2(5535 / TOTAL)
@@ -357,8 +374,8 @@ def test_overwritten_and_moved_bytes_end_in_an_error_or_in_symbols(intact, data)
         ("0000ffff030000", "starts out of range"),
         ("00000000040004", "padding"),
         ("0000000004000000", "within a word"),
-        ("000000000400000000", "words left over: 1"),
-        ("0001050000040000", "escaped values left over: 1"),
+        ("000000000400000000", "words left over: 1$"),
+        ("0001050000040000", "escaped values left over: 1$"),
         ("0001850000040000", "end within a number"),
         ("0006808080808000" + "0000040000", "escaped value is too long"),
         ("00000000050000", "a lane ends in a wrong state"),
@@ -429,6 +446,17 @@ def test_threads_may_share_tables():
     for thread in threads:
         thread.join()
     assert results == [True] * 8
+
+
+def test_a_lookup_holds_only_the_tables_in_use():
+    """A table takes memory once it is used: 4096 of them would take 256 MiB."""
+    tables = tables_from_pmfs([(0, [1, 1], 0)] * 3)
+    rans.Decoder(tables, rans.encode(tables, [])).take(np.array([], np.int64))
+    blocks = [(np.array([0, 1]), np.array([1, 1]))]
+    decode(tables, rans.encode(tables, blocks), blocks)
+    entry, is_filled = rans._lookups[tables]
+    assert is_filled.tolist() == [False, True, False]
+    assert not entry[:TOTAL].any() and entry[TOTAL : 2 * TOTAL].any()
 
 
 def test_used_tables_can_be_copied_and_pickled():

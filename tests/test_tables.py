@@ -64,6 +64,18 @@ def test_quantising_many_improbable_symbols_takes_from_the_frequent_ones():
     assert frequency[20000] == TOTAL - 40001 and (np.delete(frequency, 20000) == 1).all()
 
 
+def test_units_are_taken_down_to_one_and_no_further():
+    # 30,000 symbols that need their one unit, 25,205 and the escape with 2.6 units each.
+    pmf = np.append(np.zeros(30_000), np.full(25_205, 2.6))
+    frequency = np.diff(quantise_pmf(pmf, 2.6))
+    assert frequency.sum() == TOTAL and (frequency[:30_000] == 1).all()
+    assert set(frequency[30_000:]) == {1, 2}
+    # Here 1,000 symbols of 1.5 units are down to one long before the large one has given enough.
+    pmf = np.concatenate([np.zeros(50_000), np.full(1_000, 1.5), [64_036]])
+    frequency = np.diff(quantise_pmf(pmf, 0.0))
+    assert (np.delete(frequency, 51_000) == 1).all() and frequency[51_000] == TOTAL - 51_001
+
+
 @pytest.mark.parametrize(
     ("pmf", "escape_mass"),
     [
@@ -74,8 +86,10 @@ def test_quantising_many_improbable_symbols_takes_from_the_frequent_ones():
         ([0.5], math.inf),
         ([1.0], -1e-9),
         (np.full(TOTAL, 1e-5), 0.0),
+        ([1e308, 1e308], 0.0),
     ],
 )
+@pytest.mark.filterwarnings("ignore:overflow encountered in reduce")
 def test_no_distribution_is_refused(pmf, escape_mass):
     with pytest.raises(InvalidArgumentError, match="`pmf`"):
         quantise_pmf(pmf, escape_mass)
@@ -125,10 +139,28 @@ def test_impossible_scales_are_refused(scale):
         gaussian_tables([1.0, scale])
 
 
+@pytest.mark.parametrize("sigmas", [0.0, -4.4, math.nan, math.inf])
+def test_an_impossible_support_is_refused(sigmas):
+    with pytest.raises(InvalidArgumentError, match="`tail_sigmas` must be positive"):
+        gaussian_tables([1.0], sigmas)
+
+
+def test_the_widest_table_that_is_promised():
+    """A quarter of 65536 on either side: every other one of the units is left for the shape."""
+    gaussian_tables([16_383.9], tail_sigmas=1.0).validate()
+    with pytest.raises(InvalidArgumentError, match="`scales` must be positive and below 16384"):
+        gaussian_tables([16_384.0], tail_sigmas=1.0)
+
+
 def test_extreme_but_possible_scales():
     tables = gaussian_tables([1e-300, 1e-3, 3000.0])
     tables.validate()
     assert frequencies_of(tables, 0).tolist() == [1, TOTAL - 3, 1, 1]
+
+
+def test_frequencies_stand_where_their_entries_begin():
+    tables = tables_from_pmfs([(0, [0.5, 0.25], 0.25), (-7, [0.5], 0.5)])
+    assert tables.frequencies().tolist() == [32768, 16384, 16384, 0, 32768, 32768, 0]
 
 
 def test_cheapest_bits():
@@ -185,6 +217,13 @@ def test_malformed_tables_are_refused(field, value, reason):
     CdfTables(**GOOD).validate()
     with pytest.raises(WeightsError, match=reason):
         CdfTables(**(GOOD | {field: value})).validate()
+
+
+def test_too_long_a_table_is_named():
+    cdf = np.concatenate([GOOD["cdf"], np.arange(TOTAL + 2, dtype=np.int32)])
+    starts = int32(0, 3, 7, len(cdf))
+    with pytest.raises(WeightsError, match="3 to 65537 .*, got 65538 in table 2"):
+        CdfTables(cdf, starts, int32(0, 0, 0)).validate()
 
 
 def test_too_many_tables_are_refused():
