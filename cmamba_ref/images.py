@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import threading
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from cmamba_ref.codec import DEFAULT_MAX_PIXELS
 from cmamba_ref.errors import ImageError
@@ -27,6 +28,20 @@ from cmamba_ref.files import write_atomically
 GREY_MODES = ("1", "L", "LA", "La")
 COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")
 DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
+
+# What turns a stored picture upright, by its EXIF orientation; 1 is upright already.
+UPRIGHT_BY = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# What Pillow raises on EXIF that is none: it has no type for it.
+BROKEN_EXIF = (SyntaxError, struct.error, OSError, ValueError, TypeError, LookupError)
 
 # A profile that moves no colour by more than this many of 255 levels is sRGB in all but name, and
 # applying it would only add rounding errors.
@@ -39,8 +54,9 @@ _pillow_guard = threading.Lock()
 def read_image(path: str | os.PathLike, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
     """Read a picture as one sees it: upright, in sRGB.
 
-    EXIF rotation and an embedded colour profile are applied. Of a phone's multi-picture JPEG (MPO)
-    the main picture is read. Palettes become RGB.
+    EXIF rotation and an embedded colour profile are applied; EXIF that cannot be read is ignored,
+    as viewers do, a profile that cannot be applied is an error. Of a phone's multi-picture JPEG
+    (MPO) the main picture is read. Palettes become RGB.
 
     Args:
         path: a file in any format that Pillow reads.
@@ -129,10 +145,25 @@ def to_array(picture: Image.Image) -> np.ndarray:
     """
     _refuse_what_would_be_lost(picture)
     icc = picture.info.get("icc_profile")
-    upright = ImageOps.exif_transpose(picture)
+    upright = _upright(picture)
     _refuse_transparency(upright)
     plain = upright.convert("L" if upright.mode in GREY_MODES else "RGB")
     return np.array(_to_srgb(plain, icc) if icc else plain)
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned as its EXIF says, or as it is stored where that cannot be read: so viewers show it.
+
+    Not `ImageOps.exif_transpose`: it writes all of the EXIF anew, and one tag in it that is wrong,
+    whatever it is about, makes that fail.
+    """
+    picture.load()  # damaged pixels are told; what fails below is the EXIF
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except BROKEN_EXIF:
+        return picture
+    turn = UPRIGHT_BY.get(orientation)
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _refuse_what_would_be_lost(picture: Image.Image) -> None:

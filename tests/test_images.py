@@ -111,6 +111,45 @@ def test_exif_rotation_is_applied(tmp_path: Path, rgb: np.ndarray, orientation: 
         np.testing.assert_array_equal(read_image(path), rgb)
 
 
+BIG_ENDIAN_TIFF = b"Exif\0\0MM\0*\0\0\0\x08"
+
+
+def exif_entry(tag: int, kind: int, count: int, value: bytes) -> bytes:
+    return struct.pack(">HHI", tag, kind, count) + value
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the EXIF
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg"])
+@pytest.mark.parametrize(
+    ("exif", "turned"),
+    [
+        (b"Exif\0\0" + b"\xff" * 50, False),
+        (b"Exif\0\0MM\0*", False),
+        (BIG_ENDIAN_TIFF[:-1] + b"\xff", False),
+        (BIG_ENDIAN_TIFF + b"\0\1" + exif_entry(0x0112, 3, 1, b"\0\x09\0\0"), False),
+        (BIG_ENDIAN_TIFF + b"\0\1" + exif_entry(0x0112, 2, 4, b"six\0"), False),
+        (BIG_ENDIAN_TIFF + b"\0\1" + exif_entry(0x0112, 3, 2**31, b"\0\0\0\x08"), False),
+        (
+            # The resolution as text: it cannot be written back.
+            BIG_ENDIAN_TIFF
+            + b"\0\2"
+            + exif_entry(0x0112, 3, 1, b"\0\6\0\0")
+            + exif_entry(0x0128, 2, 4, b"abc\0"),
+            True,
+        ),
+    ],
+    ids=["noise", "cut", "beyond-the-end", "orientation-9", "a-word", "too-many", "other-tag"],
+)
+def test_broken_exif_costs_no_picture(
+    tmp_path: Path, rgb: np.ndarray, exif: bytes, turned: bool, name: str
+) -> None:
+    lossless = {"lossless": True} if name.endswith("webp") else {}
+    plain = read_image(save(rgb, tmp_path / f"plain-{name}", **lossless))
+    expected = np.rot90(plain, -1) if turned else plain
+    path = save(rgb, tmp_path / name, exif=exif, **lossless)
+    np.testing.assert_array_equal(read_image(path), expected)
+
+
 def test_of_a_multi_picture_jpeg_the_main_picture_is_read(tmp_path: Path, rgb: np.ndarray) -> None:
     """Phones put a preview or a gain map behind the photograph."""
     preview = [Image.fromarray(rgb[::2, ::2])]
