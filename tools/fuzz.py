@@ -138,8 +138,10 @@ class Run:
 
 def summed_up(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """All runs together; lines only of those with the sources of now."""
-    trials = {name: sum(sum(r["outcomes"][name].values()) for r in runs) for name in TARGETS}
-    reasons = {name: len({o for r in runs for o in r["outcomes"][name]}) for name in TARGETS}
+    # An earlier run may lack a target that is new.
+    outcomes = {name: [run["outcomes"].get(name, {}) for run in runs] for name in TARGETS}
+    trials = {name: sum(sum(of_run.values()) for of_run in outcomes[name]) for name in TARGETS}
+    reasons = {name: len(set().union(*outcomes[name])) for name in TARGETS}
     of_now = [run["lines"] for run in runs if run["sources"] == sources()]
     lines = {
         name: f"{len(possible & set().union(*(r[name] for r in of_now)))} of {len(possible)}"

@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import struct
 import sys
 import tempfile
+import warnings
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
@@ -20,7 +23,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from safetensors.torch import load as deserialize
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
@@ -32,10 +35,12 @@ from cmamba_ref.entropy.tables import gaussian_tables, tables_from_pmfs
 from cmamba_ref.errors import (
     BitstreamError,
     CMambaError,
+    ImageError,
     InvalidArgumentError,
     PillowError,
     WeightsError,
 )
+from cmamba_ref.images import parse_image
 from cmamba_ref.weights import CONFIG_FILE, WEIGHTS_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,6 +194,77 @@ class Pillow(_File):
         if shape[:2] != declared[::-1]:
             raise UnexpectedError(f"{shape} where {declared} was declared")
         return "picture"
+
+
+class Photograph(Target):
+    """`read_image`: the picture that `cmamba encode` is given, in the formats that people have."""
+
+    share = 3
+    errors = (ImageError,)
+    max_pixels = 1_000_000  # so that what is allowed stays far within the worker's memory
+
+    def seeds(self) -> list[bytes]:
+        colour = Image.fromarray(picture(20, 33))
+        kinds = {"P": colour.quantize(40), "L": colour.convert("L"), "1": colour.convert("1")}
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        exif[ExifTags.Base.ImageDescription] = "a picture of the tests"
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExposureTime] = (1, 100)
+        carried = {
+            "exif": exif,
+            "icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        }
+
+        def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+            buffer = io.BytesIO()
+            image.save(buffer, kind, **options)
+            return buffer.getvalue()
+
+        return [
+            saved(colour, "PNG", **carried),
+            saved(kinds["P"], "PNG"),
+            saved(kinds["1"], "PNG"),
+            saved(colour, "JPEG", **carried),
+            saved(colour, "JPEG", progressive=True, subsampling=0),
+            saved(kinds["L"], "JPEG"),
+            saved(colour, "WEBP", lossless=True, **carried),
+            saved(colour, "WEBP"),
+            saved(kinds["P"], "GIF"),
+            saved(colour, "TIFF", compression="tiff_lzw", **carried),
+            saved(kinds["L"], "TIFF", compression="tiff_adobe_deflate"),
+            saved(colour, "TIFF"),
+            saved(colour, "BMP"),
+            saved(colour, "PPM"),
+        ]
+
+    def damaged(self, data: bytes, others: Sequence[bytes], rng: np.random.Generator) -> bytes:
+        data = super().damaged(data, others, rng)
+        return _with_png_checksums(data) if rng.integers(2) else data
+
+    def use(self, data: bytes) -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about what it repairs
+            image = parse_image(data, "file", max_pixels=self.max_pixels)
+        if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)):
+            raise UnexpectedError(f"{image.dtype}{image.shape}")
+        if not 0 < image.shape[0] * image.shape[1] <= self.max_pixels:
+            raise UnexpectedError(f"{image.shape} where {self.max_pixels} pixels are allowed")
+        return "colour" if image.ndim == 3 else "grey"
+
+
+def _with_png_checksums(data: bytes) -> bytes:
+    """A PNG file whose chunks have their checksums made right; other files as they are."""
+    position, parts = 8, [data[:8]]
+    if parts[0] != b"\x89PNG\r\n\x1a\n":
+        return data
+    while position + 12 <= len(data):
+        end = position + 8 + int.from_bytes(data[position : position + 4], "big")
+        if end + 4 > len(data):
+            break
+        checksum = zlib.crc32(data[position + 4 : end])
+        parts += [data[position:end], struct.pack(">I", checksum)]
+        position = end + 4
+    return b"".join([*parts, data[position:]])
 
 
 class Stream(Target):
@@ -438,4 +514,5 @@ TARGETS: dict[str, Target] = {
     "config.json": Config(),
     "cmamba info": Info(),
     "Pillow": Pillow(),
+    "photograph": Photograph(),
 }
