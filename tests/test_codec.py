@@ -153,21 +153,21 @@ def test_read_only_and_strided_arrays_are_pictures_too():
 
 
 @pytest.mark.parametrize(
-    ("image", "quality"),
+    ("image", "quality", "reason"),
     [
-        (np.zeros((8, 8, 3), np.float32), 4),
-        (np.zeros((8, 8, 4), np.uint8), 4),
-        (np.zeros((8, 8, 1), np.uint8), 4),
-        (np.zeros((0, 8, 3), np.uint8), 4),
-        (np.zeros(8, np.uint8), 4),
-        ([[1, 2], [3, 4]], 4),
-        (np.zeros((8, 8, 3), np.uint8), 0.99),
-        (np.zeros((8, 8, 3), np.uint8), 8.01),
-        (np.zeros((8, 8, 3), np.uint8), math.nan),
+        (np.zeros((8, 8, 3), np.float32), 4, "`image` must be uint8"),
+        (np.zeros((8, 8, 4), np.uint8), 4, "`image` must be uint8"),
+        (np.zeros((8, 8, 1), np.uint8), 4, "`image` must be uint8"),
+        (np.zeros(8, np.uint8), 4, "`image` must be uint8"),
+        (np.zeros((0, 8, 3), np.uint8), 4, "`image` must have 1 to 100000000 pixels"),
+        ([[1, 2], [3, 4]], 4, "`image` must be a NumPy array"),
+        (np.zeros((8, 8, 3), np.uint8), 0.99, "must be"),
+        (np.zeros((8, 8, 3), np.uint8), 8.01, "must be"),
+        (np.zeros((8, 8, 3), np.uint8), math.nan, "must be"),
     ],
 )
-def test_what_is_no_picture_or_quality_is_refused(image, quality):
-    with pytest.raises(InvalidArgumentError, match="must"):
+def test_what_is_no_picture_or_quality_is_refused(image, quality, reason):
+    with pytest.raises(InvalidArgumentError, match=reason):
         cmamba_ref.encode(small_model(), image, quality)
 
 
@@ -304,7 +304,11 @@ def test_rounded_weights_take_half_the_room_and_lose_nothing(tmp_path):
     assert rounded < whole - 0.7 * saved
 
 
-def test_a_file_of_an_unknown_model_names_it():
+def test_the_model_of_a_file_is_found_by_its_id():
+    wanted = small_model()
+    assert codec.model_for(wanted.model_id, [random_model(seed=1), wanted]) is wanted
+    shipped = codec.default_model()
+    assert codec.model_for(shipped.model_id, [wanted]) is shipped
     with pytest.raises(OtherModelError, match="needs model 0102030405060708, which is not at hand"):
         codec.model_for(bytes(range(1, 9)), [small_model()])
 

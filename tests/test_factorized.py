@@ -82,6 +82,7 @@ def test_a_fresh_density_is_a_logistic_of_scale_ten():
     """Apart from its biases, which are random in ±0.5 (Ballé et al. 2018; scale as in its code)."""
     torch.manual_seed(0)
     prior = FactorizedPrior(200)
+    assert prior.quantiles.tolist() == [[-10.0, 0.0, 10.0]] * 200
     for bias in prior.biases:
         assert -0.5 <= bias.min() < -0.48 and 0.48 < bias.max() <= 0.5
     values = torch.linspace(-40, 40, 33)
@@ -176,6 +177,15 @@ def test_tables_have_a_least_and_a_greatest_reach(prior, weight, reach):
                 parameter.fill_(value)
     for offset, frequencies in tables_of(prior):
         assert offset == -reach and len(frequencies) == 2 * reach + 2
+
+
+def test_rounding_makes_no_negative_escape(prior, monkeypatch):
+    """Masses in float32 may add up to a little more than one."""
+    mass = torch.zeros(CHANNELS, 1, 1025)
+    mass[..., 510:515] = torch.tensor([0.1, 0.2, 0.4, 0.2, 0.1 + 1e-6])
+    monkeypatch.setattr(prior, "_interval_mass", lambda values: mass)
+    for offset, frequencies in tables_of(prior):
+        assert offset == -2 and frequencies[-1] == 1 / 65536
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

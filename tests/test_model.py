@@ -11,7 +11,9 @@ from cmamba_ref import CMamba, CMambaConfig, InvalidArgumentError
 from cmamba_ref.blocks import CASSM, ResBlock, VSSBlock
 from cmamba_ref.config import BASE, CONFIGS, SMALL, TINY
 from cmamba_ref.context import CAE
-from cmamba_ref.entropy.bounds import lower_bound
+from cmamba_ref.entropy.bounds import lower_bound, ste_round
+from cmamba_ref.entropy.precision import float64_copy
+from cmamba_ref.entropy.tables import gaussian_tables
 from cmamba_ref.losses import bits, rate_distortion_loss
 from tools import complexity
 
@@ -180,6 +182,31 @@ def test_a_value_below_its_bound_may_only_rise():
     assert bounded.tolist() == [1.0, 1.0, 2.0, 1.0]
     bounded.backward(torch.tensor([0.25, 0.25, 0.25, -0.25]))
     assert x.grad is not None and x.grad.tolist() == [0.0, 0.25, 0.25, -0.25]
+
+
+def test_rounding_passes_gradients_as_they_are():
+    x = torch.tensor([-1.5, -0.2, 0.5, 2.7], requires_grad=True)
+    rounded = ste_round(x)
+    assert rounded.tolist() == [-2.0, 0.0, 0.0, 3.0]
+    rounded.backward(torch.tensor([1.0, -2.0, 3.0, 4.0]))
+    assert x.grad is not None and x.grad.tolist() == [1.0, -2.0, 3.0, 4.0]
+
+
+def test_tables_of_y_are_those_of_64_scales(model):
+    """Log-spaced from 0.11 to 256, as docs/format.md has them."""
+    model.gaussian_conditional.update()
+    made = model.gaussian_conditional.stored.tables()
+    expected = gaussian_tables([0.11 * (256 / 0.11) ** (i / 63) for i in range(64)])
+    assert made.offsets.tolist() == expected.offsets.tolist()
+    assert abs(made.cdf - expected.cdf).max() <= 1  # scales may differ in their last bit
+
+
+def test_a_float64_copy_is_frozen_and_leaves_the_module_alone():
+    layer = torch.nn.Conv2d(2, 3, 1)
+    twin = float64_copy(layer, torch.device("cpu"))
+    assert {(p.dtype, p.requires_grad) for p in twin.parameters()} == {(torch.float64, False)}
+    assert {(p.dtype, p.requires_grad) for p in layer.parameters()} == {(torch.float32, True)}
+    assert torch.equal(twin.weight.float(), layer.weight) and not twin.training
 
 
 @pytest.mark.parametrize("scale", [0.2, 1.0, 7.5])

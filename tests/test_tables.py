@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmamba_ref.entropy.tables import (
-    MAX_TABLES,
     TOTAL,
     CdfTables,
     gaussian_tables,
@@ -49,6 +48,25 @@ def test_moving_one_unit_between_entries_saves_nothing_that_matters(pmf, escape_
     loss = mass[takeable] * np.log2(frequency[takeable] / (frequency[takeable] - 1))
     # p / (f ± ½) stands for the logarithm and is at most 6 % off, for f = 1.
     assert gain.max() <= 1.06 * loss.min(initial=np.inf) + 1e-15
+
+
+def shared_out(mass: np.ndarray) -> np.ndarray:
+    """Webster's rule as `quantise_pmf` words it, unit by unit, over all entries each time."""
+    frequency = np.maximum(np.rint(mass * TOTAL), 1)
+    while frequency.sum() > TOTAL:
+        cost = np.where(frequency > 1, mass / (frequency - 0.5), np.inf)
+        frequency[np.argmin(cost)] -= 1
+    while frequency.sum() < TOTAL:
+        frequency[np.argmax(mass / (frequency + 0.5))] += 1
+    return frequency
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3000), st.sampled_from([0.2, 1.0, 4.0]))
+def test_units_are_given_and_taken_where_it_costs_least(seed, count, spread):
+    mass = np.exp(spread * np.random.default_rng(seed).normal(size=count + 1))
+    mass /= math.fsum(mass)
+    expected = shared_out(mass)
+    assert np.array_equal(np.diff(quantise_pmf(mass[:-1], mass[-1])), expected)
 
 
 def test_quantising_a_representable_distribution_is_exact():
@@ -139,7 +157,7 @@ def test_impossible_scales_are_refused(scale):
         gaussian_tables([1.0, scale])
 
 
-@pytest.mark.parametrize("sigmas", [0.0, -4.4, math.nan, math.inf])
+@pytest.mark.parametrize("sigmas", [0.0, -0.5, math.nan, math.inf])
 def test_an_impossible_support_is_refused(sigmas):
     with pytest.raises(InvalidArgumentError, match="`tail_sigmas` must be positive"):
         gaussian_tables([1.0], sigmas)
@@ -194,10 +212,12 @@ GOOD = {
     [
         ("cdf", int32(0, 1, TOTAL, 0, 7, 7, TOTAL), "table 1 is not strictly increasing"),
         ("cdf", int32(0, 1, TOTAL, 0, 9, 7, TOTAL), "table 1 is not strictly increasing"),
+        ("cdf", int32(0, 1, TOTAL, 0, 5, TOTAL, TOTAL), "table 1 is not strictly increasing"),
         ("cdf", int32(0, -(2**31), TOTAL, 0, 5, 7, TOTAL), "table 0 is not strictly increasing"),
         ("cdf", int32(0, 2**31 - 1, TOTAL, 0, 5, 7, TOTAL), "table 0 is not strictly increasing"),
-        ("cdf", int32(0, 1, TOTAL, 1, 5, 7, TOTAL), "run from 0"),
-        ("cdf", int32(0, 1, TOTAL - 1, 0, 5, 7, TOTAL), "run from 0"),
+        ("cdf", int32(0, 1, TOTAL, 1, 5, 7, TOTAL), "got 1 to 65536 in table 1"),
+        ("cdf", int32(0, 1, TOTAL - 1, 0, 5, 7, TOTAL), "got 0 to 65535 in table 0"),
+        ("cdf", int32(0, 1, 9, 2, 5, 7, TOTAL), "got 0 to 9 in table 0"),
         ("cdf", int32(0, 1, TOTAL, 0, 5, 7, TOTAL, TOTAL), "the length of `cdf`"),
         ("cdf", GOOD["cdf"].astype(np.int64), "int32"),
         ("cdf", GOOD["cdf"].reshape(1, 7), "one-dimensional"),
@@ -220,15 +240,22 @@ def test_malformed_tables_are_refused(field, value, reason):
 
 
 def test_too_long_a_table_is_named():
-    cdf = np.concatenate([GOOD["cdf"], np.arange(TOTAL + 2, dtype=np.int32)])
-    starts = int32(0, 3, 7, len(cdf))
-    with pytest.raises(WeightsError, match="3 to 65537 .*, got 65538 in table 2"):
-        CdfTables(cdf, starts, int32(0, 0, 0)).validate()
+    lengths = [TOTAL + 1, 3, 4, TOTAL + 2]  # the longest, the shortest, another, one too long
+    cdf = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+    starts = np.cumsum([0, *lengths]).astype(np.int32)
+    with pytest.raises(WeightsError, match="3 to 65537 .*, got 65538 in table 3"):
+        CdfTables(cdf, starts, int32(0, 0, 0, 0)).validate()
 
 
-def test_too_many_tables_are_refused():
-    count = MAX_TABLES + 1
-    cdf = np.tile(int32(0, 1, TOTAL), count)
-    starts = np.arange(0, 3 * count + 1, 3, dtype=np.int32)
-    with pytest.raises(WeightsError, match="1 to 4096 tables"):
-        CdfTables(cdf, starts, np.zeros(count, np.int32)).validate()
+def test_more_than_4096_tables_are_refused():
+    def tables(count: int) -> CdfTables:
+        cdf = np.tile(int32(0, 1, TOTAL), count)
+        starts = np.arange(0, 3 * count + 1, 3, dtype=np.int32)
+        return CdfTables(cdf, starts, np.zeros(count, np.int32))
+
+    tables(4096).validate()
+    with pytest.raises(WeightsError, match="1 to 4096 tables, got 4097"):
+        tables(4097).validate()
+    tables_from_pmfs([(0, [1.0], 1.0)] * 4096)
+    with pytest.raises(InvalidArgumentError, match="1 to 4096 distributions, got 4097"):
+        tables_from_pmfs([(0, [1.0], 1.0)] * 4097)

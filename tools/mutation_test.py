@@ -55,7 +55,7 @@ LEAST_KILLED = 0.85
 # Modules, and the test files that try them, the ones that notice most first.
 MODULES = {
     "bitstream": ["bitstream", "golden", "hostile_files", "codec"],
-    "codec": ["golden", "hostile_files", "codec"],
+    "codec": ["golden", "hostile_files", "codec", "memory"],
     "entropy.bounds": ["model"],
     "entropy.factorized": ["factorized", "model", "golden"],
     "entropy.gaussian": ["determinism", "model", "golden"],
@@ -82,6 +82,7 @@ LEFT_OUT = [
     "determinism.py::test_kodak_decodes_the_same_in_another_process",
     "determinism.py::test_odd_sizes_decode_the_same_in_another_process",
     "determinism.py::test_every_scale_of_a_photograph_keeps_the_margin",
+    "memory.py::test_a_picture_takes_about_what_is_predicted",
     "model.py::test_base_lands_on_the_published_totals",
     "model.py::test_totals_of_the_other_configurations",
     "model.py::test_complexity_table_names_every_convention",
