@@ -170,6 +170,11 @@ def test_the_widest_table_that_is_promised():
         gaussian_tables([16_384.0], tail_sigmas=1.0)
 
 
+def test_a_narrow_support_is_one_symbol_on_either_side():
+    tables = gaussian_tables([1.0], tail_sigmas=0.01)
+    assert tables.offsets.tolist() == [-1] and tables.symbol_counts.tolist() == [3]
+
+
 def test_extreme_but_possible_scales():
     tables = gaussian_tables([1e-300, 1e-3, 3000.0])
     tables.validate()
@@ -240,11 +245,12 @@ def test_malformed_tables_are_refused(field, value, reason):
 
 
 def test_too_long_a_table_is_named():
-    lengths = [TOTAL + 1, 3, 4, TOTAL + 2]  # the longest, the shortest, another, one too long
+    # The longest, the shortest, another, and two too long, of which the first is named.
+    lengths = [TOTAL + 1, 3, 4, TOTAL + 2, TOTAL + 3]
     cdf = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
     starts = np.cumsum([0, *lengths]).astype(np.int32)
     with pytest.raises(WeightsError, match="3 to 65537 .*, got 65538 in table 3"):
-        CdfTables(cdf, starts, int32(0, 0, 0, 0)).validate()
+        CdfTables(cdf, starts, np.zeros(5, np.int32)).validate()
 
 
 def test_more_than_4096_tables_are_refused():
