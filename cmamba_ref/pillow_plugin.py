@@ -44,6 +44,8 @@ from cmamba_ref.bitstream import HEADER_BYTES, MAGIC, Container, Header
 from cmamba_ref.errors import BitstreamError, ImageError, OtherModelError, PillowError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from cmamba_ref.model import CMamba
 
 FORMAT = "CMAMBA"
@@ -95,6 +97,8 @@ class CMambaImageFile(ImageFile.ImageFile):
 
     format = FORMAT
     format_description = "CMamba learned image codec"
+    # True also for what Pillow makes of it without opening a file, by unpickling.
+    _is_decoded = True
 
     def _open(self) -> None:
         assert self.fp is not None  # for the type checker
@@ -102,7 +106,8 @@ class CMambaImageFile(ImageFile.ImageFile):
             header = Header.unpack(self.fp.read(HEADER_BYTES))
         self._size = header.width, header.height
         self._mode = "L" if header.grey else "RGB"
-        self.tile = [(FORMAT, (0, 0, *self._size), 0, ())]  # type: ignore[list-item]
+        self.tile = []  # `load` leaves Pillow nothing to decode
+        self._is_decoded = False
 
     def verify(self) -> None:
         """Compare the file with its checksum, without decoding; open it anew to read it then.
@@ -116,29 +121,35 @@ class CMambaImageFile(ImageFile.ImageFile):
             Container.unpack(self.fp.read())
         super().verify()
 
+    def load(self) -> Image.core.PixelAccess | None:
+        """Decode the file, unless that is done; Pillow calls this whenever it needs pixels.
 
-class CMambaDecoder(ImageFile.PyDecoder):
-    """What Pillow runs when pixels are asked for."""
-
-    _pulls_fd = True  # it is given the open file instead of pieces of it
-
-    def decode(self, buffer: object) -> tuple[int, int]:
-        """Decode the whole file into the image; (-1, 0) says that this is all and went well.
+        Not a decoder of Pillow's, for which it makes room beforehand: a file of a hundred bytes may
+        declare so many rows that these alone take a gigabyte.
 
         Raises:
             PillowError: damaged, of a model that is not at hand, or too large.
             MemoryLimitError: more memory is needed than there is.
         """
+        if not self._is_decoded and self.fp is not None:
+            picture = Image.fromarray(self._decoded())
+            self.im, self.readonly = picture.im, picture.readonly
+            self._is_decoded = True
+            if self._exclusive_fp:
+                self.fp.close()
+            self.fp = None
+        return super().load()
+
+    def _decoded(self) -> np.ndarray:
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS, decode
 
-        assert self.fd is not None  # for the type checker
+        assert self.fp is not None  # for the type checker
+        self.fp.seek(0)
         # Pillow has refused what has more than twice as many pixels as its limit.
         allowed = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else sys.maxsize
         with _told_as_pillow_does("cannot decode:"):
-            data = self.fd.read()
-            picture = decode(data, _model_of(data), max_pixels=max(DEFAULT_MAX_PIXELS, allowed))
-        self.set_as_raw(picture.tobytes())
-        return -1, 0
+            data = self.fp.read()
+            return decode(data, _model_of(data), max_pixels=max(DEFAULT_MAX_PIXELS, allowed))
 
 
 def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
@@ -178,7 +189,6 @@ def _accept(prefix: bytes) -> bool:
 
 
 Image.register_open(FORMAT, CMambaImageFile, _accept)
-Image.register_decoder(FORMAT, CMambaDecoder)
 Image.register_save(FORMAT, _save)
 Image.register_extension(FORMAT, EXTENSION)
 Image.register_mime(FORMAT, MIME)

@@ -1,6 +1,8 @@
 """Pillow opens and saves .cmb files: lazily, with its own kinds of errors, by the codec's rules."""
 
+import contextlib
 import io
+import pickle
 import subprocess
 import sys
 from collections.abc import Generator
@@ -73,7 +75,11 @@ def test_a_grey_file_opens_in_mode_l(model: CMamba) -> None:
     data = cmamba_ref.encode(model, PICTURE[..., 0])
     opened = Image.open(io.BytesIO(data))
     assert opened.mode == "L"
-    np.testing.assert_array_equal(np.asarray(opened), cmamba_ref.decode(data, model))
+    expected = cmamba_ref.decode(data, model)
+    np.testing.assert_array_equal(np.asarray(opened), expected)
+    opened.putpixel((3, 4), 7)  # like any other picture it may be drawn on
+    expected[4, 3] = 7
+    np.testing.assert_array_equal(np.asarray(opened), expected)
 
 
 def test_importing_and_opening_take_no_torch(photo: Path, root: Path) -> None:
@@ -183,6 +189,42 @@ def test_pillows_limit_on_pixels_holds(data: bytes, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 70 * 90 // 3)
     with pytest.raises(Image.DecompressionBombError):
         Image.open(io.BytesIO(data))
+
+
+def test_room_is_made_only_for_what_decodes(
+    data: bytes, model: CMamba, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of 1x134,217,729 pixels alone took more than a gigabyte."""
+
+    def no_room(*_: object) -> None:
+        raise AssertionError("this must not be reached")
+
+    pillow_plugin.use_model(model)
+    monkeypatch.setattr(Image.core, "new", no_room)
+    for width, height in ((1, 134_217_729), (134_217_729, 1), (9000, 9000)):
+        hostile = with_field(with_field(data, "width", width), "height", height)
+        with pytest.warns() if width * height > 10**8 else contextlib.nullcontext():
+            opened = Image.open(io.BytesIO(hostile))
+        with pytest.raises(PillowError, match="cannot decode"):
+            opened.load()
+
+
+def test_an_opened_file_is_closed_when_it_was_decoded(photo: Path, model: CMamba) -> None:
+    pillow_plugin.use_model(model)
+    opened = Image.open(photo)
+    file = opened.fp
+    pixels = opened.load()
+    assert file.closed and opened.format == "CMAMBA"
+    assert opened.load() is not None and pixels[3, 4] == opened.getpixel((3, 4))
+    with open(photo, "rb") as mine:
+        Image.open(mine).load()
+        assert not mine.closed  # whoever opened it closes it
+    after = pickle.loads(pickle.dumps(Image.open(photo)))
+    np.testing.assert_array_equal(np.asarray(after), np.asarray(opened))
+    closed = Image.open(photo)
+    closed.close()
+    with pytest.raises((OSError, ValueError)):
+        closed.load()
 
 
 # ---------------------------------------------------------------- save

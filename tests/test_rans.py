@@ -397,6 +397,22 @@ def test_escapes_without_values_or_with_impossible_ones(value):
         decode(SMALL, data[:6] + b"\x7f" + data[7:], [block])
 
 
+def test_what_is_left_over_is_counted():
+    symbols = np.tile([0, 1, 7], 200)  # 200 escapes of one byte, and more than 100 words
+    indexes = np.zeros(600, np.int64)
+    data = rans.encode(SMALL, [(symbols, indexes)], lanes=1)
+    decoder = rans.Decoder(SMALL, data)
+    decoder.take(indexes[:300])
+    left = len(decoder._words) - decoder._next_word
+    assert 0 < left < len(decoder._words)
+    with pytest.raises(BitstreamError, match=f"words left over: {left}$"):
+        decoder.finish()
+    decoder = rans.Decoder(SMALL, data[:1] + b"\xc9\x01" + b"\0" + data[3:])  # 201 escapes
+    decoder.take(indexes)
+    with pytest.raises(BitstreamError, match="escaped values left over: 1$"):
+        decoder.finish()
+
+
 def test_running_out_of_words():
     decoder = rans.Decoder(SMALL, rans.encode(SMALL, []))
     with pytest.raises(BitstreamError, match="before its last symbol"):

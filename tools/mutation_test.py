@@ -59,7 +59,7 @@ MODULES = {
     "entropy.bounds": ["model"],
     "entropy.factorized": ["factorized", "model", "golden"],
     "entropy.gaussian": ["determinism", "model", "golden"],
-    "entropy.precision": ["factorized", "determinism", "codec"],
+    "entropy.precision": ["model", "factorized", "determinism", "codec"],
     "entropy.rans": ["rans", "golden", "hostile_files"],
     "entropy.stored_tables": ["golden", "hostile_files", "codec"],
     "entropy.tables": ["tables", "rans", "golden", "hostile_files"],
