@@ -9,6 +9,7 @@ from pathlib import Path
 import fuzz
 import fuzz_targets
 import fuzz_worker
+import numpy as np
 import pytest
 from codec_helpers import TESTS, run_elsewhere
 from fuzz_targets import TARGETS, UnexpectedError
@@ -138,6 +139,16 @@ def test_an_earlier_run_may_lack_a_target():
     assert total["trials"] == 9 and total["minutes"] == 2.0
     assert total["trials_by_target"]["header"] == 4 and total["trials_by_target"]["tables"] == 5
     assert total["distinct_outcomes_by_target"]["header"] == 2
+
+
+def test_damage_leaves_what_it_is_drawn_from_alone():
+    """A list put into a configuration was changed in place, until it held itself."""
+    before = repr(fuzz_targets._VALUES)
+    target = TARGETS["config.json"]
+    data, rng = target.seeds()[0], np.random.default_rng(0)
+    for _ in range(500):
+        target.damaged(data, [data], rng)
+    assert repr(fuzz_targets._VALUES) == before
 
 
 def test_checksums_of_png_chunks_are_made_right():

@@ -8,6 +8,7 @@ All of them work on the small model and the files in `tests/golden`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import struct
@@ -354,7 +355,7 @@ class Config(Target):
         values = json.loads(self.seeds()[0])
         for _ in range(int(rng.integers(1, 3))):
             key = list(values)[rng.integers(len(values))]
-            chosen = _VALUES[rng.integers(len(_VALUES))]
+            chosen = copy.deepcopy(_VALUES[rng.integers(len(_VALUES))])  # lists are changed below
             if isinstance(values[key], list) and values[key] and rng.integers(2):
                 values[key][rng.integers(len(values[key]))] = chosen
             else:
