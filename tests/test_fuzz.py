@@ -146,7 +146,7 @@ def test_damage_leaves_what_it_is_drawn_from_alone():
     before = repr(fuzz_targets._VALUES)
     target = TARGETS["config.json"]
     data, rng = target.seeds()[0], np.random.default_rng(0)
-    for _ in range(500):
+    for _ in range(5000):
         target.damaged(data, [data], rng)
     assert repr(fuzz_targets._VALUES) == before
 
