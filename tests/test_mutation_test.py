@@ -2,10 +2,12 @@
 
 import ast
 import json
+import subprocess
+import sys
 
 import mutation_test
 import pytest
-from mutation_test import MODULES, Mutant, changes, mutants_of
+from mutation_test import MODULES, Mutant, UnsoundError, changes, mutants_of
 
 SOURCE = '''
 """Docstring."""
@@ -53,10 +55,25 @@ def test_a_mutant_is_what_it_says():
 
 
 @pytest.mark.slow
-def test_tests_meet_the_mutant_and_the_sound_module_passes(tmp_path):
-    first = Mutant("bitstream", 0, 0, "", "", "")
-    assert mutation_test.run_tests("bitstream", first, 300)["outcome"] == "killed"
-    assert mutation_test.run_tests("bitstream", None, 300)["outcome"] == "survived"
+def test_tests_meet_the_mutant_and_the_sound_module_passes(root):
+    """In a process that has not imported the module, as the tool's own."""
+    code = """
+import sys
+sys.path.append("tools")
+import mutation_test
+for mutant in (mutation_test.Mutant("bitstream", 0, 0, "", "", ""), None):
+    print(mutation_test.run_tests("bitstream", mutant, 300)["outcome"])
+"""
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["killed", "survived"]
+
+
+def test_a_module_that_is_imported_already_is_refused():
+    import cmamba_ref.bitstream  # noqa: F401
+
+    with pytest.raises(UnsoundError, match="imported before its mutants"):
+        mutation_test.run_tests("bitstream", None, 1)
 
 
 def test_the_summary_counts_and_explains(tmp_path, monkeypatch):

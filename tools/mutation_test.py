@@ -107,6 +107,10 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
 }  # fmt: skip
 
 
+class UnsoundError(Exception):
+    """Outcomes would say nothing about the tests."""
+
+
 @dataclass(frozen=True)
 class Mutant:
     """One defect.
@@ -362,7 +366,13 @@ def _test_in_child(module: str, mutant: Mutant | None, pipe: int, cpu_seconds: f
 
 
 def run_tests(module: str, mutant: Mutant | None, cpu_seconds: float) -> dict[str, Any]:
-    """Outcome, the test that decided it, and the processor time."""
+    """Outcome, the test that decided it, and the processor time.
+
+    Raises:
+        UnsoundError: this process has the module already, and tests in a fork would meet that one.
+    """
+    if f"cmamba_ref.{module}" in sys.modules:
+        raise UnsoundError(f"cmamba_ref.{module} is imported before its mutants")
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -451,10 +461,6 @@ def summary(rows: list[dict[str, Any]], total: Counter[str]) -> dict[str, Any]:
         "unexplained": sum(not s["why"] for s in survivors),
         "survivors": survivors,
     }
-
-
-class UnsoundError(Exception):
-    """A test fails without any defect."""
 
 
 def run_mutants(mutants: list[Mutant], partial: PartialResults) -> None:
