@@ -7,7 +7,7 @@ import sys
 
 import mutation_test
 import pytest
-from mutation_test import MODULES, Mutant, UnsoundError, changes, mutants_of
+from mutation_test import MODULES, UnsoundError, changes, mutants_of
 
 SOURCE = '''
 """Docstring."""
