@@ -1,5 +1,6 @@
 """The fuzzer: it notices what goes wrong, keeps it, and adds runs up; its examples still hold."""
 
+import ctypes
 import json
 import os
 import sys
@@ -47,6 +48,11 @@ class Misbehaving(fuzz_targets.Stream):
     def use(self, data: bytes) -> str:
         if data == b"crash":
             os._exit(7)
+        if data == b"loop":
+            while True:
+                pass
+        if data == b"segfault":
+            ctypes.string_at(0)
         if data == b"sleep":
             time.sleep(600)
         if data == b"fill":
@@ -64,9 +70,10 @@ class Misbehaving(fuzz_targets.Stream):
 def misbehave(report: Path) -> None:
     """Runs in the other process: every way to go wrong, with a good trial after each."""
     TARGETS["rANS stream"] = Misbehaving()
+    fuzz_worker.SECONDS_LIMIT = 1
     worker = fuzz_worker.Worker()
     trials = {}
-    for data in ("crash", "sleep", "fill", "raise", "wrong", "grow"):
+    for data in ("crash", "segfault", "loop", "sleep", "fill", "raise", "wrong", "grow"):
         worker.deadline = 3.0 if data == "sleep" else fuzz_worker.DEADLINE
         trial = worker.run("rANS stream", data.encode())
         worker.deadline = fuzz_worker.DEADLINE  # on a busy machine a good trial takes long as well
@@ -81,6 +88,8 @@ def test_whatever_goes_wrong_is_a_finding_and_ends_nothing(tmp_path):
     trials = json.loads((tmp_path / "report.json").read_text())
     for data, reason in {
         "crash": "exit code 7",
+        "segfault": "string_at",
+        "loop": "test_fuzz.py",
         "sleep": "no end within 3.0 s",
         "fill": "MemoryError",
         "raise": "ZeroDivisionError",

@@ -10,6 +10,7 @@ gets a new process.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import gc
 import hashlib
@@ -17,7 +18,9 @@ import inspect
 import multiprocessing
 import re
 import resource
+import signal
 import sys
+import tempfile
 import time
 import traceback
 import types
@@ -78,6 +81,8 @@ class Worker:
         self.deadline = deadline
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
+        # Where the process writes how it ends, if it does not end as it should.
+        self._last_words = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the worker
 
     def run(self, target: str, data: bytes) -> Trial:
         """Try one input."""
@@ -95,7 +100,9 @@ class Worker:
             self._process.join()
             finding = f"the process died with exit code {self._process.exitcode}"
         self.stop()
-        return Trial(outcome=finding, finding=finding, seconds=self.deadline)
+        self._last_words.seek(0)
+        where = self._last_words.read().decode(errors="replace")
+        return Trial(outcome=finding, finding=f"{finding}\n{where}", seconds=self.deadline)
 
     def stop(self) -> None:
         """End the process."""
@@ -108,14 +115,20 @@ class Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")  # torch is not imported anew
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there, self.seen), daemon=True)
+        self._last_words.seek(0)
+        self._last_words.truncate()
+        process = context.Process(
+            target=_serve, args=(there, self.seen, self._last_words.fileno()), daemon=True
+        )
         process.start()
         self._process, self._connection = process, here
         there.close()
 
 
-def _serve(connection: Connection, seen: dict[str, set[Line]]) -> None:
-    """The loop of the process."""
+def _serve(connection: Connection, seen: dict[str, set[Line]], last_words: int) -> None:
+    """The loop of the process; a crash, or too long a trial, leaves a traceback in `last_words`."""
+    faulthandler.enable(last_words)
+    faulthandler.register(signal.SIGXCPU, last_words, chain=True)
     gc.freeze()
     limit = _status("VmSize") + MEMORY_LIMIT
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
