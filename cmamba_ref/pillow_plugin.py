@@ -44,8 +44,6 @@ from cmamba_ref.bitstream import HEADER_BYTES, MAGIC, Container, Header
 from cmamba_ref.errors import BitstreamError, ImageError, OtherModelError, PillowError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from cmamba_ref.model import CMamba
 
 FORMAT = "CMAMBA"
@@ -128,19 +126,21 @@ class CMambaImageFile(ImageFile.ImageFile):
         declare so many rows that these alone take a gigabyte.
 
         Raises:
-            PillowError: damaged, of a model that is not at hand, or too large.
+            PillowError: damaged, of a model that is not at hand, too large, or closed by now.
             MemoryLimitError: more memory is needed than there is.
         """
-        if not self._is_decoded and self.fp is not None:
-            picture = Image.fromarray(self._decoded())
-            self.im, self.readonly = picture.im, picture.readonly
+        if not self._is_decoded:
+            if self.fp is None:
+                raise PillowError("cannot decode: the file is closed; open it anew")
+            self.im, self.readonly = self._decoded().im, 0
             self._is_decoded = True
             if self._exclusive_fp:
                 self.fp.close()
             self.fp = None
         return super().load()
 
-    def _decoded(self) -> np.ndarray:
+    def _decoded(self) -> Image.Image:
+        """The picture, in memory that may be written to."""
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS, decode
 
         assert self.fp is not None  # for the type checker
@@ -149,7 +149,11 @@ class CMambaImageFile(ImageFile.ImageFile):
         allowed = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else sys.maxsize
         with _told_as_pillow_does("cannot decode:"):
             data = self.fp.read()
-            return decode(data, _model_of(data), max_pixels=max(DEFAULT_MAX_PIXELS, allowed))
+            pixels = decode(data, _model_of(data), max_pixels=max(DEFAULT_MAX_PIXELS, allowed))
+        declared = self.size[::-1] if self.mode == "L" else (*self.size[::-1], 3)
+        if pixels.shape != declared:
+            raise PillowError("cannot decode: the file has changed since it was opened")
+        return Image.frombytes(self.mode, self.size, pixels.tobytes())
 
 
 def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
