@@ -161,9 +161,9 @@ def test_read_only_and_strided_arrays_are_pictures_too():
         (np.zeros(8, np.uint8), 4, "`image` must be uint8"),
         (np.zeros((0, 8, 3), np.uint8), 4, "`image` must have 1 to 100000000 pixels"),
         ([[1, 2], [3, 4]], 4, "`image` must be a NumPy array"),
-        (np.zeros((8, 8, 3), np.uint8), 0.99, "must be"),
-        (np.zeros((8, 8, 3), np.uint8), 8.01, "must be"),
-        (np.zeros((8, 8, 3), np.uint8), math.nan, "must be"),
+        (np.zeros((8, 8, 3), np.uint8), 0.99, "`quality` must be"),
+        (np.zeros((8, 8, 3), np.uint8), 8.01, "`quality` must be"),
+        (np.zeros((8, 8, 3), np.uint8), math.nan, "`quality` must be"),
     ],
 )
 def test_what_is_no_picture_or_quality_is_refused(image, quality, reason):

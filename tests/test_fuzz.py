@@ -1,24 +1,29 @@
 """The fuzzer: it notices what goes wrong, keeps it, and adds runs up; its examples still hold."""
 
-import ctypes
+import io
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("the fuzzer's limits are Linux's", allow_module_level=True)
 
 import fuzz
 import fuzz_targets
 import fuzz_worker
 import numpy as np
-import pytest
 from codec_helpers import TESTS, run_elsewhere
 from fuzz_targets import TARGETS, UnexpectedError
+from PIL import Image
 
 from cmamba_ref import ImageError
 
 EXAMPLES = json.loads((TESTS / "hostile_examples.json").read_text())
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fuzzer's limits are Linux's")
 # In a process of its own: the fuzzer forks, and this one may have threads.
 PATHS = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS.parent / "tools")))
 
@@ -52,7 +57,7 @@ class Misbehaving(fuzz_targets.Stream):
             while True:
                 pass
         if data == b"segfault":
-            ctypes.string_at(0)
+            os.kill(os.getpid(), signal.SIGSEGV)
         if data == b"sleep":
             time.sleep(600)
         if data == b"fill":
@@ -87,15 +92,17 @@ def test_whatever_goes_wrong_is_a_finding_and_ends_nothing(tmp_path):
     run_elsewhere("test_fuzz.misbehave", tmp_path / "report.json", PYTHONPATH=PATHS)
     trials = json.loads((tmp_path / "report.json").read_text())
     for data, reason in {
-        "crash": "exit code 7",
-        "segfault": "string_at",
-        "loop": "test_fuzz.py",
+        "crash": "the process died with exit code 7",
+        "segfault": "the process died with SIGSEGV",
+        "loop": "the process died with SIGPROF",
         "sleep": "no end within 3.0 s",
         "fill": "MemoryError",
         "raise": "ZeroDivisionError",
         "wrong": "UnexpectedError: wrong",
     }.items():
         assert reason in trials[data][1], data
+        if data not in ("crash", "fill"):
+            assert "test_fuzz.py" in trials[data][1], data  # where it was
     outcome, finding, memory, *_ = trials["grow"]
     assert (outcome, finding) == ("symbols", "") and memory > 90 << 20
     assert all(trial[3:] == ["symbols", ""] for trial in trials.values())
@@ -158,6 +165,15 @@ def test_damage_leaves_what_it_is_drawn_from_alone():
     for _ in range(5000):
         target.damaged(data, [data], rng)
     assert repr(fuzz_targets._VALUES) == before
+
+
+def test_inputs_do_not_depend_on_the_time(monkeypatch):
+    for target in TARGETS.values():
+        before = target.seeds()
+        monkeypatch.setattr(time, "time", lambda: 0)
+        assert target.seeds() == before
+    profile = Image.open(io.BytesIO(TARGETS["photograph"].seeds()[0])).info["icc_profile"]
+    assert profile[24:36] == bytes(12)
 
 
 def test_checksums_of_png_chunks_are_made_right():

@@ -361,6 +361,10 @@ def short(tensors):
     tensors["entropy_bottleneck.stored.cdf"] = tensors["entropy_bottleneck.stored.cdf"][:-1].clone()
 
 
+def next_to_nothing(tensors):
+    tensors["gaussian_conditional.stored.cdf"] = torch.zeros(1, dtype=torch.int32)
+
+
 def wild_starts(tensors):
     tensors["gaussian_conditional.stored.starts"][3] = 2**31 - 1
 
@@ -388,6 +392,7 @@ def two_dimensional(tensors):
         (not_a_number, "NaN"),
         (falling, "not strictly increasing"),
         (short, "starts"),
+        (next_to_nothing, "`starts` must run from 0 to 1"),
         (wild_starts, "tables"),
         (too_few_tables, "64 tables, got 63"),
         (two_dimensional, "one-dimensional"),

@@ -5,8 +5,12 @@ import json
 import subprocess
 import sys
 
-import mutation_test
 import pytest
+
+if sys.platform != "linux":
+    pytest.skip("the tool's limits are Linux's", allow_module_level=True)
+
+import mutation_test
 from mutation_test import MODULES, UnsoundError, changes, mutants_of
 
 SOURCE = '''
@@ -65,8 +69,16 @@ for mutant in (mutation_test.Mutant("bitstream", 0, 0, "", "", ""), None):
     print(mutation_test.run_tests("bitstream", mutant, 300)["outcome"])
 """
     command = [sys.executable, "-c", code]
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["killed", "survived"]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert run.stdout.split() == ["killed", "survived"], run.stderr
+
+
+def test_mutants_whose_test_has_gone_are_tried_again():
+    here = "test_mutation_test.py::test_the_defects_are_these"
+    assert mutation_test.still_there(here) and mutation_test.still_there(f"{here}[1-b]")
+    assert mutation_test.still_there("end of the process, status 24")
+    assert not mutation_test.still_there("test_mutation_test.py::test_the_defects")
+    assert not mutation_test.still_there("test_gone.py::test_the_defects_are_these")
 
 
 def test_a_module_that_is_imported_already_is_refused():

@@ -211,10 +211,9 @@ class Photograph(Target):
         exif[ExifTags.Base.Orientation] = 6
         exif[ExifTags.Base.ImageDescription] = "a picture of the tests"
         exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExposureTime] = (1, 100)
-        carried = {
-            "exif": exif,
-            "icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
-        }
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        profile = profile[:24] + bytes(12) + profile[36:]  # the time at which it was made
+        carried = {"exif": exif, "icc_profile": profile}
 
         def saved(image: Image.Image, kind: str, **options: object) -> bytes:
             buffer = io.BytesIO()

@@ -62,7 +62,7 @@ class Trial:
         outcome: `picture` and the like, or type and template of the error.
         finding: what is wrong, with a traceback if there is one; empty where all is well.
         lines: executed lines of the watched modules that this target had not reached before.
-        seconds: of processor time.
+        seconds: of processor time; by the clock where the process did not live to tell.
         memory: bytes by which the process grew at the most.
     """
 
@@ -90,19 +90,25 @@ class Worker:
             self._start()
         assert self._process is not None and self._connection is not None  # for the type checker
         self._connection.send((target, data))
+        start = time.monotonic()
         try:
             if self._connection.poll(self.deadline):
                 trial = self._connection.recv()
                 self.seen[target] |= trial.lines
                 return trial
             finding = f"no end within {self.deadline} s"
+            self._process.terminate()  # gently, so that it writes where it is
+            self._process.join(10)
         except EOFError:
             self._process.join()
-            finding = f"the process died with exit code {self._process.exitcode}"
+            code = self._process.exitcode or 0
+            ended_by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            finding = f"the process died with {ended_by}"
         self.stop()
         self._last_words.seek(0)
         where = self._last_words.read().decode(errors="replace")
-        return Trial(outcome=finding, finding=f"{finding}\n{where}", seconds=self.deadline)
+        seconds = time.monotonic() - start
+        return Trial(outcome=finding, finding=f"{finding}\n{where}", seconds=seconds)
 
     def stop(self) -> None:
         """End the process."""
@@ -128,7 +134,8 @@ class Worker:
 def _serve(connection: Connection, seen: dict[str, set[Line]], last_words: int) -> None:
     """The loop of the process; a crash, or too long a trial, leaves a traceback in `last_words`."""
     faulthandler.enable(last_words)
-    faulthandler.register(signal.SIGPROF, last_words, chain=True)
+    for ending in (signal.SIGPROF, signal.SIGTERM):
+        faulthandler.register(ending, last_words, chain=True)
     gc.freeze()
     limit = _status("VmSize") + MEMORY_LIMIT
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -144,8 +151,9 @@ def _serve(connection: Connection, seen: dict[str, set[Line]], last_words: int) 
 
 def _try(target: str, data: bytes, seen: set[Line]) -> Trial:
     trial = Trial(outcome="")
-    # A timer, and no limit for the process: that one counts by the kernel's ticks, which drift away
-    # from `process_time` by minutes in an hour, and ended trials that had hardly begun.
+    # A timer for each trial, and no limit for the process: both count by the kernel's ticks, which
+    # drift away from `process_time`, so that a limit in its terms ends trials that have hardly
+    # begun once the process is old.
     signal.setitimer(signal.ITIMER_PROF, 4 * SECONDS_LIMIT)
     _reset_peak()
     before, start = _status("VmRSS"), time.process_time()

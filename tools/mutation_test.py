@@ -427,6 +427,13 @@ def _earlier(output: Path | None, conditions: dict[str, object]) -> list[dict[st
     return earlier["rows"]
 
 
+def still_there(killer: str) -> bool:
+    """Whether the test that killed a mutant has not been removed or renamed since."""
+    file, _, test = killer.partition("::")
+    path = ROOT / "tests" / file
+    return not test or path.exists() and f"def {test.partition('[')[0]}(" in path.read_text()
+
+
 def _explanations() -> dict[str, str]:
     """Why a survivor is no defect, by what it is."""
     if not EXPLANATIONS.exists():
@@ -504,7 +511,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--seed", type=int, default=0, help="of their order; default: %(default)s")
     add("-o", "--output", type=Path, help="JSON to write")
     add("--fresh", action="store_true", help="forget what earlier runs have kept")
-    add("--survivors", action="store_true", help="run earlier survivors again, with new tests")
+    add(
+        "--survivors", action="store_true",
+        help="run earlier survivors again, with new tests, and those whose test has gone",
+    )  # fmt: skip
     add("--only", metavar="KEY", help='run one mutant, such as "entropy.rans 17", and print it')
     arguments = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(arguments)
@@ -516,7 +526,10 @@ def main(argv: list[str] | None = None) -> int:
     found = [mutant for module in args.modules for mutant in mutants_of(module)]
     if args.only:
         (mutant,) = [m for m in found if m.key == args.only]
-        outcome = run_tests(mutant.module, mutant, cpu_seconds=300)
+        try:
+            outcome = run_tests(mutant.module, mutant, cpu_seconds=300)
+        except UnsoundError as error:
+            parser.exit(1, f"{error}\n")
         print(json.dumps({"what": mutant.what, "line": mutant.line, **outcome}, indent=2))
         return 0
     conditions = {
@@ -531,7 +544,9 @@ def main(argv: list[str] | None = None) -> int:
         partial = PartialResults(args.output, conditions, fresh=args.fresh)
     except OtherConditionsError as error:
         parser.error(str(error))
-    kept = {r["key"]: r for r in earlier if r["outcome"] == "killed" or not args.survivors}
+    if args.survivors:
+        earlier = [r for r in earlier if r["outcome"] == "killed" and still_there(r["by"])]
+    kept = {row["key"]: row for row in earlier}
     try:
         run_mutants([m for m in chosen if m.key not in kept], partial)
     except KeyboardInterrupt:
