@@ -30,7 +30,15 @@ class PillowError(CMambaError, OSError):
 
 
 class ImageError(CMambaError, ValueError):
-    """A picture cannot be read, or is of a kind that this codec does not store."""
+    """An image cannot be read, or is of a kind that this codec does not store.
+
+    Attributes:
+        reason: a few words to count refused files by, the same for every file; may be empty.
+    """
+
+    def __init__(self, message: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class WeightsError(CMambaError, RuntimeError):

@@ -1,7 +1,7 @@
-"""Photographs between disk and arrays.
+"""Image files to arrays and back: one reader for the codec and for training.
 
-Pillow reads them. What a codec of 8-bit sRGB pictures cannot keep (transparency, 16 bits, several
-frames, inks) is refused with the way out instead of being dropped silently.
+Pillow decodes. What a codec of 8-bit sRGB images cannot keep (transparency, 16 bits, several
+frames, CMYK) is refused with a suggested fix instead of being dropped silently.
 
 Not applied, as in Pillow itself: the PNG chunks gAMA, cHRM and cICP. AVIF and JPEG 2000 files of
 more than 8 bits arrive here rounded to 8 by Pillow.
@@ -15,8 +15,9 @@ import struct
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
@@ -29,7 +30,7 @@ GREY_MODES = ("1", "L", "LA", "La")
 COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")
 DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
-# What turns a stored picture upright, by its EXIF orientation; 1 is upright already.
+# The transpose that turns a stored image upright, by its EXIF orientation; 1 is upright already.
 UPRIGHT_BY = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -39,63 +40,91 @@ UPRIGHT_BY = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Orientations whose width and height are swapped.
+SIDEWAYS = (5, 6, 7, 8)
 
-# What Pillow raises on EXIF that is none: it has no type for it.
+# Pillow has no type for invalid EXIF; these are the ones it raises.
 BROKEN_EXIF = (SyntaxError, struct.error, OSError, ValueError, TypeError, LookupError)
 
 # A profile that moves no colour by more than this many of 255 levels is sRGB in all but name, and
 # applying it would only add rounding errors.
 SRGB_TOLERANCE = 2
 
-# Limit and warnings filter belong to the process: two readers must not restore each other's.
-_pillow_guard = threading.Lock()
-
 
 def read_image(path: str | os.PathLike, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
-    """Read a picture as one sees it: upright, in sRGB.
+    """Return an image as viewers show it: upright, in sRGB.
 
     EXIF rotation and an embedded colour profile are applied; EXIF that cannot be read is ignored,
     as viewers do, a profile that cannot be applied is an error. Of a phone's multi-picture JPEG
-    (MPO) the main picture is read. Palettes become RGB.
+    (MPO) the main image is read. Palettes become RGB.
 
     Args:
         path: a file in any format that Pillow reads.
-        max_pixels: larger pictures are refused before they are decoded. While this runs, the limit
-            stands in Pillow's own, process-wide guard against decompression bombs; threads take
-            turns.
+        max_pixels: larger images are refused before they are decoded. While this runs, the limit
+            is that of Pillow's own, process-wide guard against decompression bombs; threads with
+            the same limit read at the same time, others take turns.
 
     Returns:
         uint8 `[H, W, 3]`, or `[H, W]` where the file is grey or black-and-white.
 
     Raises:
-        ImageError: no picture, damaged, or of a kind that this codec does not store.
+        ImageError: no image, damaged, or of a kind that this codec does not store.
         OSError: the file cannot be read.
     """
     return parse_image(Path(path).read_bytes(), str(path), max_pixels=max_pixels)
 
 
 def parse_image(data: bytes, name: str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
-    """`read_image` of bytes that are there already; `name` is what errors call them."""
+    """Return the image in `data` as `read_image` does; errors call it `name`."""
+    with _opened(io.BytesIO(data), name, max_pixels) as image:
+        return to_array(image)
+
+
+def check_header(
+    path: str | os.PathLike, *, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> tuple[int, int]:
+    """Check a file as far as that needs no pixels, and return the image's width and height.
+
+    `read_image` may still refuse the file, for transparency, damaged data or a profile that cannot
+    be applied.
+
+    Returns:
+        width and height of the upright image.
+
+    Raises:
+        ImageError, OSError: as `read_image`.
+    """
+    with open(path, "rb") as file, _opened(file, str(path), max_pixels) as image:
+        _refuse_what_would_be_lost(image)
+        width, height = image.size
+        return (height, width) if _orientation(image) in SIDEWAYS else (width, height)
+
+
+@contextmanager
+def _opened(source: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
+    """Open an image within the limit of pixels; any failure inside is an ImageError of `name`."""
     try:
-        with _pixel_limit(max_pixels), Image.open(io.BytesIO(data)) as picture:
-            return to_array(picture)
+        with _pixel_limit(max_pixels), Image.open(source) as image:
+            yield image
     except ImageError as error:
-        raise ImageError(f"{name} {error}") from error
+        raise ImageError(f"{name} {error}", error.reason) from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is no picture in a format that Pillow reads") from error
+        raise ImageError(f"{name} is no image in a format that Pillow reads", "no image") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        reason = f"more than {max_pixels} pixels"
         raise ImageError(
-            f"{name} has more than {max_pixels} pixels; raise `max_pixels` if you trust it"
+            f"{name} has {reason}; raise `max_pixels` if you trust it", reason
         ) from error
     except MemoryError:
         raise
     # On damaged data Pillow raises a dozen types, SyntaxError and struct.error among them.
     except Exception as error:
-        raise ImageError(f"{name} is damaged or truncated: {error}") from error
+        reason = "damaged or truncated"
+        raise ImageError(f"{name} is {reason}: {error}", reason) from error
 
 
 def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Write uint8 `[H, W, 3]` or `[H, W]` as PNG, whole or not at all.
+    """Write uint8 `[H, W, 3]` or `[H, W]` as PNG, atomically.
 
     Raises:
         ImageError: another type or shape.
@@ -105,7 +134,7 @@ def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
 
 
 def png_bytes(image: np.ndarray) -> bytes:
-    """A PNG file of uint8 `[H, W, 3]` or `[H, W]`.
+    """Return a PNG file of uint8 `[H, W, 3]` or `[H, W]`.
 
     Raises:
         ImageError: another type or shape.
@@ -120,22 +149,50 @@ def png_bytes(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-@contextmanager
-def _pixel_limit(max_pixels: int) -> Iterator[None]:
-    """Pillow's guard set to `max_pixels`, and strict: by itself it only warns up to twice that."""
-    with _pillow_guard:
-        before = Image.MAX_IMAGE_PIXELS
-        Image.MAX_IMAGE_PIXELS = max_pixels
+class _PixelLimit:
+    """Pillow's guard against decompression bombs, set to one limit while anyone reads under it.
+
+    The guard and the filter of warnings belong to the process. So readers with the same limit
+    share them, and a reader with another limit waits until those are done.
+    """
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()  # held by whoever waits: later readers queue behind it
+        self._changed = threading.Condition()
+        self._readers = 0
+        self._limit = 0
+        self._to_restore = ExitStack()
+
+    @contextmanager
+    def __call__(self, max_pixels: int) -> Iterator[None]:
+        with self._turn, self._changed:
+            self._changed.wait_for(lambda: not self._readers or self._limit == max_pixels)
+            if not self._readers:
+                self._set(max_pixels)
+            self._readers += 1
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                yield
+            yield
         finally:
-            Image.MAX_IMAGE_PIXELS = before
+            with self._changed:
+                self._readers -= 1
+                if not self._readers:
+                    self._to_restore.close()
+                    self._changed.notify()
+
+    def _set(self, max_pixels: int) -> None:
+        self._limit = max_pixels
+        self._to_restore.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+        Image.MAX_IMAGE_PIXELS = max_pixels
+        # By itself Pillow only warns up to twice the limit.
+        self._to_restore.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
-def to_array(picture: Image.Image) -> np.ndarray:
-    """A picture of Pillow's as one sees it: upright, in sRGB; see `read_image`.
+_pixel_limit = _PixelLimit()
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """Return an image of Pillow's as viewers show it: upright, in sRGB; see `read_image`.
 
     Returns:
         uint8 `[H, W, 3]`, or `[H, W]` where it is grey or black-and-white.
@@ -143,47 +200,54 @@ def to_array(picture: Image.Image) -> np.ndarray:
     Raises:
         ImageError: of a kind that this codec does not store; the text continues the file's name.
     """
-    _refuse_what_would_be_lost(picture)
-    icc = picture.info.get("icc_profile")
-    upright = _upright(picture)
+    _refuse_what_would_be_lost(image)
+    icc = image.info.get("icc_profile")
+    upright = _upright(image)
     _refuse_transparency(upright)
     plain = upright.convert("L" if upright.mode in GREY_MODES else "RGB")
     return np.array(_to_srgb(plain, icc) if icc else plain)
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    """Turned as its EXIF says, or as it is stored where that cannot be read: so viewers show it.
+def _upright(image: Image.Image) -> Image.Image:
+    """Return the image turned as its EXIF says, or as it is stored where that cannot be read.
 
-    Not `ImageOps.exif_transpose`: it writes all of the EXIF anew, and one tag in it that is wrong,
+    Not `ImageOps.exif_transpose`: it writes all of the EXIF again, and one wrong tag in it,
     whatever it is about, makes that fail.
     """
-    picture.load()  # damaged pixels are told; what fails below is the EXIF
+    image.load()  # an EXIF chunk may follow the pixels
+    turn = UPRIGHT_BY.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation as far as the file is read, or 1 where there is none."""
     try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        # Not the method of PngImageFile, which decodes the pixels first.
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except BROKEN_EXIF:
-        return picture
-    turn = UPRIGHT_BY.get(orientation)
-    return picture if turn is None else picture.transpose(turn)
+        return 1
 
 
-def _refuse_what_would_be_lost(picture: Image.Image) -> None:
-    # MPO is excepted: phones put a small preview or a gain map behind the photograph.
-    frames = getattr(picture, "n_frames", 1)
-    if frames > 1 and picture.format != "MPO":
+def _refuse_what_would_be_lost(image: Image.Image) -> None:
+    """Refuse what the header says: several frames, deep colour, CMYK."""
+    # MPO is excepted: phones put a small preview or a gain map behind the main image.
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":
         raise ImageError(
-            f"has {frames} frames or pages; a .cmb file holds one picture: extract the one you want"
+            f"has {frames} frames or pages; a .cmb file holds one image: extract the one you want",
+            "several frames or pages",
         )
-    if picture.mode in DEEP_MODES or _loses_bits(picture):
-        raise ImageError(
-            "has more than 8 bits per channel; this codec stores 8: convert it to 8 bits first"
-        )
-    if picture.mode not in GREY_MODES + COLOUR_MODES:
-        raise ImageError(f"is in {picture.mode} colours; convert it to RGB first")
+    if image.mode in DEEP_MODES or _loses_bits(image):
+        reason = "more than 8 bits per channel"
+        raise ImageError(f"has {reason}; this codec stores 8: convert it to 8 bits first", reason)
+    if image.mode not in GREY_MODES + COLOUR_MODES:
+        reason = f"{image.mode} colours"
+        raise ImageError(f"is in {reason}; convert it to RGB first", reason)
 
 
-def _loses_bits(picture: Image.Image) -> bool:
-    """Whether Pillow is going to cut 16-bit colour down to the 8 bits of its modes."""
-    for tile in getattr(picture, "tile", ()):
+def _loses_bits(image: Image.Image) -> bool:
+    """Return whether Pillow is going to cut 16-bit colour down to the 8 bits of its modes."""
+    for tile in getattr(image, "tile", ()):
         args = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
         if any(isinstance(arg, str) and ";16" in arg for arg in args):
             return True
@@ -192,42 +256,44 @@ def _loses_bits(picture: Image.Image) -> bool:
     return False
 
 
-def _refuse_transparency(picture: Image.Image) -> None:
-    """Also finds a transparent palette entry and the transparent colour of a PNG without alpha."""
-    if not picture.has_transparency_data:
+def _refuse_transparency(image: Image.Image) -> None:
+    """Refuse alpha, a transparent palette entry and the transparent colour of a PNG, where used."""
+    if not image.has_transparency_data:
         return
-    lowest, _ = picture.convert("RGBA").getchannel("A").getextrema()
+    lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
     if lowest != 255:
-        raise ImageError("has transparency; flatten it onto a background first")
+        raise ImageError("has transparency; flatten it onto a background first", "transparency")
 
 
-def _to_srgb(picture: Image.Image, icc: bytes) -> Image.Image:
-    """Apply an embedded profile to an RGB or grey picture."""
+def _to_srgb(image: Image.Image, icc: bytes) -> Image.Image:
+    """Apply an embedded profile to an RGB or grey image."""
     try:
         transform = ImageCms.buildTransform(
             ImageCms.ImageCmsProfile(io.BytesIO(icc)),
             ImageCms.createProfile("sRGB"),
-            picture.mode,
+            image.mode,
             "RGB",
         )
     # ImportError: a Pillow that was built without LittleCMS.
     except (ImageCms.PyCMSError, OSError, ImportError) as error:
+        reason = "colour profile that cannot be applied"
         raise ImageError(
-            f"has a colour profile that cannot be applied ({error}); "
-            "convert it to sRGB first, or remove the profile if its colours are sRGB anyway"
+            f"has a {reason} ({error}); "
+            "convert it to sRGB first, or remove the profile if its colours are sRGB anyway",
+            reason,
         ) from error
 
     def apply(to: Image.Image) -> Image.Image:
         done = transform.apply(to)
-        return done.getchannel("G") if picture.mode == "L" else done
+        return done.getchannel("G") if image.mode == "L" else done
 
-    probe = _all_colours(picture.mode)
+    probe = _all_colours(image.mode)
     moved = np.abs(np.array(apply(probe), dtype=int) - np.array(probe, dtype=int)).max()
-    return picture if moved <= SRGB_TOLERANCE else apply(picture)
+    return image if moved <= SRGB_TOLERANCE else apply(image)
 
 
 def _all_colours(mode: str) -> Image.Image:
-    """Every grey level, or a lattice of 16 x 16 x 16 colours."""
+    """Return every grey level, or a lattice of 16 x 16 x 16 colours."""
     if mode == "L":
         return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     lattice = np.stack(np.meshgrid(*[np.arange(0, 256, 17, dtype=np.uint8)] * 3), axis=-1)

@@ -139,7 +139,7 @@ def test_two_processes_write_the_same_and_go_on_after_a_bad_file(
         assert main([*args, "--model", model_dir]) == 1
         out, err = capsys.readouterr()
         bad = album / "b.png"
-        assert err == f"cmamba: error: {bad} is no picture in a format that Pillow reads\n"
+        assert err == f"cmamba: error: {bad} is no image in a format that Pillow reads\n"
         assert out.startswith(f"encoded 3\nskipped 0\nfailed 1\n  {bad}\n")
     assert len(contents(tmp_path / "1")) == 3
     assert contents(tmp_path / "1") == contents(tmp_path / "2")

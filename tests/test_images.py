@@ -279,7 +279,7 @@ def test_a_truncated_file(tmp_path: Path, name: str) -> None:
     for length in (len(whole) // 2, len(whole) * 9 // 10, 20, 3):
         path.write_bytes(whole[:length])
         message = refusal(path)
-        assert "damaged or truncated" in message or "no picture" in message
+        assert "damaged or truncated" in message or "no image" in message
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.tif", "a.webp"])
@@ -306,7 +306,7 @@ def test_no_picture(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     for content in (b"", b"hello"):
         path.write_bytes(content)
-        assert refusal(path) == "is no picture in a format that Pillow reads"
+        assert refusal(path) == "is no image in a format that Pillow reads"
 
 
 def test_a_missing_file_and_a_directory_are_os_errors(tmp_path: Path) -> None:

@@ -1,16 +1,15 @@
-"""Photographs on disk to batches of random crops, prepared on threads while the model works.
+"""Images on disk to batches of random crops, prepared on threads while the model works.
 
-Threads and not processes: Pillow and NumPy let go of the interpreter while they decode, resize and
-draw, and what a thread has made need not be sent anywhere.
+Threads and not processes: Pillow and NumPy release the GIL while they decode and resize, and a crop
+made by a thread need not be sent anywhere.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import struct
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,16 +20,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cmamba_ref.errors import TrainingError
-from cmamba_ref.training import draws
+from cmamba_ref.errors import ImageError, TrainingError, explain
+from cmamba_ref.images import check_header, read_image
+from cmamba_ref.training import draws, graphics
 from cmamba_ref.training.schedule import Phase
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-# Crops that one decoding of a photograph is used for, at most.
+# Crops that one decoding of an image is used for, at most.
 MAX_CROPS_AHEAD = 16
-
-# What Pillow raises on files that are damaged or no pictures.
-UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+# Files that are named when they are left out; more are counted.
+MAX_NAMED = 20
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +37,8 @@ Shapes = Callable[[int, int], Mapping[str, tuple[int, int, int]]]
 
 
 @dataclass(frozen=True)
-class Photographs:
-    """The photographs of a run.
+class TrainingImages:
+    """The images of a run.
 
     Attributes:
         train: those that are trained on.
@@ -52,95 +51,143 @@ class Photographs:
     fingerprint: str
 
 
-def find_photographs(
+def find_images(
     folder: str | Path, smallest_side: int, held_out: int, workers: int = 4
-) -> Photographs:
-    """All photographs below `folder`, of which every n-th, by path, is held out.
+) -> TrainingImages:
+    """Return all images below `folder`, of which every n-th, by path, is held out.
 
-    Files that are no pictures, or have a side below `smallest_side` pixels, are left out.
+    Files that `read_image` refuses, or that have a side below `smallest_side` pixels, are left out
+    and named in the log with the reason. Of images to train on only the header is checked, because
+    to decode them all takes long; `CropCache` replaces those whose pixels cannot be used.
 
     Raises:
         TrainingError: nothing would be left to train on.
     """
     root = Path(folder)
     paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    kept: dict[Path, tuple[int, int]] = {}
+    left_out: dict[Path, ImageError] = {}
     with ThreadPoolExecutor(workers) as pool:
-        sizes = list(pool.map(_size, paths))
-    kept = {
-        path: size
-        for path, size in zip(paths, sizes, strict=True)
-        if size is not None and min(size) >= smallest_side
-    }
-    if len(kept) < len(paths):
-        logger.warning(
-            "%d of %d files below %s are left out: no pictures, or smaller than the crop of %d",
-            len(paths) - len(kept),
-            len(paths),
-            folder,
-            smallest_side,
-        )
-    if len(kept) <= held_out:
-        raise TrainingError(
-            f"`data` must have more photographs of at least {smallest_side} pixels a side than the "
-            f"{held_out} of `validation`, got {len(kept)} below {str(folder)!r}: "
-            "nothing is left to train on"
-        )
+        sizes = pool.map(lambda path: _size(path, smallest_side), paths)
+        for path, size in zip(paths, sizes, strict=True):
+            if isinstance(size, ImageError):
+                left_out[path] = size
+            else:
+                kept[path] = size
+        while True:
+            if len(kept) <= held_out:
+                _log_left_out(left_out, len(paths), root)
+                raise TrainingError(
+                    f"`data` must have more images of at least {smallest_side} pixels a side than "
+                    f"the {held_out} of `validation`, got {len(kept)} below {str(folder)!r}: "
+                    "nothing is left to train on"
+                )
+            names = list(kept)
+            apart = names[:: len(names) // held_out][:held_out]
+            refused = {
+                path: error
+                for path, error in zip(apart, pool.map(_refusal, apart), strict=True)
+                if error is not None
+            }
+            if not refused:
+                break
+            left_out |= refused
+            kept = {path: size for path, size in kept.items() if path not in refused}
+    _log_left_out(left_out, len(paths), root)
     described = [f"{p.relative_to(root).as_posix()} {size}\n" for p, size in kept.items()]
     fingerprint = hashlib.sha256("".join(described).encode()).hexdigest()[:16]
-    names = list(kept)
-    apart = names[:: len(names) // held_out][:held_out]
     train = [path for path in names if path not in set(apart)]
-    return Photographs(train, apart, fingerprint)
+    return TrainingImages(train, apart, fingerprint)
 
 
-def _size(path: Path) -> tuple[int, int] | None:
+def _size(path: Path, smallest_side: int) -> tuple[int, int] | ImageError:
+    """Return width and height of an image, or why it is left out."""
     try:
-        with Image.open(path) as image:
-            return image.size
-    except UNREADABLE:
-        return None
+        size = check_header(path)
+    except (ImageError, OSError) as error:
+        return _as_image_error(error)
+    if min(size) < smallest_side:
+        reason = f"smaller than the crop of {smallest_side}"
+        return ImageError(f"{path} is {reason}: {size[0]}x{size[1]} pixels", reason)
+    return size
 
 
-def read_photograph(path: Path) -> np.ndarray:
-    """A picture as uint8 `[H, W, 3]`, as it is stored: not turned, its profile not applied."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+def _refusal(path: Path) -> ImageError | None:
+    """Return why an image cannot be decoded, or None if it can."""
+    try:
+        read_image(path)
+    except (ImageError, OSError) as error:
+        return _as_image_error(error)
+    return None
+
+
+def _as_image_error(error: ImageError | OSError) -> ImageError:
+    if isinstance(error, ImageError):
+        return error
+    return ImageError(explain(error) or str(error), "cannot be read")
+
+
+def _log_left_out(left_out: Mapping[Path, ImageError], count: int, folder: Path) -> None:
+    if not left_out:
+        return
+    for path in sorted(left_out)[:MAX_NAMED]:
+        logger.warning("left out: %s", left_out[path])
+    if len(left_out) > MAX_NAMED:
+        logger.warning("left out: %d more", len(left_out) - MAX_NAMED)
+    reasons = Counter(error.reason for error in left_out.values())
+    logger.warning(
+        "%d of %d files below %s are left out: %s",
+        len(left_out),
+        count,
+        folder,
+        ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common()),
+    )
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """Return an image as `read_image` does, grey ones too as uint8 `[H, W, 3]`."""
+    image = read_image(path)
+    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
 
 
 def random_crop(
-    photo: np.ndarray, size: int, rng: np.random.Generator, scale: float = 2.0
+    image: np.ndarray, size: int, rng: np.random.Generator, scale: float = 2.0
 ) -> np.ndarray:
-    """A random crop `[size, size, 3]`, reduced at random by a factor up to `scale`, or mirrored.
+    """Return a random crop `[size, size, 3]`, at random reduced by up to `scale`, or mirrored.
 
     Reducing shows the model several scales, and hides the traces of JPEG.
     """
-    largest = min(scale, min(photo.shape[:2]) / size)
+    largest = min(scale, min(image.shape[:2]) / size)
     side = size if largest <= 1 else int(size * rng.uniform(1, largest))
-    top = rng.integers(photo.shape[0] - side + 1)
-    left = rng.integers(photo.shape[1] - side + 1)
-    crop = photo[top : top + side, left : left + side]
+    top = rng.integers(image.shape[0] - side + 1)
+    left = rng.integers(image.shape[1] - side + 1)
+    crop = image[top : top + side, left : left + side]
     if side != size:
         resized = Image.fromarray(crop).resize((size, size), Image.Resampling.LANCZOS)
         crop = np.asarray(resized)
     return crop[:, ::-1] if rng.random() < 0.5 else crop
 
 
-def centre_crop(photo: np.ndarray, size: int) -> np.ndarray:
-    """The middle `[size, size, 3]` of a photograph, or as much of it as there is."""
-    top = max(0, photo.shape[0] - size) // 2
-    left = max(0, photo.shape[1] - size) // 2
-    return np.ascontiguousarray(photo[top : top + size, left : left + size])
+def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """Return the middle `[size, size, 3]` of an image, or as much of it as there is."""
+    top = max(0, image.shape[0] - size) // 2
+    left = max(0, image.shape[1] - size) // 2
+    return np.ascontiguousarray(image[top : top + size, left : left + size])
 
 
 class CropCache:
-    """Crops of photographs, several from each decoding.
+    """Crops of images, several from each decoding.
 
-    To decode a photograph takes far longer than to cut a crop from it.  Where a crop falls depends
-    on the photograph and the visit alone, so those of later visits are cut at the same time and
-    kept until they are asked for; they are the same that would be cut then.
+    To decode an image takes far longer than to cut a crop from it. The place of a crop depends on
+    the image and the visit alone, so those of later visits are cut at the same time and kept until
+    they are asked for; they are the same that would be cut then.
+
+    One decoding serves the visits up to the next multiple of `crops_ahead`, counted from another
+    start for each image. So an equal part of all images is decoded again in each epoch, where equal
+    starts would decode all of them in the same one, while the model waits.
 
     Args:
-        paths: photographs; one that cannot be decoded is replaced by the next.
+        paths: images; one that cannot be decoded is replaced by the next.
         scale: as in `random_crop`.
         memory: bytes that kept crops may take.
     """
@@ -148,32 +195,49 @@ class CropCache:
     def __init__(self, paths: list[Path], seed: int, scale: float, memory: float) -> None:
         self.paths, self.seed, self.scale, self.memory = paths, seed, scale, memory
         self.decoded = 0
-        # Of each photograph: crops by visit and size.
+        # Of each image: crops by visit and size.
         self._kept: dict[int, dict[tuple[int, int], np.ndarray]] = {}
+        self._refused: set[Path] = set()  # those that the log names already
         self._lock = threading.Lock()
 
     def crops_ahead(self, size: int) -> int:
-        """Crops of that size that one decoding gives, at least 1."""
+        """Return how many crops of that size one decoding gives at most, at least 1."""
         fit = int(self.memory / (len(self.paths) * 3 * size * size))
         return min(max(1, fit), MAX_CROPS_AHEAD)
 
-    def crop(self, number: int, visit: int, size: int) -> np.ndarray:
-        """The crop `[size, size, 3]` of that visit to photograph `number`."""
+    def crop(
+        self,
+        number: int,
+        visit: int,
+        size: int,
+        *,
+        processes: int = 1,
+        mine: Callable[[int], bool] | None = None,
+    ) -> np.ndarray:
+        """Return the crop `[size, size, 3]` of that visit to image `number`.
+
+        Args:
+            processes: of these, this one is asked for one of as many visits, on average.
+            mine: whether this process is going to be asked for a later visit, as far as it can
+                know; None: for all. It saves time and memory and changes no crop.
+        """
         with self._lock:
             kept = self._kept.get(number, {}).pop((visit, size), None)
         if kept is not None:
             return kept
-        photo = self._decode(number)
-        visits = range(visit, visit + self.crops_ahead(size))
+        image = self._decode(number)
+        period = self.crops_ahead(size) * processes
+        end = visit + period - (visit + number) % period
+        visits = [visit, *(v for v in range(visit + 1, end) if mine is None or mine(v))]
         crops = {
             (v, size): np.ascontiguousarray(
-                random_crop(photo, size, draws.for_crop(self.seed, number, v), self.scale)
+                random_crop(image, size, draws.for_crop(self.seed, number, v), self.scale)
             )
             for v in visits
         }
         first = crops.pop((visit, size))
         with self._lock:
-            self._kept[number] = crops  # what other processes used up goes with the old ones
+            self._kept[number] = crops  # old ones that were not asked for go
             self.decoded += 1
         return first
 
@@ -181,15 +245,19 @@ class CropCache:
         for offset in range(len(self.paths)):
             path = self.paths[(number + offset) % len(self.paths)]
             try:
-                return read_photograph(path)
-            except UNREADABLE as error:
-                logger.warning("%s is damaged (%s); the next photograph stands in", path, error)
-        raise TrainingError("`data` must hold photographs that can be decoded, got none")
+                return read_rgb(path)
+            except (ImageError, OSError) as error:
+                with self._lock:
+                    told = path in self._refused
+                    self._refused.add(path)
+                if not told:
+                    logger.warning("%s; the next image is used instead", _as_image_error(error))
+        raise TrainingError("`data` must hold images that can be decoded, got none")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one process does of one step.
+    """One process's part of the batch of a step.
 
     Attributes:
         x: crops, uint8 `[B, 3, S, S]`.
@@ -206,12 +274,13 @@ class Loader:
     """Batches in the order in which they are requested, made ahead on threads.
 
     Args:
-        crops: where crops come from.
-        seed: of qualities and noise.
-        top: the highest quality; 0 for a model of one rate.
-        shapes: of the latents of a picture of some height and width.
+        crops: the source of crops.
+        seed: of qualities, noise and graphics.
+        top: the highest quality; 0 for a fixed-rate model.
+        shapes: of the latents of an image of some height and width.
         rank, size: this process makes part `rank` of `size` equal parts of each batch.
         workers: threads.
+        graphics: share of the samples that are synthetic graphics instead of crops of images, 0..1.
     """
 
     def __init__(
@@ -224,30 +293,32 @@ class Loader:
         rank: int = 0,
         size: int = 1,
         workers: int = 4,
+        graphics: float = 0.0,
     ) -> None:
         self.crops, self.seed, self.top, self.shapes = crops, seed, top, shapes
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.graphics = rank, size, graphics
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="crops")
         self._requested: deque[tuple[np.ndarray | None, list[Future]]] = deque()
 
     def __len__(self) -> int:
-        """Batches that are requested and not taken."""
+        """Return how many batches are requested and not taken."""
         return len(self._requested)
 
     def request(self, step: int, sample: int, phase: Phase) -> None:
-        """Have the batch of a step made, whose first crop is sample number `sample` of the run."""
+        """Start to make the batch of a step, whose first crop is sample `sample` of the run."""
         part = phase.batch // self.size
         mine = slice(self.rank * part, (self.rank + 1) * part)
         quality = None
         if self.top:
             quality = draws.qualities(self.seed, step, phase.batch, self.top)[mine]
         made = [
-            self._pool.submit(self._make, sample + i, phase.crop) for i in range(phase.batch)[mine]
+            self._pool.submit(self._make, sample + i, phase.crop, (sample, phase.batch))
+            for i in range(phase.batch)[mine]
         ]
         self._requested.append((quality, made))
 
     def take(self) -> Batch:
-        """The oldest batch that was requested."""
+        """Return the oldest batch that was requested."""
         quality, made = self._requested.popleft()
         crops, noises = zip(*(future.result() for future in made), strict=True)
         return Batch(
@@ -260,11 +331,29 @@ class Loader:
         )
 
     def close(self) -> None:
-        """Give up what was requested."""
+        """Drop all requested batches and stop the threads."""
         self._requested.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _make(self, sample: int, size: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        visit, number = draws.photograph(self.seed, sample, len(self.crops.paths))
+    def _make(
+        self, sample: int, size: int, batch: tuple[int, int]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return the crop and the noise of a sample in a batch of (first sample, length)."""
         noise = draws.noise(self.seed, sample, self.shapes(size, size))
-        return self.crops.crop(number, visit, size), noise
+        if draws.is_graphic(self.seed, sample, self.graphics):
+            return graphics.draw(draws.for_graphic(self.seed, sample), size), noise
+        count = len(self.crops.paths)
+        visit, number = draws.photograph(self.seed, sample, count)
+
+        def is_mine(visit: int) -> bool:
+            later = draws.sample_of(self.seed, visit, number, count)
+            return self._is_mine(later, *batch)
+
+        mine = is_mine if self.size > 1 or self.graphics else None
+        crop = self.crops.crop(number, visit, size, processes=self.size, mine=mine)
+        return crop, noise
+
+    def _is_mine(self, sample: int, first: int, length: int) -> bool:
+        """Return whether this process cuts that sample if all batches from `first` on are equal."""
+        part = (sample - first) % length // (length // self.size)
+        return part == self.rank and not draws.is_graphic(self.seed, sample, self.graphics)
