@@ -20,6 +20,10 @@ VARIABLE_RATE_LMBDAS = tuple(0.0018 * (0.0932 / 0.0018) ** (i / 7) for i in rang
 # What `block` and `context` may be; the first of each is the paper's.
 BLOCKS = ("ca-ssm", "sum", "concatenation", "ssm", "cnn", "gdn")
 CONTEXTS = ("cae", "cae-without-ssm", "none")
+# What `resampling` may be; the first is the default.
+RESAMPLINGS = ("convolution", "haar")
+# Options that `to_json` leaves out at their defaults, so that versions without them read the file.
+LATER_OPTIONS = ("resampling", "feature_gain", "lrp_kernel")
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class CMambaConfig:
             ResBlocks alone.  The paper has it everywhere.
         latent_channels: channels M of the latent y at H/16.
         hyper_widths: channels of the hyper transforms between y and z; the last is that of z.
-        slices: groups of channels of y that are coded one after another (CAE).
+        slices: groups of channels of y that are coded one after another (CAE): how many groups of
+            equal size, or the channels of each group.  `slice_widths` has the latter for both.
         cae_width: channels of the CAE inside one slice.  `None` gives the paper's literal equation,
             whose width is twice the slice's channels and which has no head.
         lrp_widths: hidden channels of the latent residual prediction.
@@ -49,8 +54,14 @@ class CMambaConfig:
             its scan out, and so sees one position at a time; "none" takes both from the
             hyperprior alone (Minnen et al. 2018).
         lrp: whether latent residual prediction follows.
+        lrp_kernel: kernel size of its convolutions, 3 or 1; 1 makes it an MLP at each position.
+        resampling: how g_a halves and g_s doubles height and width.  "convolution" is strided
+            convolutions; "haar" is Haar transforms with a scale per sub-band and a 1x1 convolution
+            (`cmamba_ref.haar`).  The last layer of g_s is a convolution in both.
         lmbdas: empty for a model of one rate; else one lambda per quality 1, 2, ...: the model has
             gain vectors (Cui et al. 2021) and serves every quality between 1 and `len(lmbdas)`.
+        feature_gain: whether the features at H/8 have gain vectors too (`cmamba_ref.gain`); needs
+            `lmbdas`.
 
     Raises:
         InvalidArgumentError: a size is not positive, or sizes do not fit together.
@@ -61,7 +72,7 @@ class CMambaConfig:
     depths: tuple[int, int, int]
     latent_channels: int
     hyper_widths: tuple[int, int]
-    slices: int
+    slices: int | tuple[int, ...]
     cae_width: int | None
     lrp_widths: tuple[int, int]
     ssm_stages: tuple[bool, bool, bool] = (True, True, True)
@@ -72,6 +83,9 @@ class CMambaConfig:
     context: str = CONTEXTS[0]
     lrp: bool = True
     lmbdas: tuple[float, ...] = field(default=())
+    resampling: str = RESAMPLINGS[0]
+    feature_gain: bool = False
+    lrp_kernel: int = 3
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -95,12 +109,14 @@ class CMambaConfig:
             raise InvalidArgumentError(
                 f"`lmbdas` must be numbers, got {self.lmbdas!r:.80}; see CMambaConfig"
             ) from error
+        if isinstance(self.slices, list):  # from JSON
+            object.__setattr__(self, "slices", tuple(self.slices))
         sizes: dict[str, object] = {
             "widths": self.widths,
             "hyper_widths": self.hyper_widths,
             "lrp_widths": self.lrp_widths,
             "latent_channels": (self.latent_channels,),
-            "slices": (self.slices,),
+            "slices": self.slices if isinstance(self.slices, tuple) else (self.slices,),
             "d_state": (self.d_state,),
             "fusion_reduction": (self.fusion_reduction,),
             "cae_width": () if self.cae_width is None else (self.cae_width,),
@@ -121,22 +137,38 @@ class CMambaConfig:
                 f"`ssm_stages` must be true or false for each stage, got {self.ssm_stages}; "
                 "see CMambaConfig"
             )
-        for arg, choices in (("block", BLOCKS), ("context", CONTEXTS)):
+        for arg, choices in (
+            ("block", BLOCKS),
+            ("context", CONTEXTS),
+            ("resampling", RESAMPLINGS),
+        ):
             if getattr(self, arg) not in choices:
                 raise InvalidArgumentError(
                     f"`{arg}` must be one of {choices}, got {getattr(self, arg)!r:.80}; "
                     "see CMambaConfig"
                 )
-        if not isinstance(self.lrp, bool):
+        for arg in ("lrp", "feature_gain"):
+            if not isinstance(getattr(self, arg), bool):
+                raise InvalidArgumentError(
+                    f"`{arg}` must be true or false, got {getattr(self, arg)!r:.80}; "
+                    "see CMambaConfig"
+                )
+        if not _is_int(self.lrp_kernel) or self.lrp_kernel not in (1, 3):
             raise InvalidArgumentError(
-                f"`lrp` must be true or false, got {self.lrp!r:.80}; see CMambaConfig"
+                f"`lrp_kernel` must be 1 or 3, got {self.lrp_kernel!r:.80}; see CMambaConfig"
             )
         if not 0 < self.ssm_ratio <= 64:
             raise InvalidArgumentError(
                 f"`ssm_ratio` must be above 0 and at most 64, got {self.ssm_ratio}; "
                 "the paper's peers use 2"
             )
-        if self.latent_channels % self.slices:
+        if isinstance(self.slices, tuple):
+            if sum(self.slices) != self.latent_channels:
+                raise InvalidArgumentError(
+                    "`slices` must sum to `latent_channels`, got a sum of "
+                    f"{sum(self.slices)} and {self.latent_channels}; change one of them"
+                )
+        elif self.latent_channels % self.slices:
             raise InvalidArgumentError(
                 f"`latent_channels` must be a multiple of `slices`, got {self.latent_channels} and "
                 f"{self.slices}; change one of them"
@@ -149,11 +181,18 @@ class CMambaConfig:
             )
         if not all(math.isfinite(value) and value > 0 for value in self.lmbdas):
             raise InvalidArgumentError(f"`lmbdas` must be positive, got {self.lmbdas}")
+        if self.feature_gain and not self.lmbdas:
+            raise InvalidArgumentError(
+                "`feature_gain` must be false without `lmbdas`, got true; "
+                "a model of one rate has no gains"
+            )
 
     @property
-    def slice_channels(self) -> int:
-        """Channels of y in one slice."""
-        return self.latent_channels // self.slices
+    def slice_widths(self) -> tuple[int, ...]:
+        """Channels of y in each slice."""
+        if isinstance(self.slices, tuple):
+            return self.slices
+        return (self.latent_channels // self.slices,) * self.slices
 
     @property
     def stages_with_scan(self) -> tuple[bool, ...]:
@@ -166,8 +205,13 @@ class CMambaConfig:
         return bool(self.lmbdas)
 
     def to_json(self) -> str:
-        """The configuration as a JSON object, one key per attribute."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        """Write a JSON object with one key per attribute, without later options at defaults."""
+        values = {
+            f.name: value
+            for f, value in zip(fields(self), asdict(self).values(), strict=True)
+            if f.name not in LATER_OPTIONS or value != f.default
+        }
+        return json.dumps(values, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> CMambaConfig:

@@ -14,6 +14,8 @@ only what happens to a slice once its distribution is known, and that is passed 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
 
 import torch
 from einops import rearrange
@@ -24,7 +26,7 @@ from cmamba_ref.convolution import Conv3x3
 from cmamba_ref.entropy.precision import StoredPrecision
 from cmamba_ref.ss2d import SS2D
 
-# (slice number, means, log-scales) -> y_hat of the slice, all `[B, M/slices, h, w]`
+# (slice number, means, log-scales) -> y_hat of the slice, all `[B, slice's width, h, w]`
 CodeSlice = Callable[[int, Tensor, Tensor], Tensor]
 
 
@@ -35,9 +37,9 @@ class CAE(nn.Module):
     channels.  We widen to `cae_width` and add a linear head; `cae_width=None` is the literal form.
     """
 
-    def __init__(self, config: CMambaConfig, context_channels: int) -> None:
+    def __init__(self, config: CMambaConfig, context_channels: int, slice_width: int) -> None:
         super().__init__()
-        out_channels = 2 * config.slice_channels
+        out_channels = 2 * slice_width
         width = out_channels if config.cae_width is None else config.cae_width
         self.w_sq = nn.Linear(context_channels, width)
         self.ss2d = None
@@ -52,7 +54,7 @@ class CAE(nn.Module):
         self.head = nn.Identity() if literal else nn.Linear(width, out_channels)
 
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Map `[B, context_channels, h, w]` to means and log-scales, each `[B, M/slices, h, w]`."""
+        """Map `[B, context_channels, h, w]` to means, log-scales: each `[B, slice_width, h, w]`."""
         t = self.w_sq(rearrange(context, "b c h w -> b h w c"))
         f_ssm = t if self.ss2d is None else self.ss2d(self.norm1(t)) + t
         phi = self.w_ffn(self.norm2(f_ssm)) + f_ssm
@@ -66,14 +68,13 @@ class Hyperprior(nn.Module):
     Minnen et al. 2018, without their autoregression.
     """
 
-    def __init__(self, config: CMambaConfig, number: int) -> None:
+    def __init__(self, config: CMambaConfig, begin: int, slice_width: int) -> None:
         super().__init__()
-        first = number * config.slice_channels
-        self.of_slice = slice(first, first + config.slice_channels)
+        self.of_slice = slice(begin, begin + slice_width)
         self.latent_channels = config.latent_channels
 
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Map `[B, context_channels, h, w]` to means and log-scales, each `[B, M/slices, h, w]`."""
+        """Map `[B, context_channels, h, w]` to means, log-scales: each `[B, slice_width, h, w]`."""
         phi_mean, phi_scale = context[:, : 2 * self.latent_channels].chunk(2, dim=1)
         return phi_mean[:, self.of_slice], phi_scale[:, self.of_slice]
 
@@ -81,19 +82,21 @@ class Hyperprior(nn.Module):
 class LRP(nn.Module):
     """Latent residual prediction (Minnen & Singh 2020): `y - y_hat`, estimated, in (-0.5, 0.5)."""
 
-    def __init__(self, config: CMambaConfig, context_channels: int) -> None:
+    def __init__(self, config: CMambaConfig, context_channels: int, slice_width: int) -> None:
         super().__init__()
         hidden1, hidden2 = config.lrp_widths
+        # PyTorch computes a 1x1 convolution as one matrix product, which is fast in float64 too.
+        conv = Conv3x3 if config.lrp_kernel == 3 else partial(nn.Conv2d, kernel_size=1)
         self.layers = nn.Sequential(
-            Conv3x3(context_channels, hidden1),
+            conv(context_channels, hidden1),
             nn.GELU(),
-            Conv3x3(hidden1, hidden2),
+            conv(hidden1, hidden2),
             nn.GELU(),
-            Conv3x3(hidden2, config.slice_channels),
+            conv(hidden2, slice_width),
         )
 
     def forward(self, context: Tensor) -> Tensor:
-        """Map `[B, context_channels, h, w]` to a residual `[B, M/slices, h, w]`."""
+        """Map `[B, context_channels, h, w]` to a residual `[B, slice_width, h, w]`."""
         return 0.5 * torch.tanh(self.layers(context))
 
 
@@ -102,14 +105,19 @@ class ContextModel(StoredPrecision):
 
     def __init__(self, config: CMambaConfig) -> None:
         super().__init__()
-        m, width = config.latent_channels, config.slice_channels
+        m, widths = config.latent_channels, config.slice_widths
+        ends = list(accumulate(widths))  # channels of y up to and with each slice
         self.cae = nn.ModuleList(
-            Hyperprior(config, i) if config.context == "none" else CAE(config, 2 * m + width * i)
-            for i in range(config.slices)
+            Hyperprior(config, end - width, width)
+            if config.context == "none"
+            else CAE(config, 2 * m + end - width, width)
+            for end, width in zip(ends, widths, strict=True)
         )
         self.lrp = None
         if config.lrp:
-            self.lrp = nn.ModuleList(LRP(config, m + width * (i + 1)) for i in range(config.slices))
+            self.lrp = nn.ModuleList(
+                LRP(config, m + end, width) for end, width in zip(ends, widths, strict=True)
+            )
 
     def forward(self, phi: tuple[Tensor, Tensor], code_slice: CodeSlice) -> Tensor:
         """Code every slice in turn and return y_bar `[B, M, h, w]`.

@@ -39,7 +39,7 @@ from cmamba_ref.entropy.gaussian import (
 )
 from cmamba_ref.entropy.precision import float64_copy
 from cmamba_ref.errors import BitstreamError, CMambaError, InvalidArgumentError, WeightsError
-from cmamba_ref.gain import GainUnits
+from cmamba_ref.gain import Gains, GainUnits
 from cmamba_ref.ops.autocast import without_autocast
 from cmamba_ref.transforms import Analysis, HyperAnalysis, HyperSynthesis, Synthesis
 
@@ -133,19 +133,19 @@ class CMamba(nn.Module):
         if noise is not None:
             self._check_noise(noise, x)
         height, width = x.shape[-2:]
-        y, inverse_gain = self._analyse(pad(x), quality)
+        y, gains = self._analyse(pad(x), quality)
         z = self.h_a(y)
         with without_autocast(y.device):
             stored = next(self.h_s.parameters()).dtype
             y, z = y.to(stored), z.to(stored)
             medians = self.entropy_bottleneck.medians
             z_hat = ste_round(z - medians) + medians
-            slices = self.config.slices
+            widths = self.config.slice_widths
             z_noise = None if noise is None else noise["z"]
-            y_noise = [None] * slices if noise is None else noise["y"].chunk(slices, dim=1)
+            y_noise = [None] * len(widths) if noise is None else noise["y"].split(widths, dim=1)
             z_seen = _noisy(z, z_noise) if self.training else z_hat
             z_likelihood = self.entropy_bottleneck.likelihood(z_seen)
-            y_slices = y.chunk(slices, dim=1)
+            y_slices = y.split(widths, dim=1)
             y_likelihoods = []
 
             def quantise(i: int, means: Tensor, log_scales: Tensor) -> Tensor:
@@ -155,11 +155,52 @@ class CMamba(nn.Module):
                 return y_hat
 
             y_bar = self.context(self.h_s(z_hat), quantise)
-        x_hat = self._synthesise(y_bar, inverse_gain)
+        x_hat = self._synthesise(y_bar, gains)
         return {
             "x_hat": x_hat[..., :height, :width],
             "likelihoods": {"y": torch.cat(y_likelihoods, dim=1), "z": z_likelihood},
         }
+
+    def analyze(self, x: Tensor, quality: Tensor | float | None = None) -> Tensor:
+        """Compute the scaled latent y of images: the tensor that the quantiser sees.
+
+        Differentiable, as is `synthesize`; `synthesize(analyze(x, q), q)` is the reconstruction
+        with the quantiser off, padded.  Our choice: y is taken after the gain of the quality.
+
+        Args:
+            x: images `[B, 3, H, W]` in 0...1, any H, W >= 1; padded inside, by replication, to a
+                multiple of 64.
+            quality: as in `forward`.
+
+        Returns:
+            `[B, M, h, w]`, the shape of y in `latent_shapes(H, W)`.
+
+        Raises:
+            InvalidArgumentError: wrong shape or quality.
+        """
+        _check_pictures(x)
+        return self._analyse(pad(x), quality)[0]
+
+    def synthesize(self, y: Tensor, quality: Tensor | float | None = None) -> Tensor:
+        """Reconstruct images from the scaled latent: y, or y_bar as the codec has it.
+
+        Args:
+            y: `[B, M, h, w]`, of any floating-point type; any h, w >= 1.
+            quality: the one that y was scaled for, as in `forward`.
+
+        Returns:
+            `[B, 3, 16 h, 16 w]`, not clipped to 0...1, so that gradients pass everywhere.
+
+        Raises:
+            InvalidArgumentError: wrong shape or quality.
+        """
+        channels = self.config.latent_channels
+        if y.ndim != 4 or y.shape[1] != channels or 0 in y.shape or not y.is_floating_point():
+            raise InvalidArgumentError(
+                f"`y` must be a floating-point latent [B, {channels}, h, w], "
+                f"got {y.dtype}{list(y.shape)}; see `analyze`"
+            )
+        return self._synthesise(y, self._gains(quality, y.shape[0]))
 
     def latent_shapes(self, height: int, width: int) -> dict[str, tuple[int, int, int]]:
         """Shapes `[C, h, w]` of `y` and `z` of a picture of `height` x `width` pixels."""
@@ -231,7 +272,7 @@ class CMamba(nn.Module):
             y, z = y.to(device, torch.float64), z.to(device, torch.float64)
             medians = self._medians(device)
             z_symbols = _to_symbols(z - medians, "z")
-            y_slices = y.chunk(self.config.slices, dim=1)
+            y_slices = y.split(self.config.slice_widths, dim=1)
             y_symbols: list[Tensor] = []
             all_log_scales: list[Tensor] = []
 
@@ -339,11 +380,7 @@ class CMamba(nn.Module):
         Raises:
             BitstreamError: the picture is not finite.
         """
-        device = self._device()
-        inverse_gain = None
-        if self.gain is not None and quality is not None:
-            _, inverse_gain = self.gain(quality.float().to(device))
-        x_hat = self._synthesise(y_bar, inverse_gain)
+        x_hat = self.synthesize(y_bar, quality)
         _check_finite(x_hat, BitstreamError, NOT_FINITE_STRING)
         return x_hat.clamp(0, 1)
 
@@ -416,19 +453,25 @@ class CMamba(nn.Module):
     def _device(self) -> torch.device:
         return next(self.g_a.parameters()).device
 
-    def _analyse(self, x: Tensor, quality: Tensor | float | None) -> tuple[Tensor, Tensor | None]:
-        """The scaled latent y, and the inverse gain for g_s."""
+    def _analyse(self, x: Tensor, quality: Tensor | float | None) -> tuple[Tensor, Gains | None]:
+        """The scaled latent y, and the gains for g_s."""
         first = next(self.g_a.parameters())
-        y = self.g_a(x.to(first.device, first.dtype).contiguous(memory_format=torch.channels_last))
+        x = x.to(first.device, first.dtype).contiguous(memory_format=torch.channels_last)
+        gains = self._gains(quality, x.shape[0])
+        if gains is None:
+            return self.g_a(x), None
+        return self.g_a(x, gains.analysis) * gains.latent, gains
+
+    def _gains(self, quality: Tensor | float | None, batch: int) -> Gains | None:
+        """The gains of each image; None for a fixed-rate model."""
         if self.gain is None:
             self.check_quality(quality)  # type: ignore[arg-type]
-            return y, None
+            return None
         if isinstance(quality, Tensor):
-            self._check_qualities(quality, x.shape[0])
+            self._check_qualities(quality, batch)
         else:
             quality = torch.tensor(self.check_quality(quality))
-        gain, inverse_gain = self.gain(quality.float().to(y.device).expand(x.shape[0]))
-        return y * gain, inverse_gain
+        return self.gain(quality.float().to(self._device()).expand(batch))
 
     def _check_qualities(self, quality: Tensor, batch: int) -> None:
         top = len(self.config.lmbdas)
@@ -449,12 +492,13 @@ class CMamba(nn.Module):
                     "see `latent_shapes`"
                 )
 
-    def _synthesise(self, y_bar: Tensor, inverse_gain: Tensor | None) -> Tensor:
+    def _synthesise(self, y_bar: Tensor, gains: Gains | None) -> Tensor:
         # In this order: MPS refuses to take a float64 tensor over.
         y_bar = y_bar.to(next(self.g_s.parameters()).dtype).to(self._device())
-        if inverse_gain is not None:
-            y_bar = y_bar * inverse_gain
-        return self.g_s(y_bar.contiguous(memory_format=torch.channels_last))
+        feature_gain = None
+        if gains is not None:
+            y_bar, feature_gain = y_bar * gains.inverse, gains.synthesis
+        return self.g_s(y_bar.contiguous(memory_format=torch.channels_last), feature_gain)
 
     def _coding(self) -> tuple[nn.ModuleDict, torch.device]:
         """h_s and the context model in float64, renewed whenever a weight has changed."""

@@ -13,6 +13,7 @@ from cmamba_ref.blocks import stage
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.convolution import Conv3x3
 from cmamba_ref.entropy.precision import StoredPrecision
+from cmamba_ref.haar import HaarDownsample, HaarUpsample
 
 
 def downsample(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
@@ -31,12 +32,18 @@ class Analysis(nn.Sequential):
     def __init__(self, config: CMambaConfig) -> None:
         c1, c2, c3 = config.widths
         stage1, stage2, stage3 = (stage(config, number, inverse=False) for number in range(3))
-        down1 = downsample(3, c1, 5)
-        down2 = downsample(c1, c2, 5)
-        down3 = downsample(c2, c3, 5)
-        down4 = downsample(c3, config.latent_channels, 3)
+        sizes = [(3, c1, 5), (c1, c2, 5), (c2, c3, 5), (c3, config.latent_channels, 3)]
+        if config.resampling == "haar":
+            down1, down2, down3, down4 = (HaarDownsample(*channels) for *channels, _ in sizes)
+        else:
+            down1, down2, down3, down4 = (downsample(*size) for size in sizes)
         super().__init__(down1, *stage1, down2, *stage2, down3, *stage3, down4)
+        self.before_gain = len(stage1) + len(stage2) + 3
         walsh.init_analysis([down1, down2, down3, down4])
+
+    def forward(self, input: Tensor, feature_gain: Tensor | None = None) -> Tensor:
+        """Compute y; `feature_gain` `[B, C3, 1, 1]` scales what enters the blocks at H/8."""
+        return _with_gain(self, input, feature_gain, self.before_gain)
 
 
 class Synthesis(nn.Sequential):
@@ -45,12 +52,26 @@ class Synthesis(nn.Sequential):
     def __init__(self, config: CMambaConfig) -> None:
         c1, c2, c3 = config.widths
         stage1, stage2, stage3 = (stage(config, number, inverse=True) for number in range(3))
-        up4 = upsample(config.latent_channels, c3)
-        up3 = upsample(c3, c2)
-        up2 = upsample(c2, c1)
+        sizes = [(config.latent_channels, c3), (c3, c2), (c2, c1)]
+        double = HaarUpsample if config.resampling == "haar" else upsample
+        up4, up3, up2 = (double(*channels) for channels in sizes)
         last = nn.Conv2d(c1, 3 * 2 * 2, 3, padding=1)
         super().__init__(up4, *stage3, up3, *stage2, up2, *stage1, last, nn.PixelShuffle(2))
+        self.before_gain = len(stage3) + 1
         walsh.init_synthesis([up4, up3, up2], last)
+
+    def forward(self, input: Tensor, feature_gain: Tensor | None = None) -> Tensor:
+        """Compute x_hat; `feature_gain` `[B, C3, 1, 1]` scales what leaves the blocks at H/8."""
+        return _with_gain(self, input, feature_gain, self.before_gain)
+
+
+def _with_gain(layers: nn.Sequential, x: Tensor, gain: Tensor | None, before: int) -> Tensor:
+    """Apply layers in turn, and the gain after so many of them."""
+    for number, layer in enumerate(layers, start=1):
+        x = layer(x)
+        if gain is not None and number == before:
+            x = x * gain.to(x.dtype)  # which under autocast is not that of parameters
+    return x
 
 
 class HyperAnalysis(nn.Sequential):

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from cmamba_ref.haar import HaarDownsample, HaarUpsample, haar
 
 # Orthonormal opponent colours (rows) over RGB, and the energy that each has in photographs.
 COLOURS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
@@ -106,20 +108,22 @@ def _levels(widths: list[int]) -> list[Level]:
 
 @torch.no_grad()
 def init_analysis(halvings: list[nn.Conv2d]) -> None:
-    """Make the strided convolutions of g_a, from fine to coarse, the transform."""
+    """Make the halvings of g_a, from fine to coarse, the transform."""
     if halvings[0].weight.is_meta:
         return  # no values to set
     levels = _levels([conv.out_channels for conv in halvings])
     for conv, level in zip(halvings, levels, strict=True):
-        _install(conv, _kernel(conv, level), level.coarser, dim=0)
+        _install(conv, _weight(conv, level), level.coarser, dim=0)
     # The first layer sees 0...1, its coefficients are those of -0.5...0.5.
-    halvings[0].bias.copy_(-0.5 * halvings[0].weight.sum((1, 2, 3)))  # type: ignore[union-attr]
+    first = halvings[0]
+    kernel = first.kernel() if isinstance(first, HaarDownsample) else first.weight
+    first.bias.copy_(-0.5 * kernel.sum((1, 2, 3)))  # type: ignore[union-attr]
     halvings[-1].weight.mul_(LATENT_SCALE)
 
 
 @torch.no_grad()
 def init_synthesis(doublings: list[nn.ConvTranspose2d], last: nn.Conv2d) -> None:
-    """Make the strided transposed convolutions of g_s, from coarse to fine, the inverse.
+    """Make the doublings of g_s, from coarse to fine, the inverse.
 
     Args:
         last: the convolution before `PixelShuffle(2)`, which inverts the finest level.
@@ -129,29 +133,31 @@ def init_synthesis(doublings: list[nn.ConvTranspose2d], last: nn.Conv2d) -> None
     widths = [last.in_channels, *(deconv.in_channels for deconv in reversed(doublings))]
     finest, *others = _levels(widths)
     for deconv, level in zip(reversed(doublings), others, strict=True):
-        _install(deconv, _kernel(deconv, level), level.finer, dim=1)
+        _install(deconv, _weight(deconv, level), level.finer, dim=1)
     finer, coarser, row, column, value = (np.array(tap) for tap in zip(*finest.taps, strict=True))
     centre = last.kernel_size[0] // 2
-    transform = np.zeros(last.weight.shape)
-    transform[4 * finer + 2 * row + column, coarser, centre, centre] = value
+    transform = torch.zeros(last.weight.shape, dtype=torch.float64)
+    transform[4 * finer + 2 * row + column, coarser, centre, centre] = torch.from_numpy(value)
     _install(last, transform, 4 * finest.finer, dim=0)
     nn.init.constant_(last.bias, 0.5)  # type: ignore[arg-type]  # mid-grey
     doublings[0].weight.div_(LATENT_SCALE)
 
 
-def _kernel(layer: nn.Conv2d | nn.ConvTranspose2d, level: Level) -> np.ndarray:
+def _weight(layer: nn.Conv2d | nn.ConvTranspose2d, level: Level) -> Tensor:
     """A level as the weight of a layer; either way the first axis is the coarser map's channels."""
     finer, coarser, row, column, value = zip(*level.taps, strict=True)
-    centre = layer.kernel_size[0] // 2
-    kernel = np.zeros(layer.weight.shape)
-    kernel[coarser, finer, np.add(row, centre), np.add(column, centre)] = value
-    return kernel
+    first = (layer.kernel_size[0] - 1) // 2  # of the 2x2 positions, along either side
+    kernel = torch.zeros(layer.weight.shape, dtype=torch.float64)
+    kernel[coarser, finer, np.add(row, first), np.add(column, first)] = torch.tensor(
+        value, dtype=torch.float64
+    )
+    return haar(kernel) if isinstance(layer, HaarDownsample | HaarUpsample) else kernel
 
 
 def _install(
-    layer: nn.Conv2d | nn.ConvTranspose2d, transform: np.ndarray, carriers: int, dim: int
+    layer: nn.Conv2d | nn.ConvTranspose2d, transform: Tensor, carriers: int, dim: int
 ) -> None:
     """Give the outputs that carry coefficients the transform, under reduced noise."""
     ours = layer.weight.narrow(dim, 0, carriers)
-    ours.mul_(NOISE).add_(torch.from_numpy(transform).to(ours).narrow(dim, 0, carriers))
+    ours.mul_(NOISE).add_(transform.to(ours).narrow(dim, 0, carriers))
     nn.init.zeros_(layer.bias[:carriers])  # type: ignore[index]

@@ -146,7 +146,7 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
         raise WeightsError(f"cannot read the weights in {str(directory)!r}: {error}") from error
     # A configuration of absurd size fails before it costs anything: every block and slice has
     # tensors of its own, and modules on `meta` have no memory.
-    if config.slices + sum(config.depths) > len(state):
+    if len(config.slice_widths) + sum(config.depths) > len(state):
         raise WeightsError(f"{str(directory)!r}: tensors are missing: there are only {len(state)}")
     try:
         with torch.device("meta"):

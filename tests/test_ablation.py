@@ -67,7 +67,7 @@ def test_variants_differ_from_the_whole_model_in_what_they_say():
 
     whole = kinds("ca-ssm")
     assert whole[0] == {CASSM, ResBlock} and whole[1] and whole[2]
-    in_context = SMALL.slices
+    in_context = len(SMALL.slice_widths)
     in_transforms = whole[1] - in_context
     assert kinds("sum") == ({PlainFusion, ResBlock}, *whole[1:])
     assert kinds("concatenation") == ({PlainFusion, ResBlock}, *whole[1:])

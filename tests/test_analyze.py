@@ -10,11 +10,13 @@ import numpy as np
 import observe
 import pytest
 import torch
-from codec_helpers import SMALL, as_input, picture, random_model, recording
+from codec_helpers import ONE_RATE, SMALL, as_input, picture, random_model, recording
 from feature_statistics import GRID, REACH
 from PIL import Image
 
+import cmamba_ref
 from cmamba_ref.blocks import CASSM
+from cmamba_ref.model import pad
 
 MIDDLE = GRID // 2
 
@@ -153,9 +155,12 @@ def test_correlation_of_small_and_constant_maps():
 def test_bits_go_to_their_slice():
     bits = np.zeros((6, 2, 3))
     bits[4, 1, 2], bits[0, 0, 0], bits[1, 0, 0] = 7, 1, 2
-    by_slice = feature_statistics.bits_by_slice(bits, 3)
+    by_slice = feature_statistics.bits_by_slice(bits, (2, 2, 2))
     assert by_slice.shape == (3, 2, 3) and by_slice.sum() == 10
     assert by_slice[2, 1, 2] == 7 and by_slice[0, 0, 0] == 3
+    by_slice = feature_statistics.bits_by_slice(bits, (1, 3, 2))
+    assert by_slice.shape == (3, 2, 3) and by_slice.sum() == 10
+    assert by_slice[2, 1, 2] == 7 and by_slice[:2, 0, 0].tolist() == [1, 2]
 
 
 # ---------------------------------------------------------------- the command
@@ -191,6 +196,7 @@ def test_command(model, weights, folder, tmp_path, capsys):
     numbers = json.loads((output / "analysis.json").read_text())
     assert numbers["meta"]["pictures"]["names"] == ["a.png", "b.png"]
     assert numbers["meta"]["model"]["quality"] == 3
+    assert "ceiling" not in numbers
     assert set(numbers["fusion"]) == {
         f"{g} H/{n}" for g in ("g_a", "g_s") for n in ("4 1", "4 2", "8 1")
     }
@@ -216,10 +222,12 @@ def test_the_picture_that_is_shown_may_be_another(weights, folder, tmp_path):
     found = []
     for more in ([], ["--picture", str(apart)]):
         output = tmp_path / f"out{len(more)}"
-        assert analyze.main([str(folder), "-o", str(output), "--model", weights, *more]) == 0
+        arguments = [str(folder), "-o", str(output), "--model", weights, "--ceiling", "8", "2.5"]
+        assert analyze.main([*arguments, *more]) == 0
         found.append(json.loads((output / "analysis.json").read_text()))
     without, shown = (numbers.pop("bits") for numbers in found)
     meta, shown_meta = (numbers.pop("meta") for numbers in found)
+    assert [row["quality"] for row in found[0]["ceiling"]] == [8, 2.5]
     assert found[0] == found[1] and without["y_bpp"] == shown["y_bpp"]
     assert meta["pictures"] == shown_meta["pictures"]
     assert (without["picture"], shown["picture"]) == ("a.png", "apart.png")
@@ -247,19 +255,55 @@ def test_ctrl_c_leaves_what_a_second_run_completes(weights, folder, tmp_path, mo
     assert not (output / "analysis.json.partial").exists()
 
 
-def test_a_model_without_ssm_paths(folder, tmp_path):
-    local = random_model(dataclasses.replace(SMALL, ssm_stages=(False,) * 3))
+def test_a_fixed_rate_model_without_ssm_paths(folder, tmp_path, capsys):
+    local = random_model(dataclasses.replace(ONE_RATE, ssm_stages=(False,) * 3))
     local.save_pretrained(tmp_path / "local")
     output = tmp_path / "out"
     arguments = [str(folder), "-o", str(output), "--model", str(tmp_path / "local")]
-    assert analyze.main([*arguments, "--limit", "1"]) == 0
+    assert analyze.main([*arguments, "--limit", "1", "--ceiling"]) == 0
     assert (output / "spectra.png").exists() and not (output / "fusion.png").exists()
+    (row,) = json.loads((output / "analysis.json").read_text())["ceiling"]
+    assert row["quality"] is None and row["psnr_ceiling"] > 0
+    with pytest.raises(SystemExit):
+        analyze.main([*arguments, "--ceiling", "3"])
+    assert "one rate" in capsys.readouterr().err
+
+
+def test_ceiling_is_the_error_with_the_quantiser_off(model, weights, folder, tmp_path, capsys):
+    """At all whole qualities, and of images at their full size."""
+    output = tmp_path / "out"
+    arguments = [str(folder), "-o", str(output), "--model", weights, "--limit", "2"]
+    assert analyze.main([*arguments, "--ceiling"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    rows = json.loads((output / "analysis.json").read_text())["ceiling"]
+    assert [row["quality"] for row in rows] == list(range(1, 9))
+
+    images = picture(70, 140), picture(128, 64, seed=1)[..., :1].repeat(3, axis=2)
+    for row in rows:
+        off, coded = [], []
+        for image in images:
+            height, width = image.shape[:2]
+            with torch.no_grad():
+                gains = model.gain(torch.tensor([row["quality"]]))
+                x_hat = model.g_s(model.g_a(pad(as_input(image))) * gains.latent * gains.inverse)
+            rounded = (255 * x_hat[0, :, :height, :width].clamp(0, 1)).round()
+            off.append(np.mean((image - rounded.permute(1, 2, 0).double().numpy()) ** 2))
+            decoded = cmamba_ref.decode(cmamba_ref.encode(model, image, row["quality"]), model)
+            coded.append(np.mean((image - decoded.astype(float)) ** 2))
+        off, coded = np.array(off), np.array(coded)
+        assert row["psnr"] == pytest.approx(np.mean(10 * np.log10(255**2 / coded)))
+        assert row["psnr_ceiling"] == pytest.approx(np.mean(10 * np.log10(255**2 / off)), abs=1e-3)
+        assert row["share_of_error"] == pytest.approx(off.mean() / coded.mean(), rel=1e-3)
+    last = printed[-1].split()
+    assert last[0] == f"{rows[-1]['quality']:g}" and last[1] == f"{rows[-1]['psnr']:.2f}"
+    assert last[3] == f"{rows[-1]['share_of_error']:.1%}"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (["--quality", "9"], "quality"),
+        (["--ceiling", "4", "9"], "quality"),
         (["--picture", "z.png"], "z.png"),
         (["--model", "none"], "config.json"),
     ],

@@ -317,7 +317,7 @@ def test_the_comparison_walks_as_the_decoder_does(comparison):
     with recording() as seen:
         work.decode(model, data)
     kept = np.load(one.kept)
-    slices = np.split(kept["y"], model.config.slices)
+    slices = np.split(kept["y"], len(model.config.slice_widths))
     symbols = np.concatenate([kept["z"].ravel(), *(part.ravel() for part in slices)])
     assert np.array_equal(symbols, seen[0].symbols)
     assert np.array_equal(kept["log_scales"].ravel(), seen[0].log_scales)

@@ -4,12 +4,13 @@ import dataclasses
 import math
 from statistics import NormalDist
 
+import codec_helpers
 import pytest
 import torch
 
 from cmamba_ref import CMamba, CMambaConfig, InvalidArgumentError
 from cmamba_ref.blocks import CASSM, ResBlock, VSSBlock
-from cmamba_ref.config import BASE, CONFIGS, SMALL, TINY
+from cmamba_ref.config import BASE, CONFIGS, RESAMPLINGS, SMALL, TINY
 from cmamba_ref.context import CAE
 from cmamba_ref.entropy.bounds import lower_bound, ste_round
 from cmamba_ref.entropy.precision import float64_copy
@@ -87,10 +88,10 @@ def test_complexity_table_names_every_convention(capsys):
 def test_literal_cae_width():
     """`cae_width=None` is the paper's equation: Phi_i itself is means and log-scales."""
     literal = dataclasses.replace(BASE, cae_width=None)
-    cae = CAE(literal, context_channels=640)
-    assert cae.w_sq.out_features == 2 * literal.slice_channels == 128
+    cae = CAE(literal, context_channels=640, slice_width=64)
+    assert cae.w_sq.out_features == 2 * literal.slice_widths[0] == 128
     assert not list(cae.head.parameters())
-    assert CAE(BASE, context_channels=640).head.out_features == 128
+    assert CAE(BASE, context_channels=640, slice_width=64).head.out_features == 128
     small = CMamba(dataclasses.replace(MINI, cae_width=None)).eval()
     with torch.no_grad():
         assert small(pictures(1, 64, 64), 3.0)["x_hat"].shape == (1, 3, 64, 64)
@@ -220,16 +221,18 @@ def test_likelihood_of_y_is_the_mass_of_the_unit_interval(model, scale):
     assert torch.allclose(likelihood, torch.tensor(mass, dtype=torch.float64), rtol=1e-6, atol=2e-9)
 
 
-def test_a_fresh_model_already_reconstructs():
+@pytest.mark.parametrize("resampling", RESAMPLINGS)
+def test_a_fresh_model_already_reconstructs(resampling):
     """g_a and g_s start as a transform and its inverse, see cmamba_ref.walsh."""
     torch.manual_seed(0)
-    fresh = CMamba("tiny").eval()
+    tiny = dataclasses.replace(TINY, resampling=resampling)
+    fresh = CMamba(tiny).eval()
     x = pictures(1, 128, 128)
     with torch.no_grad():
         mse = (fresh.g_s(fresh.g_a(x)) - x).square().mean()
     assert -10 * mse.log10() > 30
     # With room for all 768 coefficients of a 16x16 block the transform is exact.
-    whole = dataclasses.replace(TINY, widths=(12, 48, 192), depths=(0, 0, 0), latent_channels=768)
+    whole = dataclasses.replace(tiny, widths=(12, 48, 192), depths=(0, 0, 0), latent_channels=768)
     full = CMamba(whole).eval()
     with torch.no_grad():
         mse = (full.g_s(full.g_a(x)) - x).square().mean()
@@ -329,6 +332,85 @@ def test_pictures_of_wrong_shape_are_refused(model):
             model(x, 3.0)
     with pytest.raises(InvalidArgumentError, match="`x`"):
         model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 3.0)
+
+
+@pytest.mark.parametrize("config", [codec_helpers.SMALL, codec_helpers.ONE_RATE])
+def test_analyze_and_synthesize_are_the_two_ends_of_the_codec(config):
+    """The symbols are those of y, and the decoder's y_bar becomes the decoded image."""
+    model = codec_helpers.random_model(config)
+    quality = 2.5 if config.lmbdas else None
+    x = pictures(1, 70, 100)
+    with torch.no_grad():
+        y = model.analyze(x, quality)
+        x_hat = model(x, quality)["x_hat"]
+    assert y.shape[1:] == model.latent_shapes(70, 100)["y"]
+    means = []
+    hooks = [
+        cae.register_forward_hook(lambda module, args, output: means.append(output[0]))
+        for cae in model.context.cae
+    ]
+    with torch.no_grad():
+        model(x, quality)
+    for hook in hooks:
+        hook.remove()
+    with codec_helpers.recording() as recordings:
+        coded = model.compress(x, quality)
+    symbols = torch.from_numpy(recordings[0].symbols[-y.numel() :]).view_as(y)
+    rounded = (y - torch.cat(means, dim=1)).round()
+    # The codec computes in float64, so a value in the middle may be rounded the other way.
+    assert (rounded == symbols).float().mean() > 0.999 and symbols.any()
+
+    y_bar, qualities = model.decode_latent(**coded)
+    decoded = model.decompress(**coded)["x_hat"]
+    with torch.no_grad():
+        for same in (quality, qualities):
+            assert torch.equal(model.synthesize(y_bar, same).clamp(0, 1), decoded)
+        assert torch.allclose(model.synthesize(y_bar, quality)[..., :70, :100], x_hat, atol=1e-4)
+
+
+def test_the_gain_of_the_quality_is_in_the_latent(model):
+    """Each image has its own; its inverse is taken back, and nothing is clipped."""
+    with torch.no_grad():
+        model.gain.log_gain.copy_(torch.randn_like(model.gain.log_gain))
+        model.gain.log_inverse_gain.copy_(-model.gain.log_gain)
+        x, qualities = pictures(2, 64, 128), torch.tensor([2.0, 6.5])
+        gain = model.gain(qualities).latent
+        unscaled = model.g_a(x)
+        y = model.analyze(x, qualities)
+        assert torch.allclose(y, unscaled * gain, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(model.analyze(x[1:], 6.5), y[1:], rtol=1e-4, atol=1e-4)
+        assert torch.equal(model.analyze(x), model.analyze(x, 4.0))
+        found, expected = model.synthesize(3 * y, qualities), model.g_s(3 * unscaled)
+    assert found.shape == (2, 3, 64, 128) and found.max() > 1
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_pass_analyze_and_synthesize(model):
+    x = pictures(1, 64, 64).requires_grad_()
+    y = model.analyze(x, 3.0)
+    y.retain_grad()
+    model.synthesize(y, 3.0).square().sum().backward()
+    for tensor in (x, y):
+        assert tensor.grad is not None and torch.isfinite(tensor.grad).all()
+        assert tensor.grad.abs().max() > 0
+    assert model.gain.log_gain.grad.any() and model.gain.log_inverse_gain.grad.any()
+
+
+def test_analyze_and_synthesize_refuse_wrong_arguments(model):
+    x, y = pictures(1, 64, 64), torch.zeros(1, 32, 4, 4)
+    for wrong in (x[0], x[:, :1], x[..., :0], x.byte()):
+        with pytest.raises(InvalidArgumentError, match="`x`"):
+            model.analyze(wrong, 3.0)
+    for wrong in (y[0], y[:, :16], y[..., :0], y.int()):
+        with pytest.raises(InvalidArgumentError, match="`y`"):
+            model.synthesize(wrong, 3.0)
+    fixed = CMamba(dataclasses.replace(MINI, lmbdas=()))
+    for call, tensor in ((model.analyze, x), (model.synthesize, y)):
+        for quality in (0.99, 8.01, torch.tensor([3.0, 3.0])):
+            with pytest.raises(InvalidArgumentError, match="quality"):
+                call(tensor, quality)
+        with pytest.raises(InvalidArgumentError, match="one rate"):
+            getattr(fixed, call.__name__)(tensor, 3.0)
 
 
 def test_unknown_configuration_lists_the_known():

@@ -2,6 +2,7 @@
 
     python tools/analyze.py photos -o analysis
     python tools/analyze.py photos -o analysis --model runs/mine/model --quality 6 --picture a.png
+    python tools/analyze.py photos -o analysis --ceiling
 
 Writes into the folder of -o:
 
@@ -16,7 +17,15 @@ Writes into the folder of -o:
     bits.png         one picture and where its bits go, slice by slice: the first, or the --picture,
                      which may be any file; one that is not in the folder is in no mean
     field.png        effective receptive field of g_a, from the centre of each picture
-    analysis.json    all numbers that are drawn, means over pictures, and how they were made
+    analysis.json    all numbers that are drawn, means over pictures, and how they were made; with
+                     --ceiling also `ceiling`, one object per quality, which is printed as a table:
+                       psnr             of the decoded files, dB, mean over images
+                       psnr_ceiling     of synthesize(analyze(x)), the quantiser off: about the most
+                                        that these weights reach at any rate
+                       share_of_error   mean squared error with the quantiser off over that of the
+                                        decoded files, each a mean over images: the share of the
+                                        error that no rate removes
+                     All three are of 8-bit images at their full size
 
 Definitions stand with the functions in tools/feature_statistics.py and tools/observe.py.  Pictures
 are cut to multiples of 64 pixels, so that no padding is in the numbers; those that are smaller or
@@ -30,6 +39,7 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +60,11 @@ from provenance import of_run, versions
 from rd_measure import picture_paths, read_rgb
 from tqdm import tqdm
 
+import cmamba_ref
 from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.errors import explain
 from cmamba_ref.files import write_atomically
+from cmamba_ref.metrics import psnr
 from cmamba_ref.model import MULTIPLE
 
 # The receptive field is taken on the middle of a picture, of at most this side, and drawn and kept
@@ -75,12 +87,12 @@ def look_at(model: CMamba, picture: np.ndarray, quality: float | None) -> Number
     if not height or not width:
         raise CMambaError(f"has a side of less than {MULTIPLE} pixels")
     x = torch.from_numpy(picture[:height, :width].copy()).permute(2, 0, 1)[None].float() / 255
-    return numbers_of(observe(model, x, quality), model.config.slices, width * height) | {
-        "field": _field(model, x)
+    return numbers_of(observe(model, x, quality), model.config.slice_widths, width * height) | {
+        "field": _field(model, x, quality)
     }
 
 
-def numbers_of(seen: Observation, slices: int, pixels: int) -> Numbers:
+def numbers_of(seen: Observation, slice_widths: Sequence[int], pixels: int) -> Numbers:
     """The numbers of an observation, without the receptive field."""
     spectra = {
         block.name: {path: log_spectrum(maps) for path, maps in block.paths.items()}
@@ -88,7 +100,7 @@ def numbers_of(seen: Observation, slices: int, pixels: int) -> Numbers:
         if block.name.startswith("g_a")
     }
     fused = [name for name, paths in spectra.items() if "fused" in paths]
-    bits = bits_by_slice(seen.y_bits, slices)
+    bits = bits_by_slice(seen.y_bits, slice_widths)
     return {
         "spectrum_of": fused[-1] if fused else None,
         "spectrum": {path: s.tolist() for path, s in spectra[fused[-1]].items()} if fused else {},
@@ -106,13 +118,62 @@ def numbers_of(seen: Observation, slices: int, pixels: int) -> Numbers:
     }
 
 
-def _field(model: CMamba, x: torch.Tensor) -> list[list[float]]:
+def ceiling_of(model: CMamba, image: np.ndarray, qualities: list[float | None]) -> list[Numbers]:
+    """Measure PSNR and squared error of an image's real files, and those with the quantiser off.
+
+    Args:
+        image: uint8 `[H, W, 3]`, any size.
+
+    Returns:
+        one object per quality.
+    """
+    x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+    height, width = image.shape[:2]
+    rows = []
+    for quality in qualities:
+        decoded = cmamba_ref.decode(cmamba_ref.encode(model, image, quality), model)
+        with torch.no_grad():
+            x_hat = model.synthesize(model.analyze(x, quality), quality)[0, :, :height, :width]
+        unquantised = (x_hat.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        rows.append(
+            {
+                "psnr": psnr(image, decoded),
+                "psnr_ceiling": psnr(image, unquantised),
+                "mse": _squared_error(image, decoded),
+                "mse_ceiling": _squared_error(image, unquantised),
+            }
+        )
+    return rows
+
+
+def _squared_error(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.mean((a.astype(np.float64) - b) ** 2))
+
+
+def mean_ceiling(
+    rows: list[list[Numbers]], qualities: list[float | None]
+) -> list[dict[str, float | None]]:
+    """Average over images what `ceiling_of` returns for each; errors before their ratio."""
+    means = [_mean(list(of_quality)) for of_quality in zip(*rows, strict=True)]
+    return [
+        {
+            "quality": quality,
+            "psnr": mean["psnr"],
+            "psnr_ceiling": mean["psnr_ceiling"],
+            "share_of_error": mean["mse_ceiling"] / mean["mse"] if mean["mse"] else 0.0,
+        }
+        for quality, mean in zip(qualities, means, strict=True)
+    ]
+
+
+def _field(model: CMamba, x: torch.Tensor, quality: float | None) -> list[list[float]]:
     """The receptive field on the middle of a picture, surrounded by zeros where that is smaller."""
     height, width = (min(side, FIELD_SIDE) for side in x.shape[-2:])
     top, left = (
         (side - part) // 2 for side, part in zip(x.shape[-2:], (height, width), strict=True)
     )
-    field = receptive_field(model, x[..., top : top + height, left : left + width])
+    middle = x[..., top : top + height, left : left + width]
+    field = receptive_field(model, middle, quality)
     down, right = ((FIELD_SIDE - side) // 2 for side in field.shape)
     framed = np.zeros((FIELD_SIDE, FIELD_SIDE))
     framed[down : down + height, right : right + width] = field
@@ -175,6 +236,14 @@ def main(argv: list[str] | None = None) -> int:
         metavar="NAME",
         help="the picture of bits.png: one of the folder, or another file (default: the first)",
     )
+    add(
+        "--ceiling",
+        nargs="*",
+        type=float,
+        metavar="QUALITY",
+        help="also PSNR with the quantiser off, and the share of the error that no rate removes, "
+        "at these qualities (default: all whole ones)",
+    )
     add("--fresh", action="store_true", help="forget what an earlier run left unfinished")
     args = parser.parse_args(argv)
     provenance = {
@@ -194,6 +263,10 @@ def main(argv: list[str] | None = None) -> int:
                 )
         model = CMamba.from_pretrained(args.model)
         quality = model.check_quality(args.quality)
+        ceilings: list[float | None] = []
+        if args.ceiling is not None:
+            whole = range(1, len(model.config.lmbdas) + 1)
+            ceilings = [model.check_quality(q) for q in args.ceiling or whole or [None]]
         args.output.mkdir(parents=True, exist_ok=True)
         kept = PartialResults(output, conditions, fresh=args.fresh)
         new_figure(1, 1)  # before any work, not after all of it
@@ -209,9 +282,13 @@ def main(argv: list[str] | None = None) -> int:
         for path in tqdm(waiting, unit="picture", disable=None):
             try:
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                key = f"{model.model_id.hex()} {quality} {digest}"
+                # A picture apart is in no mean.
+                at = [] if path == apart else ceilings
+                key = f"{model.model_id.hex()} {quality} {at} {digest}"
                 if key not in kept.results:
-                    kept.add(key, look_at(model, read_rgb(path), quality))
+                    image = read_rgb(path)
+                    found = look_at(model, image, quality)
+                    kept.add(key, found | {"ceiling": ceiling_of(model, image, at)})
             except Exception as error:
                 if (text := explain(error)) is None:
                     raise
@@ -230,6 +307,8 @@ def main(argv: list[str] | None = None) -> int:
     wanted = apart or args.folder / (args.picture or "")
     shown = wanted if wanted in seen else used[0]
     numbers = mean_of([seen[path] for path in used], shown.name, seen[shown])
+    if ceilings:
+        numbers["ceiling"] = mean_ceiling([seen[path]["ceiling"] for path in used], ceilings)
     for name, draw in FIGURES.items():
         if (figure := draw(numbers, shown)) is not None:
             save(figure, args.output / f"{name}.png")
@@ -261,6 +340,14 @@ def summary(numbers: Numbers) -> str:
         fusion = numbers["fusion"].get(block)
         alpha = f"{np.mean(fusion['alpha']):.3f}" if fusion else ""
         lines.append(f"{block:<12}{amplitudes:<44}{alpha}")
+    if "ceiling" in numbers:
+        lines.append("quality   PSNR, dB   quantiser off   share of the squared error")
+    for row in numbers.get("ceiling", []):
+        quality = "" if row["quality"] is None else f"{row['quality']:g}"
+        lines.append(
+            f"{quality:>7}{row['psnr']:>11.2f}{row['psnr_ceiling']:>16.2f}"
+            f"{row['share_of_error']:>29.1%}"
+        )
     return "\n".join(lines)
 
 

@@ -250,8 +250,8 @@ def compare(comparison: Comparison) -> dict[str, float]:
     baselines = [dict(np.load(picture.kept)) for picture in comparison.pictures]
     for kept in _batches(baselines, setting.batch):
         z = torch.from_numpy(np.stack([k["z"] for k in kept]))
-        slices = torch.from_numpy(np.stack([k["y"] for k in kept])).chunk(
-            model.config.slices, dim=1
+        slices = torch.from_numpy(np.stack([k["y"] for k in kept])).split(
+            model.config.slice_widths, dim=1
         )
 
         def known(i: int, _: Tensor, slices: Sequence[Tensor] = slices) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 # Spectra of maps of any size are brought to this many frequencies per axis, -pi to pi.
@@ -75,10 +77,10 @@ def _staying(move: int, size: int) -> slice:
     return slice(max(0, -move), max(0, size - max(0, move)))
 
 
-def bits_by_slice(y_bits: np.ndarray, slices: int) -> np.ndarray:
-    """Bits of each slice at each position: `[M, h, w]` to `[slices, h, w]`."""
-    channels, height, width = y_bits.shape
-    return y_bits.reshape(slices, channels // slices, height, width).sum(axis=1)
+def bits_by_slice(y_bits: np.ndarray, slice_widths: Sequence[int]) -> np.ndarray:
+    """Add up the bits of each slice at each position: `[M, h, w]` to `[slices, h, w]`."""
+    begins = np.cumsum([0, *slice_widths[:-1]])
+    return np.add.reduceat(y_bits, begins, axis=0)
 
 
 def pooled(field: np.ndarray, factor: int) -> np.ndarray:

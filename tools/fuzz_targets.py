@@ -18,6 +18,7 @@ import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -31,6 +32,7 @@ from safetensors.torch import save as serialize
 
 from cmamba_ref import CMamba, MemoryLimitError, bitstream, cli, codec, pillow_plugin
 from cmamba_ref import model as model_module
+from cmamba_ref.config import CMambaConfig
 from cmamba_ref.entropy import rans
 from cmamba_ref.entropy.tables import gaussian_tables, tables_from_pmfs
 from cmamba_ref.errors import (
@@ -353,9 +355,9 @@ class Config(Target):
             return _other_number(data, rng)
         values = json.loads(self.seeds()[0])
         for _ in range(int(rng.integers(1, 3))):
-            key = list(values)[rng.integers(len(values))]
+            key = _KEYS[rng.integers(len(_KEYS))]
             chosen = copy.deepcopy(_VALUES[rng.integers(len(_VALUES))])  # lists are changed below
-            if isinstance(values[key], list) and values[key] and rng.integers(2):
+            if isinstance(values.get(key), list) and values[key] and rng.integers(2):
                 values[key][rng.integers(len(values[key]))] = chosen
             else:
                 values[key] = chosen
@@ -366,12 +368,14 @@ class Config(Target):
         return "model"
 
 
+# All keys that a configuration may have, those left out at their defaults among them.
+_KEYS = tuple(f.name for f in fields(CMambaConfig))
 # What a configuration may hold where something else belongs.
 _VALUES: tuple[object, ...] = (
     None, True, False, 0, 1, 2, 3, -1, 8, 16, 17, 1024, 65_536, 65_537, 2**31, 2**63, 10**40, 0.5,
     1e-300, 1e300, float("nan"), float("inf"), "", "8", "a" * 1000, [], {}, [8, 8, 16], [[8]] * 3,
     [0, 0, 0], [1, 1, 1], [1024] * 3, [65_536] * 3, [0.01, 0.02], [0.01] * 655, [1e308] * 8,
-    [True] * 3, ["x"] * 2, {"a": 1},
+    [True] * 3, ["x"] * 2, {"a": 1}, "haar", [1, 15], [1] * 16,
 )  # fmt: skip
 
 

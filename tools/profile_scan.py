@@ -178,7 +178,7 @@ def model_cases(width: int, height: int) -> list[Case]:
     rows, columns = (-(-side // MULTIPLE) * MULTIPLE for side in (height, width))
     cases = []
     for config in CONFIGS.values():
-        literal_width = 2 * config.slice_channels
+        literal_width = 2 * max(config.slice_widths)
         places = [
             (f"stage {stage}", channels, stage)  # stage s lies at H / 2^s
             for stage, channels in enumerate(config.widths, start=1)

@@ -1,0 +1,436 @@
+"""Options of the architecture: resampling, feature gains, kernel of LRP, unequal slices."""
+
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from codec_helpers import ONE_RATE, SMALL, as_input, picture, random_model, recording, round_trip
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import cmamba_ref
+from cmamba_ref import CMamba, CMambaConfig, InvalidArgumentError
+from cmamba_ref.config import BASE, LATER_OPTIONS, TINY
+from cmamba_ref.config import SMALL as SHIPPED_SMALL
+from cmamba_ref.context import LRP
+from cmamba_ref.haar import HaarDownsample, HaarUpsample
+from cmamba_ref.losses import bits, rate_distortion_loss
+from tools import complexity, observe, stage_clock
+
+CHANGES = {
+    "haar": {"resampling": "haar"},
+    "feature gain": {"feature_gain": True},
+    "pointwise LRP": {"lrp_kernel": 1},
+    "unequal slices": {"slices": (2, 9, 5)},
+}
+CHANGES["all"] = {name: value for change in CHANGES.values() for name, value in change.items()}
+OPTIONS = {name: dataclasses.replace(SMALL, **change) for name, change in CHANGES.items()}
+
+
+@pytest.fixture(params=OPTIONS.values(), ids=OPTIONS)
+def config(request) -> CMambaConfig:
+    return request.param
+
+
+@pytest.fixture
+def image() -> Tensor:
+    return as_input(picture(128, 192))
+
+
+def with_varied_features(model: CMamba) -> CMamba:
+    """Feature gains that differ by channel and quality."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for table in (model.gain.log_analysis_gain, model.gain.log_synthesis_gain):
+            table.copy_(0.3 * torch.randn(table.shape, generator=generator))
+    return model
+
+
+# ---------------------------------------------------------------- the defaults
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "values"),
+    [
+        (TINY, "81ff728383afbb65", -112.89469),
+        (SHIPPED_SMALL, "c3d6b2090987c762", 6.26400),
+        (BASE, "c58d615169df9318", -328.37227),
+    ],
+    ids=["tiny", "small", "base"],
+)
+def test_default_options_leave_the_model_as_it_was(config, names, values):
+    """Parameters by name and shape, in order, and their values for one seed.
+
+    The constants are of the commit before the options: another order of drawing random numbers
+    moves the sum by tens.
+    """
+    torch.manual_seed(0)
+    state = CMamba(config).state_dict()
+    listed = "".join(
+        f"{name} {tensor.dtype} {list(tensor.shape)}\n" for name, tensor in state.items()
+    )
+    assert hashlib.sha256(listed.encode()).hexdigest()[:16] == names
+    weighted = [
+        tensor.double().flatten() @ torch.linspace(-1, 1, tensor.numel(), dtype=torch.float64)
+        for tensor in state.values()
+    ]
+    assert float(sum(weighted)) == pytest.approx(values, abs=1e-2)
+
+
+def test_default_options_are_not_written():
+    """Versions from before the options read such a file, and theirs are read here."""
+    written = json.loads(TINY.to_json())
+    assert not set(written) & set(LATER_OPTIONS)
+    assert written["slices"] == 4
+    assert CMambaConfig.from_json(TINY.to_json()) == TINY
+    for name in LATER_OPTIONS:
+        default = getattr(TINY, name)
+        assert CMambaConfig.from_json(json.dumps({**written, name: default})) == TINY
+
+
+# ---------------------------------------------------------------- every option
+
+
+def test_an_option_survives_json(config):
+    read = CMambaConfig.from_json(config.to_json())
+    assert read == config and hash(read) == hash(config)
+    assert sum(read.slice_widths) == config.latent_channels
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resampling": "wavelet"}, "`resampling` must be one of"),
+        ({"resampling": None}, "`resampling` must be one of"),
+        ({"feature_gain": 1}, "`feature_gain` must be true or false"),
+        ({"feature_gain": True, "lmbdas": ()}, "`feature_gain` must be false without `lmbdas`"),
+        ({"lrp_kernel": 5}, "`lrp_kernel` must be 1 or 3"),
+        ({"lrp_kernel": 1.0}, "`lrp_kernel` must be 1 or 3"),
+        ({"lrp_kernel": True}, "`lrp_kernel` must be 1 or 3"),
+        ({"slices": (8, 7)}, "`slices` must sum to `latent_channels`, got a sum of 15 and 16"),
+        ({"slices": ()}, "`slices` must sum to `latent_channels`, got a sum of 0 and 16"),
+        ({"slices": (16, 0)}, "`slices` must be a positive integer"),
+        ({"slices": (17, -1)}, "`slices` must be a positive integer"),
+        ({"slices": [8, "8"]}, "`slices` must be a positive integer"),
+        ({"slices": [8, 8.0]}, "`slices` must be a positive integer"),
+        ({"slices": "88"}, "`slices` must be a positive integer"),
+        ({"slices": 3}, "`latent_channels` must be a multiple of `slices`"),
+    ],
+    ids=str,
+)
+def test_impossible_options_are_refused(change, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        dataclasses.replace(SMALL, **change)
+
+
+def test_a_model_with_an_option_trains(config, image):
+    """The loss reaches every parameter, those of the option with a gradient that is not zero."""
+    torch.manual_seed(0)
+    model = CMamba(config)
+    quality = torch.tensor([3.5])
+    output = model(image, quality)
+    loss = rate_distortion_loss(output, image, model.gain.lmbda(quality))["loss"].sum()
+    (loss + model.aux_loss()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        if name.endswith(("scale", "analysis_gain", "synthesis_gain")):
+            assert parameter.grad.any(), name
+
+
+def test_a_model_with_an_option_codes(config, image, tmp_path):
+    """The decoder reads the encoder's symbols, `forward` estimates them, files keep the model."""
+    model = random_model(config)
+    if config.feature_gain:
+        with_varied_features(model)
+    values = (image[0].permute(1, 2, 0) * 255).round().byte().numpy()
+    done = round_trip(model, values, 2.5, tmp_path / "x.cmb")
+    assert np.any(done.encoder.symbols)
+    with torch.no_grad():
+        expected = model(image, 2.5)
+    x_hat = expected["x_hat"].clamp(0, 1)[0].permute(1, 2, 0) * 255
+    assert np.abs(done.decoded - x_hat.numpy()).max() <= 1.01
+    estimate = sum(float(bits(likelihood)) for likelihood in expected["likelihoods"].values())
+    coded = model.compress(image, 2.5)["strings"]
+    assert 0.8 * estimate < 8 * sum(len(strings[0]) for strings in coded) < 1.1 * estimate
+
+    model.save_pretrained(tmp_path / "model")
+    loaded = CMamba.from_pretrained(tmp_path / "model")
+    assert loaded.config == config and loaded.model_id == model.model_id
+    decoded = cmamba_ref.decode((tmp_path / "x.cmb").read_bytes(), loaded)
+    assert np.array_equal(decoded, done.decoded)
+
+
+def test_blocks_and_stages_are_observed(config, image):
+    """Tools that hook the children of g_a and g_s see each of them once."""
+    model = CMamba(config).eval()
+    default = CMamba(SMALL)
+    for name, halvings in (("g_a", 0), ("g_s", 4)):
+        stages = stage_clock.transform_stages(name, getattr(model, name), halvings)
+        assert stages == stage_clock.transform_stages(name, getattr(default, name), halvings)
+    called = []
+    for child in (*model.g_a, *model.g_s):
+        child.register_forward_hook(lambda module, *_: called.append(module))
+    seen = observe.observe(model, image, 3)
+    assert called == [*model.g_a, *model.g_s]
+    assert [block.name for block in seen.blocks] == [
+        *(f"g_a H/{n} 1" for n in (2, 4, 8)),
+        *(f"g_s H/{n} 1" for n in (8, 4, 2)),
+    ]
+
+
+# ---------------------------------------------------------------- slices
+
+
+def test_equal_slices_may_be_listed():
+    """A list of equal widths makes the model that their number makes."""
+    listed = dataclasses.replace(SMALL, slices=(8, 8))
+    assert listed.slice_widths == SMALL.slice_widths == (8, 8)
+    states = []
+    for config in (SMALL, listed):
+        torch.manual_seed(0)
+        states.append(CMamba(config).state_dict())
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+
+
+def test_unequal_slices_are_coded_with_their_own_widths(image):
+    """Each slice sees the channels before it, and is one block of symbols."""
+    model = random_model(OPTIONS["unequal slices"])
+    contexts = [cae.w_sq.in_features for cae in model.context.cae]
+    assert contexts == [32, 34, 43]
+    assert [cae.head.out_features for cae in model.context.cae] == [4, 18, 10]
+    assert [lrp.layers[0].in_channels for lrp in model.context.lrp] == [18, 27, 32]
+    assert [lrp.layers[-1].out_channels for lrp in model.context.lrp] == [2, 9, 5]
+    seen = []
+    phi = (torch.randn(1, 16, 4, 4), torch.randn(1, 16, 4, 4))
+    y_bar = model.context(phi, lambda i, means, _: seen.append((i, means.shape[1])) or means)
+    assert seen == [(0, 2), (1, 9), (2, 5)] and y_bar.shape == (1, 16, 4, 4)
+    with recording() as recordings:
+        model.compress(image, 3)
+    z_elements, y_elements = 8 * 2 * 3, 16 * 8 * 12
+    assert recordings[0].symbols.size == z_elements + y_elements
+
+
+def test_unequal_slices_without_context_are_the_hyperprior_s():
+    config = dataclasses.replace(OPTIONS["unequal slices"], context="none", lrp=False)
+    phi = (torch.randn(1, 16, 4, 4), torch.randn(1, 16, 4, 4))
+    context = CMamba(config).context
+    assert torch.equal(context(phi, lambda i, means, log_scales: means), phi[0])
+    assert torch.equal(context(phi, lambda i, means, log_scales: log_scales), phi[1])
+
+
+def test_noise_goes_to_its_slice():
+    """With unequal slices as with equal ones: no noise gives another rate than noise of one."""
+    config = dataclasses.replace(OPTIONS["unequal slices"], context="none", lrp=False)
+    model = CMamba(config).train()
+    x = as_input(picture(64, 64))
+    noise = {name: torch.zeros(1, *shape) for name, shape in model.latent_shapes(64, 64).items()}
+    without = model(x, 3.0, noise)["likelihoods"]["y"]
+    noise["y"][:, 4] = 0.4
+    changed = (model(x, 3.0, noise)["likelihoods"]["y"] != without).flatten(2).any(2)
+    assert changed.nonzero()[:, 1].tolist() == [4]
+
+
+# ---------------------------------------------------------------- LRP
+
+
+@pytest.mark.parametrize(("kernel", "reach"), [(1, 0), (3, 3)])
+def test_lrp_sees_as_far_as_its_kernel(kernel, reach):
+    """Three layers of kernel 3 see three positions in each direction."""
+    torch.manual_seed(0)
+    lrp = LRP(dataclasses.replace(SMALL, lrp_kernel=kernel), 20, 8).double()
+    context = torch.randn(1, 20, 9, 9, dtype=torch.float64)
+    moved = context.clone()
+    moved[:, :, 4, 4] += 1
+    with torch.no_grad():
+        changed = (lrp(moved) != lrp(context)).any(1)[0]
+    rows, columns = changed.nonzero().T
+    assert rows.min() == columns.min() == 4 - reach
+    assert rows.max() == columns.max() == 4 + reach
+
+
+# ---------------------------------------------------------------- feature gains
+
+
+def test_feature_gains_of_one_change_nothing(image):
+    """They start there; all other parameters start as without the option."""
+    torch.manual_seed(0)
+    without = CMamba(SMALL).eval()
+    torch.manual_seed(0)
+    model = CMamba(OPTIONS["feature gain"]).eval()
+    names = {"gain.log_analysis_gain", "gain.log_synthesis_gain"}
+    state = model.state_dict()
+    assert set(state) - set(without.state_dict()) == names
+    assert all(state[name].shape == (8, SMALL.widths[2]) for name in names)
+    for name, tensor in without.state_dict().items():
+        assert torch.equal(state[name], tensor)
+    with torch.no_grad():
+        expected, found = without(image, 3.3), model(image, 3.3)
+    assert torch.equal(found["x_hat"], expected["x_hat"])
+    assert torch.equal(found["likelihoods"]["y"], expected["likelihoods"]["y"])
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_feature_gains_scale_the_maps_at_an_eighth(image, depth):
+    """In g_a before the blocks there, in g_s behind them, per image and channel."""
+    config = dataclasses.replace(OPTIONS["feature gain"], depths=(1, 1, depth))
+    torch.manual_seed(0)
+    model = with_varied_features(CMamba(config)).eval()
+    inputs, outputs = {}, {}
+
+    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+        inputs[module], outputs[module] = args[0], output
+
+    for child in (*model.g_a, *model.g_s):
+        child.register_forward_hook(keep)
+    quality = torch.tensor([3.0, 6.5])
+    with torch.no_grad():
+        model(image.expand(2, -1, -1, -1), quality)
+
+    def gains(table: Tensor) -> Tensor:
+        return torch.stack([table[2], (table[5] + table[6]) / 2]).exp()[..., None, None]
+
+    # g_a is: down1, block, down2, block, down3, blocks, down4; g_s: up4, blocks, up3, ...
+    for layers, table in (
+        ((model.g_a[4], model.g_a[5]), model.gain.log_analysis_gain),
+        ((model.g_s[depth], model.g_s[depth + 1]), model.gain.log_synthesis_gain),
+    ):
+        before, behind = outputs[layers[0]], inputs[layers[1]]
+        assert before.shape == (2, 16, 16, 24)
+        torch.testing.assert_close(behind, before * gains(table), rtol=1e-5, atol=1e-6)
+        assert behind.is_contiguous(memory_format=torch.channels_last)
+    # Nowhere else.
+    for transform, scaled in ((model.g_a, {5}), (model.g_s, {depth + 1})):
+        for number in set(range(1, len(transform))) - scaled:
+            assert torch.equal(inputs[transform[number]], outputs[transform[number - 1]])
+
+
+def test_feature_gains_keep_the_precision_of_autocast(image):
+    model = with_varied_features(CMamba(OPTIONS["feature gain"])).eval()
+    seen = []
+    model.g_a[5].register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(image, 3.0)
+    assert seen == [torch.bfloat16]
+
+
+def test_the_receptive_field_is_that_of_the_quality(image):
+    model = with_varied_features(random_model(OPTIONS["feature gain"]))
+    fields = [observe.receptive_field(model, image, quality) for quality in (2, 7)]
+    assert not np.allclose(*fields)
+    plain = random_model()
+    fields = [observe.receptive_field(plain, image, quality) for quality in (2, 7)]
+    assert np.array_equal(*fields)
+
+
+# ---------------------------------------------------------------- Haar
+
+
+def haar_bands(x: Tensor) -> Tensor:
+    """Sub-bands `[B, C, 2, 2, H/2, W/2]` of `[B, C, H, W]`, by their sums and differences."""
+    a, b, c, d = rearrange(x, "b c (h i) (w j) -> (i j) b c h w", i=2, j=2)
+    bands = torch.stack([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d]) / 2
+    return rearrange(bands, "(i j) b c h w -> b c i j h w", i=2)
+
+
+def haar_inverse(bands: Tensor) -> Tensor:
+    a, b, c, d = rearrange(bands, "b c i j h w -> (i j) b c h w")
+    places = torch.stack([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d]) / 2
+    return rearrange(places, "(i j) b c h w -> b c (h i) (w j)", i=2)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_haar_downsampling_is_its_three_steps(memory_format):
+    torch.manual_seed(0)
+    layer = HaarDownsample(3, 5).double()
+    nn.init.normal_(layer.scale)
+    x = torch.randn(2, 3, 6, 8, dtype=torch.float64).contiguous(memory_format=memory_format)
+    bands = haar_bands(x) * layer.scale[..., None, None]
+    weight = rearrange(layer.weight, "o c i j -> o (c i j) 1 1")
+    expected = F.conv2d(rearrange(bands, "b c i j h w -> b (c i j) h w"), weight, layer.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    assert layer(x).is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_haar_upsampling_is_its_three_steps(memory_format):
+    torch.manual_seed(0)
+    layer = HaarUpsample(5, 3).double()
+    nn.init.normal_(layer.scale)
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64).contiguous(memory_format=memory_format)
+    weight = rearrange(layer.weight, "k c i j -> (c i j) k 1 1")
+    bands = rearrange(F.conv2d(x, weight), "b (c i j) h w -> b c i j h w", i=2, j=2)
+    expected = haar_inverse(bands * layer.scale[..., None, None]) + layer.bias[:, None, None]
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    assert layer(x).is_contiguous(memory_format=memory_format)
+
+
+def test_haar_upsampling_inverts_haar_downsampling():
+    """With every sub-band a channel of its own, and inverse scales."""
+    down, up = HaarDownsample(3, 12).double(), HaarUpsample(12, 3).double()
+    identity = rearrange(torch.eye(12), "o (c i j) -> o c i j", i=2, j=2)
+    scale = torch.linspace(0.5, 2, 12).view(3, 2, 2)
+    with torch.no_grad():
+        for layer in (down, up):
+            layer.weight.copy_(identity)
+            layer.bias.zero_()
+        down.scale.copy_(scale)
+        up.scale.copy_(1 / scale)
+        x = torch.randn(2, 3, 6, 8, dtype=torch.float64)
+        assert torch.allclose(up(down(x)), x, atol=1e-6)
+        bands = haar_bands(x) * scale[..., None, None]
+        assert torch.allclose(down(x), rearrange(bands, "b c i j h w -> b (c i j) h w"))
+    flat = repeat(torch.rand(3, dtype=torch.float64), "c -> 1 c 4 4")
+    sums = down(flat)[0].detach().view(3, 4, 2, 2)
+    assert not sums[:, 1:].abs().max() > 1e-12 and sums[:, 0].abs().min() > 0
+
+
+@pytest.mark.parametrize("size", [(5, 4), (4, 5)])
+def test_haar_downsampling_refuses_odd_sides(size):
+    with pytest.raises(
+        InvalidArgumentError, match="even height and width, got {}x{}".format(*size)
+    ):
+        HaarDownsample(3, 5)(torch.zeros(1, 3, *size))
+
+
+def test_haar_is_in_every_halving_and_doubling():
+    """And the last layer of g_s is the convolution that it is by default."""
+    model = CMamba(OPTIONS["haar"])
+    halvings = [layer for layer in model.g_a if isinstance(layer, HaarDownsample)]
+    doublings = [layer for layer in model.g_s if isinstance(layer, HaarUpsample)]
+    assert [(h.in_channels, h.out_channels) for h in halvings] == [
+        (3, 8),
+        (8, 8),
+        (8, 16),
+        (16, 16),
+    ]
+    assert [(d.in_channels, d.out_channels) for d in doublings] == [(16, 16), (16, 8), (8, 8)]
+    for layer in (*halvings, *doublings):
+        assert set(dict(layer.named_parameters())) == {"weight", "scale", "bias"}
+        assert torch.equal(layer.scale, torch.ones_like(layer.scale))
+    assert type(model.g_s[-2]) is nn.Conv2d and model.g_s[-2].kernel_size == (3, 3)
+    kinds = {type(layer) for layer in model.g_a} | {type(layer) for layer in model.g_s}
+    assert nn.ConvTranspose2d not in kinds
+
+
+def test_haar_is_counted():
+    """A 1x1 convolution at the coarser resolution; the Haar transform itself costs no product."""
+    positions = 768 * 512
+    config, haar = (dataclasses.replace(c, depths=(0, 0, 0)) for c in (SMALL, OPTIONS["haar"]))
+    costs, last = complexity.count(haar, 768, 512), 12 * 9 * 8 * positions // 4
+    pairs = [(3, 8, 4), (8, 8, 16), (8, 16, 64), (16, 16, 256)]
+    assert costs["g_a"].macs == sum(4 * a * b * positions // area for a, b, area in pairs)
+    assert costs["g_s"].macs == last + sum(
+        4 * a * b * positions // area for a, b, area in pairs[1:]
+    )
+    assert costs["g_a"].macs < complexity.count(config, 768, 512)["g_a"].macs
+
+
+def test_haar_needs_no_gains():
+    model = CMamba(dataclasses.replace(ONE_RATE, resampling="haar")).eval()
+    with torch.no_grad():
+        assert model(as_input(picture(65, 70)))["x_hat"].shape == (1, 3, 65, 70)
