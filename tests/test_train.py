@@ -1,5 +1,6 @@
 """The command `tools/train.py`: it learns, never loses work, and exports a model that codes."""
 
+import json
 import logging
 import os
 import random
@@ -17,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import cmamba_ref
-from cmamba_ref.training import checkpoints, trainer
+from cmamba_ref.training import checkpoints, data, trainer
+from cmamba_ref.training.distributed import Group
 from tests.codec_helpers import ONE_RATE, SMALL
 from tests.training_helpers import (
     PHOTOGRAPH,
@@ -25,6 +27,7 @@ from tests.training_helpers import (
     losses,
     make_photographs,
     records,
+    settings,
     write_config,
 )
 from tools import train
@@ -39,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def command(root: Path, folder: Path, *more: str, processes: int = 1, **changes) -> list[str]:
-    """A training as a command of the shell."""
+    """A training as a command of the shell; torchrun starts several processes."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     script = str(root / "tools" / "train.py")
     return [
@@ -142,9 +145,10 @@ def test_tensorboard_is_optional(folder, monkeypatch):
 # ---------------------------------------------------------------- nothing is lost
 
 
-def test_killed_training_goes_on_as_if_it_had_not_been(folder, root):
+@pytest.mark.parametrize("optimiser", ["adam", "soap"])
+def test_killed_training_goes_on_as_if_it_had_not_been(folder, root, optimiser):
     """SIGKILL at a random moment, resumed: the losses and weights of an uninterrupted run."""
-    changes = {"steps": 18, "save_every": 0.0, "keep": 2, "log_every": 1}
+    changes = {"steps": 18, "save_every": 0.0, "keep": 2, "log_every": 1, "optimiser": optimiser}
     assert train.main(arguments(folder, **changes, out=folder / "whole")) == 0
 
     process = subprocess.Popen(
@@ -234,7 +238,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(folder, how, ca
 
 
 def test_the_newest_and_the_best_are_kept(folder, monkeypatch):
-    scores = iter([3.0, 1.0, 2.0, 5.0, 4.0])
+    # Of the held-out crops, each followed by that of crops that are trained on.
+    scores = iter([3.0, 9.0, 1.0, 9.0, 2.0, 0.5, 5.0, 0.5, 4.0, 9.0])
     monkeypatch.setattr(train.validation, "mean_loss", lambda _: next(scores))
     changes = {"steps": 10, "validate_every": 2, "keep": 2, "save_every": 0.0}
     assert train.main(arguments(folder, **changes)) == 0
@@ -313,7 +318,10 @@ def test_a_run_of_minutes_ends_and_counts_only_training(folder, monkeypatch):
     validations = sum("qualities" in record for record in log)
     end = log[-1]
     assert end["event"] == "end" and end["step"] > 1 and validations > 1
-    assert 0.3 <= 60 * end["minutes"] < spent - 0.4 * validations
+    # Each looks at the held-out crops, and at as many of those that are trained on.
+    assert 0.3 <= 60 * end["minutes"] < spent - 2 * 0.4 * validations
+    gap = end["loss"]["held_out"] - end["loss"]["trained_on"]
+    assert end["loss"]["gap"] == pytest.approx(gap) and gap != 0
 
 
 def test_training_starts_from_given_weights(folder):
@@ -352,14 +360,7 @@ def test_two_processes_train_as_one(folder, root):
     """
     changes = {"steps": 3, "batch": [4], "lr": 1e-3, "validation": 2, "coded": "end"}
     assert train.main(arguments(folder, **changes, out=folder / "one")) == 0
-    done = subprocess.run(
-        command(root, folder, **changes, out=folder / "two", processes=2),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    run_command(command(root, folder, **changes, out=folder / "two", processes=2))
     one, two = losses(folder / "one"), losses(folder / "two")
     assert one.keys() == two.keys() == {1, 2, 3}
     for step in one:
@@ -373,6 +374,127 @@ def test_two_processes_train_as_one(folder, root):
     ends = [records(folder / out)[-1]["qualities"] for out in ("one", "two")]
     for quality, measures in ends[0].items():
         assert ends[1][quality] == pytest.approx(measures, rel=1e-3)
+
+
+def test_two_processes_divide_soap(folder, root):
+    """Started by the command itself, 50 steps: the losses of one process, within 1e-3."""
+    changes = {"steps": 50, "batch": [4], "lr": 1e-3, "warmup": 100, "optimiser": "soap"}
+    assert train.main(arguments(folder, **changes, out=folder / "one")) == 0
+    run_command([*command(root, folder, **changes, out=folder / "two"), "--processes", "2"])
+    one, two = losses(folder / "one"), losses(folder / "two")
+    assert one.keys() == two.keys() and len(one) == 50
+    for step in one:
+        assert two[step][0] == pytest.approx(one[step][0], rel=1e-3), step
+    # The state of the optimiser lay with both, and is in one checkpoint.
+    saved = [checkpoints.newest(folder / out / "checkpoints") for out in ("one", "two")]
+    assert saved[0] is not None and saved[1] is not None
+    assert saved[0].tensors.keys() == saved[1].tensors.keys()
+    # So one process can go on with it.
+    more = {**changes, "steps": 52, "out": folder / "two"}
+    assert train.main([*arguments(folder, **more), "--extend"]) == 0
+    assert records(folder / "two")[-1]["step"] == 52
+
+
+def run_command(command: list[str]) -> None:
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_process_that_dies_ends_the_others(folder, root):
+    """Nobody waits for ever, and the checkpoint that was there is good."""
+    changes = {"steps": 10_000, "batch": [4], "save_every": 0.0}
+    process = subprocess.Popen(
+        [*command(root, folder, **changes), "--processes", "2"],
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+    )
+    log = folder / "run" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and '"step": 2,' in log.read_text()):
+        time.sleep(0.01)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert len(children) == 1
+    os.kill(int(children[0]), signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    saved = checkpoints.newest(folder / "run" / "checkpoints")
+    assert saved is not None and saved.state["step"] >= 1
+
+
+# ---------------------------------------------------------------- from exported weights
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "soap"])
+def test_exported_weights_and_their_record_are_enough_to_go_on(folder, optimiser):
+    """Without the optimiser's state: the schedule, the data and about the loss of the whole run."""
+    changes = {"batch": [4], "lr": 1e-3, "optimiser": optimiser, "ema": 0.9, "decay": 0.0}
+    part, whole = folder / "part", folder / "whole"
+    assert train.main(arguments(folder, **changes, steps=40, out=part)) == 0
+    assert train.main(arguments(folder, **changes, steps=60, out=whole)) == 0
+    weights = part / "model"
+    run = {"init": weights, "continue_from": weights / "run.json", "config": None}
+    assert train.main(arguments(folder, **changes, **run, steps=60, out=folder / "more")) == 0
+
+    record = json.loads((weights / "run.json").read_text())
+    assert (record["step"], record["samples"], record["pixels"]) == (40, 160, 160 * 64**2)
+    assert record["core_hours"] > 0 and record["lr"] == 1e-3
+    assert record["phase"] == {"crop": 64, "batch": 4}
+    start = records(folder / "more")[0]
+    assert start["event"] == "start" and start["step"] == 40
+    assert start["core_hours"] == pytest.approx(record["core_hours"], abs=1e-4)
+    found, expected = losses(folder / "more"), losses(whole)
+    assert list(found) == list(range(41, 61))
+    mean = {
+        name: np.mean([run[n][0] for n in found])
+        for name, run in (("more", found), ("whole", expected))
+    }
+    assert mean["more"] == pytest.approx(mean["whole"], rel=0.03)
+
+
+def test_statistics_are_gathered_before_the_first_step(folder):
+    """Of the last batches before that point, without a change of the weights."""
+    changes = {"steps": 30, "batch": [2], "optimiser": "soap", "ema": 0.0}
+    first = make_trainer(folder, **changes)
+    for _ in range(8):
+        first.train_step()
+    first.model.update()
+    first.model.save_pretrained(folder / "saved")
+    second = make_trainer(folder, **changes, config="", init=str(folder / "saved"))
+    before = {name: value.clone() for name, value in second.model.state_dict().items()}
+    second.continue_from(json.loads(json.dumps(first.record())))
+    assert second.step == first.step and second.samples == first.samples
+    for name, value in second.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    rounds = {int(state["round"]) for state in second.optimiser.state.values()}
+    assert rounds == {8}
+    first.close()
+    second.close()
+
+
+def make_trainer(folder: Path, **changes) -> trainer.Trainer:
+    images = data.find_images(folder / "photos", 64, held_out=1)
+    return trainer.Trainer(settings(folder, **changes), images, Group(torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read"),
+        ("[1]", "a JSON object"),
+        ("{}", "format 1"),
+        ('{"format": 1, "step": 3}', "a record of a run"),
+    ],
+)
+def test_records_that_are_none_are_refused(folder, content, message):
+    assert train.main(arguments(folder, steps=1)) == 0
+    path = folder / "record.json"
+    if content is not None:
+        path.write_text(content)
+    run = {"init": folder / "run" / "model", "continue_from": path, "config": None}
+    with pytest.raises(SystemExit, match=message):
+        train.main(arguments(folder, **run, out=folder / "more"))
 
 
 # ---------------------------------------------------------------- usage

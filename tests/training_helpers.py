@@ -58,6 +58,7 @@ def defaults(folder: Path) -> dict[str, Any]:
         "log_every": 1,
         "samples": 0,
         "coded": "never",
+        "processes": 1,
         "threads": 1,
         "workers": 2,
         "device": "cpu",

@@ -4,18 +4,21 @@
     python tools/train.py tools/recipes/small.toml --data photos --out runs/small
     torchrun --nproc-per-node 8 tools/train.py tools/recipes/base.toml --data photos --out runs/base
 
+On a CPU it starts one process of one thread per core by itself (--processes), which train as one.
 Settings come from a TOML file, if one is given, and from the command line, which counts more; the
 names are the same.  Into `out` go:
 
     log.jsonl      a line per record: settings, losses, throughput, validations
     checkpoints/   the newest and the best; each is checked before it is used
     samples/       held-out crops, and what the model makes of them
-    model/         at the end: config.json and model.safetensors, ready for `cmamba --model`
+    model/         at the end: config.json and model.safetensors, ready for `cmamba --model`, and
+                   run.json, which says where the run was
     best/          the same of the validation with the lowest loss
 
 The same command again goes on from the newest whole checkpoint; so it does after a kill.  SIGTERM
 and Ctrl-C save first, and end with the exit code 128 + the signal's number.  A run goes on with the
-settings it began with; `--extend` allows a greater length.
+settings it began with; `--extend` allows a greater length.  Where no checkpoint is left,
+`--init runs/mine/best --continue-from runs/mine/best/run.json` goes on from exported weights.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -36,7 +40,9 @@ from typing import Any
 from tqdm import tqdm
 
 from cmamba_ref import CMamba, CMambaError
-from cmamba_ref.training import checkpoints, data, profiling, validation
+from cmamba_ref.errors import TrainingError
+from cmamba_ref.files import write_atomically
+from cmamba_ref.training import checkpoints, data, distributed, profiling, validation
 from cmamba_ref.training.distributed import Group, joined
 from cmamba_ref.training.log import Log
 from cmamba_ref.training.settings import Settings, read_toml, resolve
@@ -104,18 +110,22 @@ def _size(text: str) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     settings, extend = parse_args(argv)
     # Only the first of several processes speaks, but all of them may fail.
     is_first = int(os.environ.get("RANK", 0)) == 0
     logging.basicConfig(level=logging.INFO if is_first else logging.ERROR, format="%(message)s")
-    if settings.threads:
-        import torch
-
-        torch.set_num_threads(settings.threads)
     try:
+        processes = 1
+        if "WORLD_SIZE" not in os.environ:  # torchrun starts what it is told to
+            processes = settings.processes or distributed.processes_for(
+                settings.device, settings.batch, settings.accumulate
+            )
         with (
             told_to_stop() as signals,
+            distributed.started([sys.executable, str(Path(__file__).resolve()), *argv], processes),
             joined(settings.device) as group,
+            distributed.threads(settings.threads or (0 if group.size == 1 else 1)),
             contextlib.closing(Run(settings, group, extend=extend)) as run,
         ):
             run.train(signals)
@@ -148,17 +158,25 @@ class Run:
 
     def __init__(self, settings: Settings, group: Group, *, extend: bool) -> None:
         self.settings, self.group, self.out = settings, group, Path(settings.out)
-        photographs = data.find_photographs(
+        photographs = data.find_images(
             settings.data, max(settings.crop), settings.validation, settings.workers
         )
         self.held_out = [
-            data.centre_crop(data.read_photograph(path), settings.validation_crop)
+            data.centre_crop(data.read_rgb(path), settings.validation_crop)
             for path in photographs.held_out
+        ]
+        # As many images of those that are trained on, to show how far the model overfits.
+        known = photographs.train[:: max(1, len(photographs.train) // len(photographs.held_out))]
+        self.known = [
+            data.centre_crop(data.read_rgb(path), settings.validation_crop)
+            for path in known[: len(photographs.held_out)]
         ]
         self.trainer = Trainer(settings, photographs, group)
         found = checkpoints.newest(self.out / "checkpoints")
         if found is not None:
             self.trainer.restore(found, extend=extend)
+        elif settings.continue_from:
+            self.trainer.continue_from(read_record(settings.continue_from))
         group.check_same(self.trainer.step, "`out` must be one folder for all processes")
         self.saved_at = self.trainer.seconds
         self.log = (
@@ -176,13 +194,15 @@ class Run:
         with Progress(trainer, hidden=not self.group.is_first) as progress:
             while not (trainer.finished or trainer.stopping):
                 profiler.before_step()
-                loss = trainer.train_step(stop=bool(signals))["loss"]
+                trainer.train_step(stop=bool(signals))
                 shares = profiler.after_step()
-                progress.show(loss)
+                progress.move()
                 if shares is not None:
                     self.write("profile", share_of_operators=shares, **trainer.throughput())
                 if trainer.step % settings.log_every == 0:
-                    self.write(**trainer.report())
+                    report = trainer.report()
+                    self.write(**report)
+                    progress.show(report)
                 if trainer.finished:
                     break
                 if settings.validate_every and trainer.step % settings.validate_every == 0:
@@ -194,8 +214,7 @@ class Run:
         if trainer.finished:
             model = self.validate("end")
             self.save()  # again, with what is the best
-            if self.group.is_first:
-                model.save_pretrained(self.out / "model")
+            self.export(model, "model")
 
     def close(self) -> None:
         self.trainer.close()
@@ -211,9 +230,10 @@ class Run:
     def save(self) -> None:
         """A checkpoint; older ones make room."""
         self.saved_at = self.trainer.seconds
+        checkpoint = self.trainer.checkpoint()
         if self.group.is_first:
             folder, step = self.out / "checkpoints", self.trainer.step
-            checkpoints.write(folder, step, self.trainer.checkpoint())
+            checkpoints.write(folder, step, checkpoint)
             best = [self.trainer.best["step"]] if self.trainer.best else []
             checkpoints.prune(folder, step, self.settings.keep, also=best)
 
@@ -230,24 +250,53 @@ class Run:
             coded=settings.coded in ("always", event),
             samples=samples,
         )
-        self.write(event, qualities=qualities)
-        if trainer.is_best(validation.mean_loss(qualities)) and self.group.is_first:
-            model.save_pretrained(self.out / "best")
+        held_out = validation.mean_loss(qualities)
+        trained_on = validation.mean_loss(
+            validation.validate(model, self.known, settings, self.group)
+        )
+        self.write(
+            event,
+            qualities=qualities,
+            loss={"held_out": held_out, "trained_on": trained_on, "gap": held_out - trained_on},
+        )
+        if trainer.is_best(held_out):
+            self.export(model, "best")
         return model
+
+    def export(self, model: CMamba, name: str) -> None:
+        """Write a model, and beside it where the run is, into the folder `name`."""
+        if self.group.is_first:
+            model.save_pretrained(self.out / name)
+            record = json.dumps(self.trainer.record(), indent=1) + "\n"
+            write_atomically(self.out / name / "run.json", record.encode())
+
+
+def read_record(path: str) -> dict[str, Any]:
+    """What `Run.export` wrote.
+
+    Raises:
+        TrainingError: no such file, or no JSON object.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot read `continue_from` {path!r}: {error}") from error
+    if not isinstance(record, dict):
+        raise TrainingError(f"`continue_from` must hold a JSON object, got {path!r}")
+    return record
 
 
 class Progress:
-    """A bar of the steps, or of the minutes, that are done."""
+    """A bar of the steps, or of the time, that are done."""
 
     def __init__(self, trainer: Trainer, *, hidden: bool) -> None:
         self.trainer = trainer
         steps = trainer.settings.steps
-        bar_format = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         self.bar = tqdm(
-            total=steps or 60 * trainer.settings.minutes,
+            total=steps or 1.0,
             initial=self._done(),
             unit="step",
-            bar_format=None if steps else bar_format,
+            bar_format=None if steps else "{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
             mininterval=1,
             disable=hidden,
         )
@@ -258,14 +307,18 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def show(self, loss: float) -> None:
+    def move(self) -> None:
         """Move on to where the run is."""
-        self.bar.set_postfix_str(f"step {self.trainer.step} loss {loss:.4f}", refresh=False)
         self.bar.update(self._done() - self.bar.n)
 
+    def show(self, report: dict[str, Any]) -> None:
+        """Show the loss of a report."""
+        loss = report.get("loss", math.nan)
+        self.bar.set_postfix_str(f"step {self.trainer.step} loss {loss:.4f}", refresh=False)
+
     def _done(self) -> float:
-        s, trainer = self.trainer.settings, self.trainer
-        return trainer.step if s.steps else min(trainer.seconds, 60 * s.minutes)
+        trainer = self.trainer
+        return trainer.step if trainer.settings.steps else min(trainer.progress, 1.0)
 
 
 if __name__ == "__main__":

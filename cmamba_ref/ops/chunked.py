@@ -368,5 +368,6 @@ def scan_2d_backward(
 
 def _product_over_positions(x: Tensor, y: Tensor) -> Tensor:
     """x^T y for x [positions, D] and y [positions, R], from short products, which round less."""
-    pieces = zip(x.split(PRODUCT_LENGTH), y.split(PRODUCT_LENGTH), strict=True)
-    return torch.stack([x_.mT @ y_ for x_, y_ in pieces]).sum(0)
+    whole = len(x) // PRODUCT_LENGTH * PRODUCT_LENGTH
+    x_pieces, y_pieces = (z[:whole].unflatten(0, (-1, PRODUCT_LENGTH)) for z in (x, y))
+    return (x_pieces.mT @ y_pieces).sum(0) + x[whole:].mT @ y[whole:]

@@ -1,8 +1,9 @@
 """Several processes that train one model together, or one process alone.
 
-`torchrun` starts the processes and tells each its place.  Every process has all weights and does
-its part of each batch; gradients are averaged by DistributedDataParallel, so the weights stay the
-same everywhere, and process 0 alone writes files.
+Every process has all weights and computes its part of each batch.  DistributedDataParallel averages
+the gradients, so the weights stay the same everywhere; process 0 alone writes files.  On a CPU
+`tools/train.py` starts the processes itself (`started`); on several GPUs or machines `torchrun`
+does.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +24,8 @@ from cmamba_ref.errors import InvalidArgumentError, TrainingError
 
 # Processes wait for each other, at most so long: for the slowest while it writes or compiles.
 TIMEOUT = datetime.timedelta(hours=1)
+# At most so long for all to begin, and to end.
+START_TIMEOUT = datetime.timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,35 @@ class Group:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of `values` over all processes, on each of them."""
+        """Return the sum of `values` over all processes, on the device that they are on."""
         if self.size > 1:
-            values = values.to(self.device, copy=True)
+            values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def exchange(self, parts: Sequence[Sequence[Tensor]]) -> None:
+        """Give every process the tensors in `parts[rank]` of each rank, in place."""
+        if self.size == 1:
+            return
+        for rank, tensors in enumerate(parts):
+            if not tensors:
+                continue
+            joined = torch.cat([tensor.detach().flatten() for tensor in tensors])
+            dist.broadcast(joined, rank)
+            if rank != self.rank:
+                pieces = joined.split([tensor.numel() for tensor in tensors])
+                for tensor, piece in zip(tensors, pieces, strict=True):
+                    tensor.detach().copy_(piece.view(tensor.shape))
+
+    def collect(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of all processes, by name, to process 0; to others their own."""
+        if self.size == 1:
+            return tensors
+        everyone: list[Any] | None = [None] * self.size if self.is_first else None
+        dist.gather_object({name: t.cpu() for name, t in tensors.items()}, everyone)
+        if everyone is None:
+            return tensors
+        return {name: tensor for part in everyone for name, tensor in part.items()}
 
     def check_same(self, value: int, what: str) -> None:
         """Refuse to go on where processes have different values.
@@ -62,19 +91,83 @@ class Group:
             raise TrainingError(f"{what}, got {values} from processes 0 to {self.size - 1}")
 
     def share(self, model: nn.Module) -> nn.Module:
-        """The model to call in training: its backward averages gradients over all processes.
+        """Return the model to call in training: its backward averages gradients over all processes.
 
         Parameters that do not require a gradient now are left alone.
         """
         if self.size == 1:
             return model
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        # Without `device_ids`, which would move all inputs, also those that the host looks at.
+        return nn.parallel.DistributedDataParallel(model)
+
+
+def processes_for(device: str, batches: Sequence[int], accumulate: int) -> int:
+    """Return how many processes of one thread this machine's cores take, at most.
+
+    One for a GPU; on the CPU one per core, as far as every batch can be divided among them.
+    """
+    if _resolve(device) == "cuda":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    wanted = range(cores or 1, 0, -1)
+    return next(n for n in wanted if all(b % (n * accumulate) == 0 for b in batches) or n == 1)
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], processes: int) -> Iterator[None]:
+    """Make this process number 0 of `processes` on this machine, and start the others.
+
+    Args:
+        command: what the others run; it finds its place in the environment, as under `torchrun`.
+    """
+    if processes == 1:
+        yield
+        return
+    store = dist.TCPStore("127.0.0.1", 0, processes, True, START_TIMEOUT, wait_for_workers=False)
+    place = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(processes),
+        # The store is here already: nobody is to open another.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    ranks = [{"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(processes)]
+    before = dict(os.environ)
+    os.environ.update(place | ranks[0])
+    others = [
+        subprocess.Popen(command, env=before | place | rank | {"OMP_NUM_THREADS": "1"})
+        for rank in ranks[1:]
+    ]
+    try:
+        yield
+    finally:
+        for name in (*place, *ranks[0]):
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
+        for other in others:
+            try:
+                other.wait(START_TIMEOUT.total_seconds())
+            except subprocess.TimeoutExpired:
+                other.kill()
+                other.wait()
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads; 0: as many as it does."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[Group]:
-    """The group that `torchrun` made, or a group of one.
+    """The group that `started` or `torchrun` made, or a group of one.
 
     Args:
         device: `"cpu"`, `"cuda"`, or `"auto"` for cuda where there is one. Each process of a
@@ -83,21 +176,27 @@ def joined(device: str) -> Iterator[Group]:
     Raises:
         InvalidArgumentError: a device that is not there.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise InvalidArgumentError(f"`device` must be auto, cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InvalidArgumentError("`device` must be one that is here, got 'cuda'; use cpu")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = _resolve(device)
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    place = torch.device(device, local) if device == "cuda" else torch.device(device)
+    place = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if size == 1:
         yield Group(place)
         return
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT)
+    # What the hosts tell each other does not wait for GPUs.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Group(place, dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def _resolve(device: str) -> str:
+    if device not in ("auto", "cpu", "cuda"):
+        raise InvalidArgumentError(f"`device` must be auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError("`device` must be one that is here, got 'cuda'; use cpu")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device

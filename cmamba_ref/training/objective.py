@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor
 
 from cmamba_ref.losses import rate_distortion_loss
@@ -29,7 +30,9 @@ def objective(
     output = {**output, "x_hat": output["x_hat"].float()}
     if model.gain is None or quality is None:
         return rate_distortion_loss(output, x, settings.lmbda, settings.distortion)
-    lmbda = model.gain.lmbda(quality)
-    centre = torch.tensor(model.gain.log_lmbdas, device=lmbda.device).mean().exp()
+    # Where qualities are on the host, a GPU is given what follows without waiting for it.
+    lmbda = model.gain.lmbda(quality).to(x.device, non_blocking=True)
+    log_lmbdas = model.gain.log_lmbdas
+    centre = math.exp(sum(log_lmbdas) / len(log_lmbdas))
     losses = rate_distortion_loss(output, x, lmbda, settings.distortion)
     return {**losses, "loss": losses["loss"] * (lmbda / centre) ** -settings.balance}

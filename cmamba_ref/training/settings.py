@@ -19,8 +19,8 @@ from cmamba_ref.model import MULTIPLE
 
 DECAYS = ("linear", "cosine", "step")
 DISTORTIONS = ("mse", "ms-ssim")
-OPTIMISERS = ("adam", "adamw")
-PRECISIONS = ("fp32", "bf16")
+OPTIMISERS = ("adam", "adamw", "soap")
+PRECISIONS = ("fp32", "bf16", "auto")
 CODED = ("never", "end", "always")
 
 
@@ -50,6 +50,9 @@ class Settings:
         "", f"which model: {', '.join(CONFIGS)}, or a config.json (tiny)", may_change=True
     )
     init: str = _setting("", "weights to start from, instead: a directory", may_change=True)
+    continue_from: str = _setting(
+        "", "with init: the run.json beside these weights, to go on where it says", may_change=True
+    )
     model: Mapping[str, Any] = field(
         default_factory=dict,
         metadata={"help": "sizes that differ from those of config, as KEY=VALUE in TOML's notation"}
@@ -58,11 +61,13 @@ class Settings:
 
     steps: int = _setting(0, "length of training in optimiser steps")
     minutes: float = _setting(0.0, "length in minutes of training, validation not counted")
+    core_hours: float = _setting(0.0, "length in hours of processor time, of all processes")
     crop: tuple[int, ...] = _setting((128,), "side of the crops, one for each phase")
     batch: tuple[int, ...] = _setting((8,), "crops per step over all processes, for each phase")
     until: tuple[float, ...] = _setting((), "part of the run at which each phase but the last ends")
     accumulate: int = _setting(1, "parts of a batch that a process does in turn", may_change=True)
-    scale: float = _setting(2.0, "crops are cut up to so much larger, then reduced")
+    scale: float = _setting(2.0, "maximum random downscale factor of a crop")
+    graphics: float = _setting(0.0, "share of crops that are drawn: text, shapes, screenshots")
 
     distortion: str = _setting("mse", "what the loss measures", choices=DISTORTIONS)
     lmbda: float = _setting(0.013, "trade-off of a model of one rate")
@@ -82,7 +87,10 @@ class Settings:
     clip: float = _setting(1.0, "bound of the gradient norm; 0: none")
     ema: float = _setting(0.999, "decay of the averaged weights that are exported; 0: no average")
     precision: str = _setting(
-        "fp32", "bf16: autocast of the transforms; scans and entropy model stay", choices=PRECISIONS
+        "fp32",
+        "bf16: autocast of the transforms, not of scans and entropy model; auto: bf16 where the "
+        "device has it",
+        choices=PRECISIONS,
     )
     seed: int = _setting(0, "of everything random")
 
@@ -103,7 +111,12 @@ class Settings:
     profile: int = _setting(0, "steps to profile at the start of this command", may_change=True)
 
     device: str = _setting("auto", "cpu, cuda, or auto: cuda where there is one", may_change=True)
-    threads: int = _setting(0, "torch threads; 0: torch's choice", may_change=True)
+    processes: int = _setting(
+        0, "processes on this machine's CPU; 0: one per core, as batches allow", may_change=True
+    )
+    threads: int = _setting(
+        0, "torch threads of a process; 0: 1 of several, torch's choice of one", may_change=True
+    )
     workers: int = _setting(4, "threads that read photographs", may_change=True)
     cache_gib: float = _setting(
         2.0, "memory for crops cut in advance, per process, in GiB", may_change=True
@@ -126,10 +139,15 @@ class Settings:
             raise InvalidArgumentError(f"`until` must rise, got {self.until}")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise InvalidArgumentError(f"`milestones` must rise, got {self.milestones}")
-        if bool(self.steps) == bool(self.minutes):
+        if sum(map(bool, (self.steps, self.minutes, self.core_hours))) != 1:
             raise InvalidArgumentError(
-                f"`steps` or `minutes` must be above 0, one of them alone, got {self.steps} and "
-                f"{self.minutes}; say how long to train"
+                "one of `steps`, `minutes` and `core_hours` must be above 0, got "
+                f"{self.steps}, {self.minutes} and {self.core_hours}; say how long to train"
+            )
+        if self.continue_from and not self.init:
+            raise InvalidArgumentError(
+                f"`continue_from` must stand with `init`, got {self.continue_from!r} alone; "
+                "name the folder of the weights as well"
             )
         if self.init and (self.config or self.model):
             raise InvalidArgumentError(
@@ -178,11 +196,13 @@ class Settings:
 _RANGES: dict[str, tuple[float, float]] = {
     "steps": (0, 10**12),
     "minutes": (0, math.inf),
+    "core_hours": (0, math.inf),
     "crop": (MULTIPLE, 65536),
     "batch": (1, 65536),
     "until": (1e-6, 1),
     "accumulate": (1, 65536),
     "scale": (1, 64),
+    "graphics": (0, 1),
     "lmbda": (1e-12, 1e12),
     "balance": (-8, 8),
     "lr": (1e-12, 1e3),
@@ -203,6 +223,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "keep": (1, 10**9),
     "log_every": (1, 10**12),
     "profile": (0, 10**6),
+    "processes": (0, 65536),
     "threads": (0, 65536),
     "workers": (1, 65536),
     "cache_gib": (0, 2.0**20),
@@ -287,9 +308,9 @@ def resolve(file: Mapping[str, Any], overrides: Mapping[str, Any]) -> Settings:
     the override counts; sizes in `model` are taken one by one.
     """
     values = dict(file)
+    lengths = ("steps", "minutes", "core_hours")
     for winner, losers in (
-        ("steps", ("minutes",)),
-        ("minutes", ("steps",)),
+        *((length, [other for other in lengths if other != length]) for length in lengths),
         ("init", ("config", "model")),
         ("config", ("init",)),
     ):
@@ -317,7 +338,7 @@ def conflicts(saved: Mapping[str, Any], now: Settings, *, extend: bool) -> list[
         before, after = saved.get(f.name), wanted[f.name]
         if before == after or f.metadata["may_change"]:
             continue
-        if f.name in ("steps", "minutes"):
+        if f.name in ("steps", "minutes", "core_hours"):
             if extend and before and after > before:
                 continue
             hint = ", unless you say --extend" if before and after > before else ""

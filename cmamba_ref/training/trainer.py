@@ -7,8 +7,6 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,11 +17,12 @@ from cmamba_ref.errors import InvalidArgumentError, TrainingError
 from cmamba_ref.model import CMamba
 from cmamba_ref.training.checkpoints import Checkpoint
 from cmamba_ref.training.clock import PARTS, Clock
-from cmamba_ref.training.data import Batch, CropCache, Loader, Photographs
+from cmamba_ref.training.data import Batch, CropCache, Loader, TrainingImages
 from cmamba_ref.training.distributed import Group
 from cmamba_ref.training.objective import objective
 from cmamba_ref.training.schedule import learning_rate, phase_at
 from cmamba_ref.training.settings import Settings, conflicts
+from cmamba_ref.training.soap import SOAP, work
 
 # The quantiles of the prior have a loss and an optimiser of their own (Ballé et al. 2018).
 QUANTILES = "entropy_bottleneck.quantiles"
@@ -31,8 +30,14 @@ QUANTILES = "entropy_bottleneck.quantiles"
 AHEAD = 3
 # The average follows faster in the first steps: its decay is at most (1 + n) / (10 + n).
 EMA_START = 10
+# Steps that a run without the optimiser's state repeats to gather its statistics: twice what its
+# averages remember.
+GATHERED_STEPS = 40
+# What a step measures.
+MEASURES = ("loss", "bpp", "distortion", "aux", "grad_norm")
 
-FORMAT = 1
+FORMAT = 2
+RECORD_FORMAT = 1
 
 
 class Trainer:
@@ -48,7 +53,7 @@ class Trainer:
         WeightsError: the weights to start from cannot be read.
     """
 
-    def __init__(self, settings: Settings, photographs: Photographs, group: Group) -> None:
+    def __init__(self, settings: Settings, photographs: TrainingImages, group: Group) -> None:
         parts = group.size * settings.accumulate
         if any(batch % parts for batch in settings.batch):
             raise InvalidArgumentError(
@@ -75,7 +80,11 @@ class Trainer:
         }
         quantiles = self.model.entropy_bottleneck.quantiles
         self.parameters = [p for p in self.names if p is not quantiles]
-        self.optimiser = _optimiser(settings, self.model, self.parameters)
+        # Several processes divide the work of SOAP: each updates its own part of the weights.
+        self.parts = _divided(self.parameters, group.size if settings.optimiser == "soap" else 1)
+        self.optimiser = _optimiser(
+            settings, self.model, self.parts[group.rank] if len(self.parts) > 1 else self.parameters
+        )
         self.aux_optimiser = torch.optim.Adam([quantiles], lr=settings.aux_lr)
 
         # Every process computes the gradient of the quantiles from the weights alone.
@@ -86,13 +95,16 @@ class Trainer:
 
         self.step = 0
         self.samples = 0  # crops that were trained on, by all processes
+        self.pixels = 0  # in these
         self.seconds = 0.0  # in training, by the clock of the first process
-        self.skipped = 0
+        self.cpu_seconds = 0.0  # in training, of all processes
+        self._skipped = torch.zeros((), dtype=torch.float64, device=group.device)
         self.stopping = False
         self.best: dict[str, Any] = {}  # step and loss of the best validation
-        self.window = Window()
+        self.window = Window(group.device)
         self.clock = Clock(group.device)
         self._seconds_before = 0.0  # before this process began to count
+        self._cpu_seconds_before = 0.0
         self._loader: Loader | None = None
         self._requested = (0, 0)  # steps and samples up to which batches were requested
 
@@ -102,6 +114,8 @@ class Trainer:
         """Part of the run that is done before a step, 0...1."""
         if self.settings.steps:
             return step / self.settings.steps
+        if self.settings.core_hours:
+            return self.cpu_seconds / (3600 * self.settings.core_hours)
         return self.seconds / (60 * self.settings.minutes)
 
     @property
@@ -116,15 +130,17 @@ class Trainer:
 
     # ---------------------------------------------------------------- training
 
-    def train_step(self, *, stop: bool = False) -> dict[str, float]:
+    def train_step(self, *, stop: bool = False) -> dict[str, Tensor]:
         """One optimiser step, on the same batch whatever the number of processes.
+
+        The host waits for no value that a GPU computes, so what is returned lies on the device.
 
         Args:
             stop: this process was told to stop; all processes learn of it, in `stopping`.
 
         Returns:
             means over the batch: `loss` (weighted), `bpp`, `distortion`; the `aux` loss; the norm
-            of the gradient before it is clipped, `grad_norm`.
+            of the gradient before it is clipped, `grad_norm`.  All are float64 scalars.
         """
         self.clock.start()
         batch = self._next_batch()
@@ -133,36 +149,48 @@ class Trainer:
         torch.manual_seed(self.settings.seed + self.step)
 
         rate = learning_rate(self.settings, self.step, self.progress)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.zero_grad()
-        sums = self._gradients(batch)
-
-        # One exchange for all that the processes must know of each other.
-        seconds = self._seconds_before + self.clock.total if self.group.is_first else 0.0
-        mine = torch.cat([sums, sums.new_tensor([len(batch.x), float(stop), seconds])])
-        loss, bpp, distortion, count, stops, self.seconds = self.group.sum(mine).tolist()
-        self.stopping = stops > 0
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf))
-        if math.isfinite(norm) and math.isfinite(loss):
-            self.optimiser.step()
-            self._update_average()
-        else:
-            self.skipped += 1
+        count = self.group.size * len(batch.x)
+        measured, finite = self._take_step(batch, rate)
+        self._update_average(finite)
         aux = self._train_quantiles()
         self.clock.lap("optimiser")
 
+        # What the hosts must know of each other.
+        seconds = self._seconds_before + self.clock.total if self.group.is_first else 0.0
+        cpu = self.clock.cpu + (self._cpu_seconds_before if self.group.is_first else 0.0)
+        told = torch.tensor([float(stop), seconds, cpu], dtype=torch.float64)
+        stops, self.seconds, self.cpu_seconds = self.group.sum(told).tolist()
+        self.stopping = stops > 0
+
         self.step += 1
-        self.samples += int(count)
-        record = {
-            "loss": loss / count,
-            "bpp": bpp / count,
-            "distortion": distortion / count,
-            "aux": aux,
-            "grad_norm": norm,
-        }
-        self.window.add(record, int(count))
+        self.samples += count
+        self.pixels += count * batch.x.shape[-1] * batch.x.shape[-2]
+        self._skipped += ~finite
+        record = {**measured, "aux": aux}
+        self.window.add(torch.stack([record[name] for name in MEASURES]), finite, count)
         return record
+
+    def _take_step(self, batch: Batch, rate: float) -> tuple[dict[str, Tensor], Tensor]:
+        """Change the weights, unless loss or gradient is not finite; return measures and whether.
+
+        With a rate of 0 the optimiser gathers statistics and changes nothing.
+        """
+        self.optimiser.zero_grad()
+        sums = self.group.sum(self._gradients(batch))
+        loss, bpp, distortion = sums / (self.group.size * len(batch.x))
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
+        finite = norm.isfinite() & loss.isfinite()
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        if isinstance(self.optimiser, SOAP):
+            self.optimiser.step(finite)
+            self.group.exchange(self.parts)
+        else:
+            # With this the fused Adam leaves everything as it is, and nobody waits for the value.
+            self.optimiser.grad_scale, self.optimiser.found_inf = None, (~finite).float()
+            self.optimiser.step()
+        measured = {"loss": loss, "bpp": bpp, "distortion": distortion, "grad_norm": norm.double()}
+        return measured, finite
 
     def _next_batch(self) -> Batch:
         s = self.settings
@@ -176,6 +204,7 @@ class Trainer:
                 rank=self.group.rank,
                 size=self.group.size,
                 workers=s.workers,
+                graphics=s.graphics,
             )
             self._requested = (self.step, self.samples)
         while len(self._loader) < AHEAD:
@@ -192,13 +221,14 @@ class Trainer:
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         for start in range(0, len(batch.x), size):
             part = slice(start, start + size)
-            x = batch.x[part].to(device, non_blocking=True).float() / 255
-            quality = None if batch.quality is None else batch.quality[part].to(device)
-            noise = {name: values[part].to(device) for name, values in batch.noise.items()}
+            x = _moved(batch.x[part], device).float() / 255
+            # Qualities stay with the host, which looks at them.
+            quality = None if batch.quality is None else batch.quality[part]
+            noise = {name: _moved(values[part], device) for name, values in batch.noise.items()}
             # Gradients are exchanged once, with those of the last part.
             last = start + size == len(batch.x)
             with contextlib.nullcontext() if last else self._alone():
-                with torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16"):
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                     output = self.network(x, quality, noise)
                 losses = objective(self.model, output, x, quality, s)
                 self.clock.lap("forward")
@@ -214,31 +244,48 @@ class Trainer:
             return network.no_sync()
         return contextlib.nullcontext()
 
-    def _train_quantiles(self) -> float:
+    def _train_quantiles(self) -> Tensor:
         self.aux_optimiser.zero_grad()
         aux_loss = self.model.aux_loss()
         aux_loss.backward()
         self.aux_optimiser.step()
-        return float(aux_loss.detach())
+        return aux_loss.detach().double()
 
     @torch.no_grad()
-    def _update_average(self) -> None:
+    def _update_average(self, finite: Tensor) -> None:
         if self.average:
-            done = self.step - self.skipped
-            decay = min(self.settings.ema, (1 + done) / (EMA_START + done))
-            weights: list[Tensor] = list(self.names)
-            for average, weight in zip(self.average.values(), weights, strict=True):
-                average.lerp_(weight, 1 - decay)
+            decay = min(self.settings.ema, (1 + self.step) / (EMA_START + self.step))
+            averages: list[Tensor] = list(self.average.values())
+            change = torch._foreach_sub(list(self.names), averages)
+            torch._foreach_mul_(change, torch.where(finite, 1 - decay, 0.0))
+            torch._foreach_add_(averages, change)
 
     # ---------------------------------------------------------------- what comes out
 
     def position(self) -> dict[str, Any]:
         """Where the run is, as every record of the log says it."""
-        return {"step": self.step, "minutes": round(self.seconds / 60, 3)}
+        return {
+            "step": self.step,
+            "minutes": round(self.seconds / 60, 3),
+            "core_hours": round(self.cpu_seconds / 3600, 4),
+            "megapixels": round(self.pixels / 1e6, 3),
+        }
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were not taken, because loss or gradient was not finite."""
+        return int(self._skipped)
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the transforms run under autocast to bfloat16."""
+        precision = self.settings.precision
+        return precision == "bf16" or (precision == "auto" and has_bf16(self.group.device))
 
     def throughput(self) -> dict[str, Any]:
         """Images per second of training since the last report, and the share of each part."""
-        spent = {part: self.clock.seconds[part] - self.window.clock[part] for part in PARTS}
+        seconds = self.clock.seconds
+        spent = {part: seconds[part] - self.window.clock[part] for part in PARTS}
         total = max(sum(spent.values()), 1e-9)
         return {
             "images_per_second": round(self.window.images / total, 3),
@@ -256,7 +303,7 @@ class Trainer:
             **self.window.means(),
             **self.throughput(),
         }
-        self.window = Window(clock=dict(self.clock.seconds))
+        self.window = Window(self.group.device, clock=dict(self.clock.seconds))
         return record
 
     def is_best(self, loss: float) -> bool:
@@ -295,7 +342,7 @@ class Trainer:
     # ---------------------------------------------------------------- saving and going on
 
     def checkpoint(self) -> Checkpoint:
-        """All that a run needs to go on.
+        """All that a run needs to go on; every process must ask, that of process 0 is complete.
 
         Random draws are functions of the seed and of step and sample, see
         `cmamba_ref.training.draws`, so these two are also the position in the data and the state of
@@ -308,12 +355,64 @@ class Trainer:
             "photographs": self.photographs.fingerprint,
             "step": self.step,
             "samples": self.samples,
-            "seconds": self._seconds_before + self.clock.total,
+            "pixels": self.pixels,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "skipped": self.skipped,
             "best": self.best,
-            "window": {"sums": self.window.sums, "steps": self.window.steps},
+            "window": self.window.state(),
         }
-        return Checkpoint(dict(self._tensors()), state)
+        return Checkpoint(self._tensors(), state)
+
+    def record(self) -> dict[str, Any]:
+        """Where the run is, for a run that goes on from its exported weights, `continue_from`."""
+        progress = min(1.0, self.progress)
+        return {
+            "format": RECORD_FORMAT,
+            "step": self.step,
+            "samples": self.samples,
+            "pixels": self.pixels,
+            "seconds": self.seconds,
+            "core_hours": self.cpu_seconds / 3600,
+            "progress": progress,
+            "phase": phase_at(self.settings, progress)._asdict(),
+            "lr": learning_rate(self.settings, self.step, progress),
+            "settings": self.settings.to_dict(),
+        }
+
+    def continue_from(self, record: dict[str, Any]) -> None:
+        """Go on where `record` says, with the weights of `init` and no state of an optimiser.
+
+        The optimiser first gathers its statistics on the last batches before that point.
+
+        Raises:
+            TrainingError: it is no record of a run.
+        """
+        if record.get("format") != RECORD_FORMAT:
+            raise TrainingError(
+                f"`continue_from` must be the record of a run, of format {RECORD_FORMAT}, got "
+                f"{record.get('format')!r}; exported models have it as run.json"
+            )
+        try:
+            step, self.samples, self.pixels = (
+                int(record[name]) for name in ("step", "samples", "pixels")
+            )
+            self.seconds = self._seconds_before = float(record["seconds"])
+            self.cpu_seconds = self._cpu_seconds_before = 3600 * float(record["core_hours"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise TrainingError(f"`continue_from` must be a record of a run: {error!r}") from error
+        # The samples of a phase's start may be unknown, so all that is repeated is of this phase.
+        batch = phase_at(self.settings, min(1.0, self.progress_at(step))).batch
+        repeated = min(GATHERED_STEPS, step, self.samples // batch)
+        samples = self.samples
+        self.step, self.samples = step - repeated, samples - repeated * batch
+        for _ in range(repeated):
+            self.clock.start()
+            self._take_step(self._next_batch(), 0.0)
+            self.step += 1
+            self.samples += batch
+        self.step, self.samples = step, samples
+        self.close()  # what was requested beyond
 
     def restore(self, checkpoint: Checkpoint, *, extend: bool = False) -> None:
         """Go on from a checkpoint.
@@ -341,20 +440,41 @@ class Trainer:
                 "began with, or another `out`; to start from its weights, use `init`"
             )
         _restore_tensors(self, tensors)
-        self.step, self.samples = state["step"], state["samples"]
+        self.step, self.samples, self.pixels = state["step"], state["samples"], state["pixels"]
         self.seconds = self._seconds_before = state["seconds"]
-        self.skipped, self.best = state["skipped"], state["best"]
-        self.window = Window(**state["window"])
+        self.cpu_seconds = self._cpu_seconds_before = state["cpu_seconds"]
+        self._skipped.fill_(state["skipped"])
+        self.best = state["best"]
+        self.window.restore(state["window"])
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self.model.state_dict().items():
-            yield f"model.{name}", tensor
-        for name, tensor in self.average.items():
-            yield f"average.{name}", tensor
-        for optimiser in (self.optimiser, self.aux_optimiser):
-            for parameter, slots in optimiser.state.items():
-                for slot, value in slots.items():
-                    yield f"{slot}.{self.names[parameter]}", value
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
+        tensors |= self._slots(self.aux_optimiser)
+        slots = self._slots(self.optimiser)
+        return tensors | (self.group.collect(slots) if len(self.parts) > 1 else slots)
+
+    def _slots(self, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+        return {
+            f"{slot}.{self.names[parameter]}": value
+            for parameter, slots in optimiser.state.items()
+            for slot, value in slots.items()
+        }
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether a device multiplies bfloat16 faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device; the copy to a GPU waits for nothing."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _restore_tensors(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
@@ -371,19 +491,40 @@ def _restore_tensors(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
                 name = trainer.names[parameter]
                 saved = {slot: tensors.get(f"{slot}.{name}") for slot in slots}
                 optimiser.state[parameter] = {
-                    # Adam counts steps on the CPU; its means lie in memory as their weights do.
-                    slot: value if value.ndim == 0 else torch.empty_like(parameter).copy_(value)
+                    slot: _slot(value, parameter)
                     for slot, value in saved.items()
                     if value is not None
                 }
 
 
+def _slot(value: Tensor, parameter: Tensor) -> Tensor:
+    """A slot of an optimiser's state as it was: on the device and laid out in memory."""
+    if value.dtype == torch.int64:
+        return value  # counted by the host
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter).copy_(value)
+    return value.to(parameter.device)
+
+
+def _divided(parameters: list[Tensor], processes: int) -> list[list[Tensor]]:
+    """The weights in parts of about equal work for SOAP, one part for each process."""
+    parts: list[list[Tensor]] = [[] for _ in range(processes)]
+    loads = [0.0] * processes
+    for parameter in sorted(parameters, key=lambda p: -work(p.shape)):
+        lightest = loads.index(min(loads))
+        parts[lightest].append(parameter)
+        loads[lightest] += work(parameter.shape)
+    return parts
+
+
 def _optimiser(
     settings: Settings, model: CMamba, parameters: list[Tensor]
 ) -> torch.optim.Optimizer:
-    """Adam or AdamW; only weights of convolutions and linear layers decay."""
+    """Adam, AdamW or SOAP; with AdamW weights of convolutions and linear layers decay."""
     if settings.optimiser == "adam":
-        return torch.optim.Adam(parameters, lr=settings.lr)
+        return torch.optim.Adam(parameters, lr=settings.lr, fused=True)
+    if settings.optimiser == "soap":
+        return SOAP([{"params": parameters}], lr=settings.lr)  # type: ignore[list-item]
     decaying = {
         module.weight
         for module in model.modules()
@@ -396,33 +537,37 @@ def _optimiser(
         },
         {"params": [p for p in parameters if p not in decaying], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.lr)
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
 
 
-@dataclass
 class Window:
-    """What was measured since the last record of the log.
+    """What was measured since the last record of the log; sums are kept on the device.
 
-    Attributes:
-        sums: of each measure over steps that were not skipped.
-        steps: how many of these there were.
-        images: trained on, since this process began the window.
-        clock: what the clock showed then.
+    Args:
+        clock: what the clock showed when the window began.
     """
 
-    sums: dict[str, float] = field(default_factory=dict)
-    steps: int = 0
-    images: int = 0
-    clock: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    def __init__(self, device: torch.device, clock: dict[str, float] | None = None) -> None:
+        self.sums = torch.zeros(len(MEASURES), dtype=torch.float64, device=device)
+        self.steps = torch.zeros((), dtype=torch.float64, device=device)
+        self.images = 0  # trained on, since this process began the window
+        self.clock = clock or dict.fromkeys(PARTS, 0.0)
 
-    def add(self, record: dict[str, float], images: int) -> None:
+    def add(self, measures: Tensor, finite: Tensor, images: int) -> None:
         """A step that was skipped counts for the throughput alone."""
         self.images += images
-        if all(math.isfinite(value) for value in record.values()):
-            self.steps += 1
-            for name, value in record.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value
+        self.sums += torch.where(finite, measures, 0.0)
+        self.steps += finite
 
     def means(self) -> dict[str, float]:
-        """Mean of each measure."""
-        return {name: value / self.steps for name, value in self.sums.items()}
+        """Mean of each measure; none where every step was skipped."""
+        if not self.steps:
+            return {}
+        return dict(zip(MEASURES, (self.sums / self.steps).tolist(), strict=True))
+
+    def state(self) -> dict[str, Any]:
+        return {"sums": self.sums.tolist(), "steps": float(self.steps)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self.steps.fill_(state["steps"])
