@@ -310,7 +310,7 @@ def test_a_run_of_minutes_ends_and_counts_only_training(folder, monkeypatch):
         return validate(*args, **options)
 
     monkeypatch.setattr(train.validation, "validate", slow)
-    changes = {"steps": None, "minutes": 0.005, "validate_every": 2}
+    changes = {"steps": None, "minutes": 0.02, "validate_every": 2}
     began = time.monotonic()
     assert train.main(arguments(folder, **changes)) == 0
     spent = time.monotonic() - began
@@ -319,9 +319,18 @@ def test_a_run_of_minutes_ends_and_counts_only_training(folder, monkeypatch):
     end = log[-1]
     assert end["event"] == "end" and end["step"] > 1 and validations > 1
     # Each looks at the held-out crops, and at as many of those that are trained on.
-    assert 0.3 <= 60 * end["minutes"] < spent - 2 * 0.4 * validations
+    assert 1.2 <= 60 * end["minutes"] < spent - 2 * 0.4 * validations
     gap = end["loss"]["held_out"] - end["loss"]["trained_on"]
     assert end["loss"]["gap"] == pytest.approx(gap) and gap != 0
+
+
+def test_a_run_of_core_hours_counts_processor_time(folder):
+    changes = {"steps": None, "core_hours": 1.0 / 3600, "validate_every": 0}
+    assert train.main(arguments(folder, **changes)) == 0
+    end = records(folder / "run")[-1]
+    assert end["event"] == "end" and end["step"] > 1
+    assert 1 <= 3600 * end["core_hours"] < 4
+    assert end["megapixels"] == pytest.approx(2 * 64**2 * end["step"] / 1e6, abs=1e-3)
 
 
 def test_training_starts_from_given_weights(folder):
@@ -429,7 +438,7 @@ def test_a_process_that_dies_ends_the_others(folder, root):
 @pytest.mark.parametrize("optimiser", ["adam", "soap"])
 def test_exported_weights_and_their_record_are_enough_to_go_on(folder, optimiser):
     """Without the optimiser's state: the schedule, the data and about the loss of the whole run."""
-    changes = {"batch": [4], "lr": 1e-3, "optimiser": optimiser, "ema": 0.9, "decay": 0.0}
+    changes = {"batch": [4], "lr": 2e-4, "optimiser": optimiser, "ema": 0.9, "decay": 0.0}
     part, whole = folder / "part", folder / "whole"
     assert train.main(arguments(folder, **changes, steps=40, out=part)) == 0
     assert train.main(arguments(folder, **changes, steps=60, out=whole)) == 0
@@ -439,18 +448,17 @@ def test_exported_weights_and_their_record_are_enough_to_go_on(folder, optimiser
 
     record = json.loads((weights / "run.json").read_text())
     assert (record["step"], record["samples"], record["pixels"]) == (40, 160, 160 * 64**2)
-    assert record["core_hours"] > 0 and record["lr"] == 1e-3
+    assert record["core_hours"] > 0 and record["lr"] == 2e-4
     assert record["phase"] == {"crop": 64, "batch": 4}
     start = records(folder / "more")[0]
     assert start["event"] == "start" and start["step"] == 40
     assert start["core_hours"] == pytest.approx(record["core_hours"], abs=1e-4)
     found, expected = losses(folder / "more"), losses(whole)
     assert list(found) == list(range(41, 61))
-    mean = {
-        name: np.mean([run[n][0] for n in found])
-        for name, run in (("more", found), ("whole", expected))
-    }
-    assert mean["more"] == pytest.approx(mean["whole"], rel=0.03)
+    # The first batch meets the averaged weights in place of the last ones.
+    assert found[41][0] == pytest.approx(expected[41][0], rel=0.05)
+    means = [np.mean([run[step][0] for step in found]) for run in (found, expected)]
+    assert means[0] == pytest.approx(means[1], rel=0.1)
 
 
 def test_statistics_are_gathered_before_the_first_step(folder):

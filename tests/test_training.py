@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmamba_ref import CMamba, InvalidArgumentError
 from cmamba_ref.errors import TrainingError
@@ -409,6 +410,43 @@ def test_bf16_is_for_the_transforms_alone(folder):
     exact = make_trainer(folder, batch=[2]).train_step()
     assert float(record["loss"]) == pytest.approx(float(exact["loss"]), rel=0.05)
     assert record["loss"] != exact["loss"]
+
+
+@pytest.mark.parametrize("capabilities", [{}, {"avx2": True}, {"avx512_bf16": True}])
+def test_auto_takes_bf16_where_the_device_has_it(folder, monkeypatch, capabilities):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert make_trainer(folder, precision="auto").bf16 == ("avx512_bf16" in capabilities)
+    assert not make_trainer(folder, precision="fp32").bf16
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not make_trainer(folder, precision="auto").bf16
+    assert make_trainer(folder, precision="bf16").bf16
+
+
+class Reads(TorchDispatchMode):
+    """Notes where the host asks for the value of a tensor, which on a GPU it would wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "adamw", "soap"])
+def test_a_step_reads_nothing_that_a_gpu_computes(folder, optimiser):
+    run = make_trainer(folder, optimiser=optimiser, clip=1.0)
+    for _ in range(11):  # also one in which the bases of SOAP are renewed
+        with Reads() as reads:
+            run.train_step()
+        # The host's own: whether qualities are in range, and how many steps SOAP has done.
+        theirs = [x for x in reads.found if x.dtype not in (torch.bool, torch.int64)]
+        assert not theirs
+        assert sum(x.dtype == torch.bool for x in reads.found) <= 1
+    assert run.report()["loss"] > 0
+    run.close()
 
 
 def test_high_rates_do_not_drown_low_ones(folder):

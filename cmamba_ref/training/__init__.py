@@ -2,10 +2,12 @@
 
     settings      what a run is: defaults, a TOML file, the command line
     draws         every random decision, as a function of the seed and its place in the run
-    data          photographs to batches of crops, on threads
+    data          images to batches of crops, on threads
+    graphics      text, shapes and screenshots, drawn
     schedule      learning rate, crop size and batch size at a point of the run
     distributed   several processes, or one
     objective     the loss, weighted over rates
+    soap          an optimiser: Adam in the eigenbases of the gradient's covariances
     trainer       one optimiser step after the other; what is saved
     clock         where the time of a step goes
     profiling     which parts of the model the time of a step goes to

@@ -85,7 +85,7 @@ class Trainer:
         self.optimiser = _optimiser(
             settings, self.model, self.parts[group.rank] if len(self.parts) > 1 else self.parameters
         )
-        self.aux_optimiser = torch.optim.Adam([quantiles], lr=settings.aux_lr)
+        self.aux_optimiser = torch.optim.Adam([quantiles], lr=settings.aux_lr, fused=True)
 
         # Every process computes the gradient of the quantiles from the weights alone.
         quantiles.requires_grad_(False)
@@ -466,8 +466,9 @@ def has_bf16(device: torch.device) -> bool:
     """Return whether a device multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    # Not in every version of torch that this package takes: without it the answer is no.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
