@@ -23,7 +23,7 @@ CONTEXTS = ("cae", "cae-without-ssm", "none")
 # What `resampling` may be; the first is the default.
 RESAMPLINGS = ("convolution", "haar")
 # Options that `to_json` leaves out at their defaults, so that versions without them read the file.
-LATER_OPTIONS = ("resampling", "feature_gain", "lrp_kernel")
+LATER_OPTIONS = ("resampling", "feature_gain", "lrp_kernel", "bypass")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class CMambaConfig:
             gain vectors (Cui et al. 2021) and serves every quality between 1 and `len(lmbdas)`.
         feature_gain: whether the features at H/8 have gain vectors too (`cmamba_ref.gain`); needs
             `lmbdas`.
+        bypass: whether a linear path between 16x16 blocks of the image and y stands beside g_a and
+            g_s (`cmamba_ref.bypass`).
 
     Raises:
         InvalidArgumentError: a size is not positive, or sizes do not fit together.
@@ -86,6 +88,7 @@ class CMambaConfig:
     resampling: str = RESAMPLINGS[0]
     feature_gain: bool = False
     lrp_kernel: int = 3
+    bypass: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -147,7 +150,7 @@ class CMambaConfig:
                     f"`{arg}` must be one of {choices}, got {getattr(self, arg)!r:.80}; "
                     "see CMambaConfig"
                 )
-        for arg in ("lrp", "feature_gain"):
+        for arg in ("lrp", "feature_gain", "bypass"):
             if not isinstance(getattr(self, arg), bool):
                 raise InvalidArgumentError(
                     f"`{arg}` must be true or false, got {getattr(self, arg)!r:.80}; "

@@ -26,6 +26,7 @@ from cmamba_ref.bitstream import (
     symbols_crc,
     unpack_latent,
 )
+from cmamba_ref.bypass import LinearBypass
 from cmamba_ref.config import CONFIGS, CMambaConfig
 from cmamba_ref.context import ContextModel
 from cmamba_ref.entropy import rans
@@ -101,6 +102,7 @@ class CMamba(nn.Module):
         self.entropy_bottleneck = FactorizedPrior(config.hyper_widths[-1])
         self.gaussian_conditional = GaussianConditional()
         self.gain = GainUnits(config) if config.variable_rate else None
+        self.bypass = LinearBypass(config.latent_channels) if config.bypass else None
         self._coding_path: tuple[object, nn.ModuleDict] | None = None
         self._known_id: tuple[object, bytes] | None = None
 
@@ -458,9 +460,10 @@ class CMamba(nn.Module):
         first = next(self.g_a.parameters())
         x = x.to(first.device, first.dtype).contiguous(memory_format=torch.channels_last)
         gains = self._gains(quality, x.shape[0])
-        if gains is None:
-            return self.g_a(x), None
-        return self.g_a(x, gains.analysis) * gains.latent, gains
+        y = self.g_a(x, None if gains is None else gains.analysis)
+        if self.bypass is not None:
+            y = y + self.bypass.to_latent(x)
+        return y if gains is None else y * gains.latent, gains
 
     def _gains(self, quality: Tensor | float | None, batch: int) -> Gains | None:
         """The gains of each image; None for a fixed-rate model."""
@@ -498,7 +501,9 @@ class CMamba(nn.Module):
         feature_gain = None
         if gains is not None:
             y_bar, feature_gain = y_bar * gains.inverse, gains.synthesis
-        return self.g_s(y_bar.contiguous(memory_format=torch.channels_last), feature_gain)
+        y_bar = y_bar.contiguous(memory_format=torch.channels_last)
+        x_hat = self.g_s(y_bar, feature_gain)
+        return x_hat if self.bypass is None else x_hat + self.bypass.to_image(y_bar)
 
     def _coding(self) -> tuple[nn.ModuleDict, torch.device]:
         """h_s and the context model in float64, renewed whenever a weight has changed."""

@@ -26,6 +26,7 @@ CHANGES = {
     "feature gain": {"feature_gain": True},
     "pointwise LRP": {"lrp_kernel": 1},
     "unequal slices": {"slices": (2, 9, 5)},
+    "bypass": {"bypass": True},
 }
 CHANGES["all"] = {name: value for change in CHANGES.values() for name, value in change.items()}
 OPTIONS = {name: dataclasses.replace(SMALL, **change) for name, change in CHANGES.items()}
@@ -434,3 +435,50 @@ def test_haar_needs_no_gains():
     model = CMamba(dataclasses.replace(ONE_RATE, resampling="haar")).eval()
     with torch.no_grad():
         assert model(as_input(picture(65, 70)))["x_hat"].shape == (1, 3, 65, 70)
+
+
+# ---------------------------------------------------------------- linear bypass
+
+
+def test_a_fresh_bypass_changes_nothing(image):
+    torch.manual_seed(0)
+    plain = CMamba(SMALL).eval()
+    model = CMamba(OPTIONS["bypass"]).eval()
+    missing = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing == ["bypass.analysis.weight", "bypass.synthesis.weight"]
+    with torch.no_grad():
+        assert torch.equal(model(image, 3.0)["x_hat"], plain(image, 3.0)["x_hat"])
+
+
+def test_a_bypass_carries_blocks_to_y_and_back(image):
+    """Block by block and apart from g_a and g_s: y gets E (x - 0.5), the image gets D y."""
+    model = CMamba(OPTIONS["bypass"]).eval()
+    m = SMALL.latent_channels
+    generator = torch.Generator().manual_seed(1)
+    to_y = torch.randn(m, 3, 16, 16, generator=generator)
+    to_image = torch.randn(m, 3, 16, 16, generator=generator)
+    with torch.no_grad():
+        before = model.analyze(image, 5.0)
+        y = torch.randn(before.shape, generator=generator)
+        image_before = model.synthesize(y, 5.0)
+        model.bypass.analysis.weight.copy_(to_y)
+        model.bypass.synthesis.weight.copy_(to_image)
+        blocks = rearrange(image - 0.5, "b c (h i) (w j) -> b h w (c i j)", i=16, j=16)
+        gains = model.gain(torch.tensor([5.0]))
+        expected = gains.latent * rearrange(blocks @ to_y.flatten(1).T, "b h w m -> b m h w")
+        assert torch.allclose(model.analyze(image, 5.0) - before, expected, atol=1e-3)
+        pixels = rearrange(y * gains.inverse, "b m h w -> b h w m") @ to_image.flatten(1)
+        expected = rearrange(pixels, "b h w (c i j) -> b c (h i) (w j)", i=16, j=16, c=3)
+        assert torch.allclose(model.synthesize(y, 5.0) - image_before, expected, atol=1e-3)
+
+
+def test_both_sides_of_a_fresh_bypass_learn(image):
+    model = CMamba(OPTIONS["bypass"]).train()
+    for _ in range(2):  # the first step makes the synthesis differ from 0
+        model.zero_grad()
+        output = model(image, 4.0)
+        rate_distortion_loss(output, image, 0.01)["loss"].mean().backward()
+        with torch.no_grad():
+            for weight in (model.bypass.analysis.weight, model.bypass.synthesis.weight):
+                assert weight.grad.abs().max() > 0
+                weight -= 1e-3 * weight.grad

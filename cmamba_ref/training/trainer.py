@@ -318,17 +318,16 @@ class Trainer:
         """The model as it is exported: averaged weights, entropy tables, eval mode.
 
         Args:
-            round_transforms: round g_a, g_s and h_a to float16: these decide what the picture
-                looks like, and not how a decoder reads its symbols.
+            round_transforms: round g_a, g_s, h_a and a bypass to float16: these decide what the
+                image looks like, and not how a decoder reads its symbols.
         """
         model = copy.deepcopy(self.model).eval()
         for name, parameter in model.named_parameters():
             if name in self.average:
                 parameter.copy_(self.average[name])
         if round_transforms:
-            for parameter in itertools.chain(
-                model.g_a.parameters(), model.g_s.parameters(), model.h_a.parameters()
-            ):
+            transforms = [model.g_a, model.g_s, model.h_a, *([model.bypass] if model.bypass else [])]
+            for parameter in itertools.chain(*(module.parameters() for module in transforms)):
                 parameter.copy_(parameter.half())
         model.update(force=True)
         return model
