@@ -474,7 +474,7 @@ class CMamba(nn.Module):
             self._check_qualities(quality, batch)
         else:
             quality = torch.tensor(self.check_quality(quality))
-        return self.gain(quality.float().to(self._device()).expand(batch))
+        return self.gain(quality.float().to(self._device(), non_blocking=True).expand(batch))
 
     def _check_qualities(self, quality: Tensor, batch: int) -> None:
         top = len(self.config.lmbdas)

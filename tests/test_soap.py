@@ -118,7 +118,7 @@ def test_a_rate_of_0_gathers_and_changes_nothing():
     assert state["covariance0"].abs().sum() > 0 and state["exp_avg_sq"].min() > 0
 
 
-def test_steps_that_are_not_finite_leave_everything():
+def test_nonfinite_steps_change_nothing():
     gradients = list(torch.randn(7, 4, 5, generator=torch.Generator().manual_seed(4)))
     plain, _ = run(torch.ones(4, 5), gradients, every=5)
     assert not torch.equal(plain, torch.ones(4, 5))

@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import cmamba_ref
-from cmamba_ref.training import checkpoints, data, trainer
+from cmamba_ref import InvalidArgumentError
+from cmamba_ref.training import checkpoints, data, distributed, trainer
 from cmamba_ref.training.distributed import Group
 from tests.codec_helpers import ONE_RATE, SMALL
 from tests.training_helpers import (
@@ -237,6 +238,16 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(folder, how, ca
         train.main(arguments(folder, **changes))
 
 
+def test_checkpoints_of_another_format_are_refused(folder):
+    assert train.main(arguments(folder, steps=1)) == 0
+    saved = checkpoints.newest(folder / "run" / "checkpoints")
+    assert saved is not None
+    old = checkpoints.Checkpoint(saved.tensors, {**saved.state, "format": 1})
+    checkpoints.write(folder / "old" / "checkpoints", 1, old)
+    with pytest.raises(SystemExit, match=r"format 2, got 1; .*`init`"):
+        train.main(arguments(folder, steps=1, out=folder / "old"))
+
+
 def test_the_newest_and_the_best_are_kept(folder, monkeypatch):
     # Of the held-out crops, each followed by that of crops that are trained on.
     scores = iter([3.0, 9.0, 1.0, 9.0, 2.0, 0.5, 5.0, 0.5, 4.0, 9.0])
@@ -320,8 +331,8 @@ def test_a_run_of_minutes_ends_and_counts_only_training(folder, monkeypatch):
     assert end["event"] == "end" and end["step"] > 1 and validations > 1
     # Each looks at the held-out crops, and at as many of those that are trained on.
     assert 1.2 <= 60 * end["minutes"] < spent - 2 * 0.4 * validations
-    gap = end["loss"]["held_out"] - end["loss"]["trained_on"]
-    assert end["loss"]["gap"] == pytest.approx(gap) and gap != 0
+    gap = end["mean_loss"]["held_out"] - end["mean_loss"]["trained_on"]
+    assert end["mean_loss"]["gap"] == pytest.approx(gap) and gap != 0
 
 
 def test_a_run_of_core_hours_counts_processor_time(folder):
@@ -394,6 +405,8 @@ def test_two_processes_divide_soap(folder, root):
     assert one.keys() == two.keys() and len(one) == 50
     for step in one:
         assert two[step][0] == pytest.approx(one[step][0], rel=1e-3), step
+    for step in range(1, 13):  # with the norm of the gradient
+        assert two[step] == pytest.approx(one[step], rel=1e-3), step
     # The state of the optimiser lay with both, and is in one checkpoint.
     saved = [checkpoints.newest(folder / out / "checkpoints") for out in ("one", "two")]
     assert saved[0] is not None and saved[1] is not None
@@ -404,9 +417,39 @@ def test_two_processes_divide_soap(folder, root):
     assert records(folder / "two")[-1]["step"] == 52
 
 
-def run_command(command: list[str]) -> None:
+@pytest.mark.parametrize("optimiser", ["adam", "soap"])
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(folder, root, optimiser):
+    script = folder / "broken.py"
+    script.write_text(
+        "import os, sys\n"
+        "from cmamba_ref.training import trainer\n"
+        "from tools import train\n"
+        "objective, calls = trainer.objective, []\n"
+        "def broken(*args):\n"
+        "    calls.append(None)\n"
+        "    nan = len(calls) == 2 and os.environ['RANK'] == '1'\n"
+        "    return {n: v * float('nan') if nan else v for n, v in objective(*args).items()}\n"
+        "trainer.objective = broken\n"
+        "sys.exit(train.main(sys.argv[1:]))\n"
+    )
+    changes = {"steps": 4, "batch": [2], "optimiser": optimiser}
+    launch = command(root, folder, **changes, processes=2)
+    launch[launch.index(str(root / "tools" / "train.py"))] = str(script)
+    path = os.pathsep.join([str(root), str(root / "tools")])
+    run_command(launch, {**environment(), "PYTHONPATH": path})
+    steps = [record for record in records(folder / "run") if "event" not in record]
+    assert [record["skipped"] for record in steps] == [0, 1, 1, 1]
+    assert ["loss" in record for record in steps] == [True, False, True, True]
+
+
+def run_command(command: list[str], env: dict[str, str] | None = None) -> None:
     done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=300, check=False
+        command,
+        env=env or environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 
@@ -430,6 +473,45 @@ def test_a_process_that_dies_ends_the_others(folder, root):
     assert process.wait(timeout=60) != 0
     saved = checkpoints.newest(folder / "run" / "checkpoints")
     assert saved is not None and saved.state["step"] >= 1
+
+
+def test_an_error_of_the_first_process_ends_all(folder, root):
+    (folder / "run").mkdir()
+    (folder / "run" / "checkpoints").write_text("no folder")
+    done = subprocess.run(
+        [*command(root, folder, batch=[4]), "--processes", "2"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode != 0 and "checkpoints" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"processes": 3, "batch": [4]}, "`processes` x `accumulate` = 3"),
+        ({"processes": 2, "batch": [2], "accumulate": 2}, "`processes` x `accumulate` = 4"),
+    ],
+)
+def test_impossible_numbers_of_processes_are_refused_at_once(folder, changes, message):
+    with pytest.raises(SystemExit, match=message):
+        train.main(arguments(folder, **changes))
+
+
+def test_processes_are_as_many_as_cores_and_batches_allow(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert distributed.processes_for("cpu", (12,), 1) == 6
+    assert distributed.processes_for("cpu", (8,), 1) == 4
+    assert distributed.processes_for("cpu", (12, 8), 1) == 4
+    assert distributed.processes_for("cpu", (8,), 4) == 2
+    assert distributed.processes_for("cpu", (3,), 2) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert distributed.processes_for("auto", (8,), 1) == 1
+    with pytest.raises(InvalidArgumentError, match="torchrun"):
+        distributed.processes_for("cuda", (8,), 1, 2)
 
 
 # ---------------------------------------------------------------- from exported weights
@@ -461,24 +543,53 @@ def test_exported_weights_and_their_record_are_enough_to_go_on(folder, optimiser
     assert means[0] == pytest.approx(means[1], rel=0.1)
 
 
-def test_statistics_are_gathered_before_the_first_step(folder):
-    """Of the last batches before that point, without a change of the weights."""
-    changes = {"steps": 30, "batch": [2], "optimiser": "soap", "ema": 0.0}
+@pytest.mark.parametrize("optimiser", ["adam", "soap"])
+def test_statistics_are_gathered_before_the_first_step(folder, monkeypatch, optimiser):
+    """Of the batches before that point, in the phase that begins there; no weight changes."""
+    phases = {"crop": [64, 128], "batch": [4, 2], "until": [0.5]}
+    changes = {"steps": 18, **phases, "optimiser": optimiser, "ema": 0.0}
     first = make_trainer(folder, **changes)
-    for _ in range(8):
+    for _ in range(9):
         first.train_step()
-    first.model.update()
-    first.model.save_pretrained(folder / "saved")
+    first.is_best(3.0)
+    exported = first.finished_model()
+    exported.save_pretrained(folder / "saved")
+    record = json.loads(json.dumps(first.record(exported)))
     second = make_trainer(folder, **changes, config="", init=str(folder / "saved"))
     before = {name: value.clone() for name, value in second.model.state_dict().items()}
-    second.continue_from(json.loads(json.dumps(first.record())))
-    assert second.step == first.step and second.samples == first.samples
+    requests = []
+    request = data.Loader.request
+    monkeypatch.setattr(
+        data.Loader,
+        "request",
+        lambda self, *where: (requests.append(where), request(self, *where)),
+    )
+    second.continue_from(record)
+    assert (second.step, second.samples, second.pixels) == (9, 36, 36 * 64**2)
+    assert second.best == {"step": 9, "loss": 3.0}
+    assert [(step, sample) for step, sample, _ in requests] == [(n, 18 + 2 * n) for n in range(9)]
+    assert {tuple(phase) for *_, phase in requests} == {(128, 2)}
     for name, value in second.model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    rounds = {int(state["round"]) for state in second.optimiser.state.values()}
-    assert rounds == {8}
+    states = [second.optimiser.state[parameter] for parameter in second.parameters]
+    assert {int(state["round" if optimiser == "soap" else "step"]) for state in states} == {9}
+    second.train_step()
+    assert requests[9] == (9, 36, (128, 2))
+    # What was gathered counts neither as time nor as a part of the log.
+    assert second.seconds == pytest.approx(first.seconds + second.clock.total)
+    assert float(second.window.steps) == 1
     first.close()
     second.close()
+
+
+def test_an_incomplete_record_is_refused(folder):
+    assert train.main(arguments(folder, steps=2)) == 0
+    record = json.loads((folder / "run" / "model" / "run.json").read_text())
+    del record["pixels"]
+    (folder / "other.json").write_text(json.dumps(record))
+    run = {"init": folder / "run" / "model", "config": None, "out": folder / "more"}
+    with pytest.raises(SystemExit, match="a record of a run: KeyError"):
+        train.main(arguments(folder, **run, continue_from=folder / "other.json"))
 
 
 def make_trainer(folder: Path, **changes) -> trainer.Trainer:
@@ -492,10 +603,10 @@ def make_trainer(folder: Path, **changes) -> trainer.Trainer:
         (None, "cannot read"),
         ("[1]", "a JSON object"),
         ("{}", "format 1"),
-        ('{"format": 1, "step": 3}', "a record of a run"),
+        ('{"format": 1, "step": 3}', "must belong to the weights"),
     ],
 )
-def test_records_that_are_none_are_refused(folder, content, message):
+def test_invalid_records_are_refused(folder, content, message):
     assert train.main(arguments(folder, steps=1)) == 0
     path = folder / "record.json"
     if content is not None:
@@ -506,6 +617,13 @@ def test_records_that_are_none_are_refused(folder, content, message):
 
 
 # ---------------------------------------------------------------- usage
+
+
+def test_a_damaged_image_to_train_on_stops_nothing(folder):
+    path = data.find_images(folder / "photos", 64, held_out=1).train[0]
+    path.write_bytes(path.read_bytes()[:2000])
+    assert train.main(arguments(folder, steps=2)) == 0
+    assert np.isfinite(records(folder / "run")[-1]["mean_loss"]["trained_on"])
 
 
 def test_a_folder_without_photographs_is_named(folder):

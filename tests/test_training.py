@@ -99,6 +99,15 @@ def test_files_that_hold_no_settings_are_refused(tmp_path, text, message):
         settings.read_toml(tmp_path / "absent.toml")
 
 
+def test_weights_from_the_command_line_leave_the_record_of_others(folder):
+    file = {"steps": 5, "init": "a", "continue_from": "a/run.json"}
+    assert settings.resolve(file, {}).continue_from == "a/run.json"
+    assert settings.resolve(file, {"init": "b"}).continue_from == ""
+    assert settings.resolve(file, {"config": "tiny"}).continue_from == ""
+    with pytest.raises(InvalidArgumentError, match="`continue_from` must stand with `init`"):
+        settings.resolve({"steps": 5}, {"continue_from": "a/run.json"})
+
+
 def test_unknown_models_are_refused(folder):
     for changes in ({"config": "huge"}, {"model": {"colour": 1}}, {"model": {"d_state": 0}}):
         with pytest.raises(InvalidArgumentError, match="config|colour|d_state"):
@@ -438,7 +447,7 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("optimiser", ["adam", "adamw", "soap"])
 def test_a_step_reads_nothing_that_a_gpu_computes(folder, optimiser):
     run = make_trainer(folder, optimiser=optimiser, clip=1.0)
-    for _ in range(11):  # also one in which the bases of SOAP are renewed
+    for _ in range(21):  # also those in which SOAP makes its bases, and renews them
         with Reads() as reads:
             run.train_step()
         # The host's own: whether qualities are in range, and how many steps SOAP has done.

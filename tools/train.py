@@ -1,4 +1,4 @@
-"""Train a CMamba model on a folder of photographs.
+"""Train a CMamba model on a folder of images.
 
     python tools/train.py --data photos --out runs/mine --config tiny --minutes 600
     python tools/train.py tools/recipes/small.toml --data photos --out runs/small
@@ -116,10 +116,10 @@ def main(argv: list[str] | None = None) -> int:
     is_first = int(os.environ.get("RANK", 0)) == 0
     logging.basicConfig(level=logging.INFO if is_first else logging.ERROR, format="%(message)s")
     try:
-        processes = 1
-        if "WORLD_SIZE" not in os.environ:  # torchrun starts what it is told to
-            processes = settings.processes or distributed.processes_for(
-                settings.device, settings.batch, settings.accumulate
+        processes = 1  # what torchrun starts, it has started already
+        if "WORLD_SIZE" not in os.environ:
+            processes = distributed.processes_for(
+                settings.device, settings.batch, settings.accumulate, settings.processes
             )
         with (
             told_to_stop() as signals,
@@ -158,33 +158,32 @@ class Run:
 
     def __init__(self, settings: Settings, group: Group, *, extend: bool) -> None:
         self.settings, self.group, self.out = settings, group, Path(settings.out)
-        photographs = data.find_images(
+        images = data.find_images(
             settings.data, max(settings.crop), settings.validation, settings.workers
         )
-        self.held_out = [
-            data.centre_crop(data.read_rgb(path), settings.validation_crop)
-            for path in photographs.held_out
-        ]
+        size, count = settings.validation_crop, len(images.held_out)
+        self.held_out = data.centre_crops(images.held_out, size, count)
         # As many images of those that are trained on, to show how far the model overfits.
-        known = photographs.train[:: max(1, len(photographs.train) // len(photographs.held_out))]
-        self.known = [
-            data.centre_crop(data.read_rgb(path), settings.validation_crop)
-            for path in known[: len(photographs.held_out)]
-        ]
-        self.trainer = Trainer(settings, photographs, group)
+        spread = images.train[:: max(1, len(images.train) // count)]
+        self.trained_on = data.centre_crops([*spread, *images.train], size, count)
+        self.trainer = Trainer(settings, images, group)
         found = checkpoints.newest(self.out / "checkpoints")
+        step = -1 if found is None else found.state["step"]
+        group.check_same(step, "`out` must be one folder for all processes")
         if found is not None:
             self.trainer.restore(found, extend=extend)
         elif settings.continue_from:
             self.trainer.continue_from(read_record(settings.continue_from))
-        group.check_same(self.trainer.step, "`out` must be one folder for all processes")
         self.saved_at = self.trainer.seconds
         self.log = (
             Log(self.out, self.trainer.step, settings.tensorboard) if group.is_first else None
         )
         config = json.loads(self.trainer.model.config.to_json())
         self.write(
-            "start" if found is None else "resume", settings=settings.to_dict(), model=config
+            "start" if found is None else "resume",
+            settings=settings.to_dict(),
+            bf16=self.trainer.bf16,
+            model=config,
         )
 
     def train(self, signals: list[int]) -> None:
@@ -252,12 +251,16 @@ class Run:
         )
         held_out = validation.mean_loss(qualities)
         trained_on = validation.mean_loss(
-            validation.validate(model, self.known, settings, self.group)
+            validation.validate(model, self.trained_on, settings, self.group)
         )
         self.write(
             event,
             qualities=qualities,
-            loss={"held_out": held_out, "trained_on": trained_on, "gap": held_out - trained_on},
+            mean_loss={
+                "held_out": held_out,
+                "trained_on": trained_on,
+                "gap": held_out - trained_on,
+            },
         )
         if trainer.is_best(held_out):
             self.export(model, "best")
@@ -267,7 +270,7 @@ class Run:
         """Write a model, and beside it where the run is, into the folder `name`."""
         if self.group.is_first:
             model.save_pretrained(self.out / name)
-            record = json.dumps(self.trainer.record(), indent=1) + "\n"
+            record = json.dumps(self.trainer.record(model), indent=1) + "\n"
             write_atomically(self.out / name / "run.json", record.encode())
 
 

@@ -6,11 +6,12 @@ made by a thread need not be sent anywhere.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +174,17 @@ def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
     top = max(0, image.shape[0] - size) // 2
     left = max(0, image.shape[1] - size) // 2
     return np.ascontiguousarray(image[top : top + size, left : left + size])
+
+
+def centre_crops(paths: Iterable[Path], size: int, count: int) -> list[np.ndarray]:
+    """Return the centre crops of the first `count` images that can be decoded."""
+    crops: list[np.ndarray] = []
+    for path in paths:
+        if len(crops) == count:
+            break
+        with contextlib.suppress(ImageError, OSError):  # `CropCache` names it when it is met
+            crops.append(centre_crop(read_rgb(path), size))
+    return crops
 
 
 class CropCache:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +26,10 @@ from cmamba_ref.errors import InvalidArgumentError, TrainingError
 
 # Processes wait for each other, at most so long: for the slowest while it writes or compiles.
 TIMEOUT = datetime.timedelta(hours=1)
-# At most so long for all to begin, and to end.
-START_TIMEOUT = datetime.timedelta(minutes=5)
+# At most so long for all to end, and for process 0 to notice by itself that another has failed.
+END_TIMEOUT_S, GRACE_S = 300, 15
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,13 @@ class Group:
         device: where its part of the work is done.
         rank: its number.
         size: how many there are.
+        size_here: how many of them are on this machine.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    size_here: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -98,19 +104,40 @@ class Group:
         if self.size == 1:
             return model
         # Without `device_ids`, which would move all inputs, also those that the host looks at.
-        return nn.parallel.DistributedDataParallel(model)
+        shared = nn.parallel.DistributedDataParallel(model)
+        # Set here, because the name of the argument depends on the version of torch.
+        shared.broadcast_buffers = False
+        return shared
 
 
-def processes_for(device: str, batches: Sequence[int], accumulate: int) -> int:
-    """Return how many processes of one thread this machine's cores take, at most.
+def processes_for(device: str, batches: Sequence[int], accumulate: int, wanted: int = 0) -> int:
+    """Return how many processes to start: on a CPU one per core, on a GPU one.
 
-    One for a GPU; on the CPU one per core, as far as every batch can be divided among them.
+    Fewer where a batch cannot be divided among so many.
+
+    Args:
+        wanted: the number that was asked for; 0: none was.
+
+    Raises:
+        InvalidArgumentError: that number cannot be.
     """
-    if _resolve(device) == "cuda":
-        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    wanted = range(cores or 1, 0, -1)
-    return next(n for n in wanted if all(b % (n * accumulate) == 0 for b in batches) or n == 1)
+    on_gpu = _resolve(device) == "cuda"
+    if on_gpu and wanted > 1:
+        raise InvalidArgumentError(
+            f"`processes` must be 0 or 1 on a GPU, got {wanted}; start several with torchrun"
+        )
+    fitting = [
+        n
+        for n in range(1, (wanted or cores or 1) + 1)
+        if all(batch % (n * accumulate) == 0 for batch in batches)
+    ]
+    if wanted and wanted not in fitting:
+        raise InvalidArgumentError(
+            f"`batch` must be a multiple of `processes` x `accumulate` = {wanted * accumulate}, "
+            f"got {tuple(batches)}; change one of them"
+        )
+    return 1 if on_gpu else max(fitting, default=1)
 
 
 @contextlib.contextmanager
@@ -123,34 +150,57 @@ def started(command: Sequence[str], processes: int) -> Iterator[None]:
     if processes == 1:
         yield
         return
-    store = dist.TCPStore("127.0.0.1", 0, processes, True, START_TIMEOUT, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, processes, True, TIMEOUT, wait_for_workers=False)
     place = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
         # The store is here already: nobody is to open another.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    ranks = [{"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(processes)]
     before = dict(os.environ)
-    os.environ.update(place | ranks[0])
-    others = [
-        subprocess.Popen(command, env=before | place | rank | {"OMP_NUM_THREADS": "1"})
-        for rank in ranks[1:]
-    ]
+    others: list[subprocess.Popen] = []
+    ended = threading.Event()
     try:
+        for rank in range(processes):
+            own = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            if rank == 0:
+                os.environ.update(own)
+                continue
+            own["OMP_NUM_THREADS"] = "1"
+            # Ctrl-C is for this process, which tells the others.
+            others.append(subprocess.Popen(command, env=before | own, start_new_session=True))
+        threading.Thread(target=_watch, args=(others, ended), daemon=True).start()
         yield
+        ended.set()
+        for other in others:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                other.wait(END_TIMEOUT_S)
     finally:
-        for name in (*place, *ranks[0]):
+        ended.set()
+        for other in others:
+            other.kill()  # where this process failed; one that has ended is left alone
+            other.wait()
+        for name in (*place, "RANK", "LOCAL_RANK"):
             os.environ.pop(name, None)
             if name in before:
                 os.environ[name] = before[name]
-        for other in others:
-            try:
-                other.wait(START_TIMEOUT.total_seconds())
-            except subprocess.TimeoutExpired:
+
+
+def _watch(others: Sequence[subprocess.Popen], ended: threading.Event) -> None:
+    """End this process where another has failed and it still waits for that one.
+
+    It waits in C++, where no exception and no signal handler reaches it. Nothing is lost: files are
+    written under other names and renamed.
+    """
+    while not ended.wait(0.5):
+        failed = [other for other in others if other.poll()]
+        if failed and not ended.wait(GRACE_S):
+            logger.error("a training process ended with status %s", failed[0].returncode)
+            for other in others:
                 other.kill()
-                other.wait()
+            os._exit(1)
 
 
 @contextlib.contextmanager
@@ -187,7 +237,8 @@ def joined(device: str) -> Iterator[Group]:
     # What the hosts tell each other does not wait for GPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield Group(place, dist.get_rank(), dist.get_world_size())
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        yield Group(place, dist.get_rank(), dist.get_world_size(), here)
     finally:
         dist.destroy_process_group()
 

@@ -43,7 +43,7 @@ class Settings:
         InvalidArgumentError: a value out of its range, or values that do not fit together.
     """
 
-    data: str = _setting("", "folder of photographs, searched recursively", may_change=True)
+    data: str = _setting("", "folder of images, searched recursively", may_change=True)
     out: str = _setting("", "folder for checkpoints, log and model", may_change=True)
     # The model itself is compared when a run goes on, so how it was named may change.
     config: str = _setting(
@@ -89,12 +89,12 @@ class Settings:
     precision: str = _setting(
         "fp32",
         "bf16: autocast of the transforms, not of scans and entropy model; auto: bf16 where the "
-        "device has it",
+        "device has it, so a run that moves to another machine may change",
         choices=PRECISIONS,
     )
     seed: int = _setting(0, "of everything random")
 
-    validation: int = _setting(8, "photographs held out")
+    validation: int = _setting(8, "images held out")
     validation_crop: int = _setting(256, "side of their centre crops", may_change=True)
     validate_every: int = _setting(
         1000, "steps between validations; 0: only at the end", may_change=True
@@ -117,9 +117,9 @@ class Settings:
     threads: int = _setting(
         0, "torch threads of a process; 0: 1 of several, torch's choice of one", may_change=True
     )
-    workers: int = _setting(4, "threads that read photographs", may_change=True)
+    workers: int = _setting(4, "threads that read images, per machine", may_change=True)
     cache_gib: float = _setting(
-        2.0, "memory for crops cut in advance, per process, in GiB", may_change=True
+        2.0, "memory for crops cut in advance, per machine, in GiB", may_change=True
     )
     channels_last: bool = _setting(True, "keep channels last in memory", may_change=True)
     compile: bool = _setting(False, "compile the model by torch.compile", may_change=True)
@@ -311,8 +311,8 @@ def resolve(file: Mapping[str, Any], overrides: Mapping[str, Any]) -> Settings:
     lengths = ("steps", "minutes", "core_hours")
     for winner, losers in (
         *((length, [other for other in lengths if other != length]) for length in lengths),
-        ("init", ("config", "model")),
-        ("config", ("init",)),
+        ("init", ("config", "model", "continue_from")),
+        ("config", ("init", "continue_from")),
     ):
         if winner in overrides:
             for loser in losers:

@@ -10,8 +10,8 @@ an orthonormal basis of its eigenvectors.  Adam then runs on the gradient in the
 
 Our choices: the two spatial axes of a convolution count as one; an axis of one entry, or of more
 than `max_size`, has no basis; vectors are left to plain Adam.  The paper leaves out the first step,
-which has no basis yet; we leave out the first `every` steps, so that the first basis is made of
-several gradients: one alone says nothing of most directions of a wide layer.
+which has no basis yet; weights with bases leave out the first `every` steps here, so that the first
+basis is made of several gradients: one alone says nothing of most directions of a wide layer.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ QUANTILES = "entropy_bottleneck.quantiles"
 AHEAD = 3
 # The average follows faster in the first steps: its decay is at most (1 + n) / (10 + n).
 EMA_START = 10
-# Steps that a run without the optimiser's state repeats to gather its statistics: twice what its
-# averages remember.
+# Steps that a run without the optimiser's state repeats to gather its statistics: twice as many as
+# the averages of SOAP remember.
 GATHERED_STEPS = 40
 # What a step measures.
 MEASURES = ("loss", "bpp", "distortion", "aux", "grad_norm")
@@ -67,6 +67,7 @@ class Trainer:
         else:
             self.model = CMamba(settings.model_config())
         self.model.train().requires_grad_(True).to(group.device)
+        group.check_same(int(self.bf16), "all processes must have the same precision")
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
@@ -175,7 +176,7 @@ class Trainer:
 
         With a rate of 0 the optimiser gathers statistics and changes nothing.
         """
-        self.optimiser.zero_grad()
+        self.model.zero_grad()  # not the optimiser's, which knows only the part of this process
         sums = self.group.sum(self._gradients(batch))
         loss, bpp, distortion = sums / (self.group.size * len(batch.x))
         norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
@@ -195,17 +196,7 @@ class Trainer:
     def _next_batch(self) -> Batch:
         s = self.settings
         if self._loader is None:
-            crops = CropCache(self.photographs.train, s.seed, s.scale, s.cache_gib * 2**30)
-            self._loader = Loader(
-                crops,
-                s.seed,
-                len(self.model.config.lmbdas),
-                self.model.latent_shapes,
-                rank=self.group.rank,
-                size=self.group.size,
-                workers=s.workers,
-                graphics=s.graphics,
-            )
+            self._loader = self._new_loader()
             self._requested = (self.step, self.samples)
         while len(self._loader) < AHEAD:
             step, sample = self._requested
@@ -213,6 +204,20 @@ class Trainer:
             self._loader.request(step, sample, phase)
             self._requested = (step + 1, sample + phase.batch)
         return self._loader.take()
+
+    def _new_loader(self) -> Loader:
+        s, here = self.settings, self.group.size_here
+        crops = CropCache(self.photographs.train, s.seed, s.scale, s.cache_gib * 2**30 / here)
+        return Loader(
+            crops,
+            s.seed,
+            len(self.model.config.lmbdas),
+            self.model.latent_shapes,
+            rank=self.group.rank,
+            size=self.group.size,
+            workers=max(1, s.workers // here),
+            graphics=s.graphics,
+        )
 
     def _gradients(self, batch: Batch) -> Tensor:
         """Add up the gradient of the mean loss; returns sums of loss, bpp and distortion `[3]`."""
@@ -222,8 +227,10 @@ class Trainer:
         for start in range(0, len(batch.x), size):
             part = slice(start, start + size)
             x = _moved(batch.x[part], device).float() / 255
-            # Qualities stay with the host, which looks at them.
+            # Qualities stay on the host, which checks their range.
             quality = None if batch.quality is None else batch.quality[part]
+            if quality is not None and device.type == "cuda":
+                quality = quality.pin_memory()
             noise = {name: _moved(values[part], device) for name, values in batch.noise.items()}
             # Gradients are exchanged once, with those of the last part.
             last = start + size == len(batch.x)
@@ -295,12 +302,15 @@ class Trainer:
     def report(self) -> dict[str, Any]:
         """Means since the last report, and where the time went; then a new window begins."""
         phase = phase_at(self.settings, min(1.0, self.progress_at(self.step - 1)))
+        self.clock.start()
+        means = self.window.means()  # a GPU finishes its queue here
+        self.clock.lap("optimiser")
         record = {
             "lr": self.optimiser.param_groups[0]["lr"],
             "crop": phase.crop,
             "batch": phase.batch,
             "skipped": self.skipped,
-            **self.window.means(),
+            **means,
             **self.throughput(),
         }
         self.window = Window(self.group.device, clock=dict(self.clock.seconds))
@@ -326,7 +336,12 @@ class Trainer:
             if name in self.average:
                 parameter.copy_(self.average[name])
         if round_transforms:
-            transforms = [model.g_a, model.g_s, model.h_a, *([model.bypass] if model.bypass else [])]
+            transforms = [
+                model.g_a,
+                model.g_s,
+                model.h_a,
+                *([model.bypass] if model.bypass else []),
+            ]
             for parameter in itertools.chain(*(module.parameters() for module in transforms)):
                 parameter.copy_(parameter.half())
         model.update(force=True)
@@ -363,8 +378,8 @@ class Trainer:
         }
         return Checkpoint(self._tensors(), state)
 
-    def record(self) -> dict[str, Any]:
-        """Where the run is, for a run that goes on from its exported weights, `continue_from`."""
+    def record(self, model: CMamba) -> dict[str, Any]:
+        """The position of the run, for one that continues from the exported `model`."""
         progress = min(1.0, self.progress)
         return {
             "format": RECORD_FORMAT,
@@ -376,6 +391,8 @@ class Trainer:
             "progress": progress,
             "phase": phase_at(self.settings, progress)._asdict(),
             "lr": learning_rate(self.settings, self.step, progress),
+            "best": self.best,
+            "model_id": model.model_id.hex(),
             "settings": self.settings.to_dict(),
         }
 
@@ -392,26 +409,30 @@ class Trainer:
                 f"`continue_from` must be the record of a run, of format {RECORD_FORMAT}, got "
                 f"{record.get('format')!r}; exported models have it as run.json"
             )
+        if record.get("model_id") != self.model.model_id.hex():
+            raise TrainingError(
+                f"`continue_from` must belong to the weights of `init`, got the record of model "
+                f"{record.get('model_id')} and model {self.model.model_id.hex()}; "
+                "take run.json from the same folder"
+            )
         try:
-            step, self.samples, self.pixels = (
+            self.step, self.samples, self.pixels = (
                 int(record[name]) for name in ("step", "samples", "pixels")
             )
             self.seconds = self._seconds_before = float(record["seconds"])
             self.cpu_seconds = self._cpu_seconds_before = 3600 * float(record["core_hours"])
+            self.best = dict(record["best"])
         except (KeyError, TypeError, ValueError) as error:
             raise TrainingError(f"`continue_from` must be a record of a run: {error!r}") from error
-        # The samples of a phase's start may be unknown, so all that is repeated is of this phase.
-        batch = phase_at(self.settings, min(1.0, self.progress_at(step))).batch
-        repeated = min(GATHERED_STEPS, step, self.samples // batch)
-        samples = self.samples
-        self.step, self.samples = step - repeated, samples - repeated * batch
-        for _ in range(repeated):
-            self.clock.start()
-            self._take_step(self._next_batch(), 0.0)
-            self.step += 1
-            self.samples += batch
-        self.step, self.samples = step, samples
-        self.close()  # what was requested beyond
+        # All batches of the phase that is to go on, also where an earlier one has just ended.
+        phase = phase_at(self.settings, min(1.0, self.progress))
+        repeated = min(GATHERED_STEPS, self.step, self.samples // phase.batch)
+        loader = self._new_loader()
+        for back in range(repeated, 0, -1):
+            loader.request(self.step - back, self.samples - back * phase.batch, phase)
+            self._take_step(loader.take(), 0.0)
+        loader.close()
+        self.clock = Clock(self.group.device)  # as with validation, this time does not count
 
     def restore(self, checkpoint: Checkpoint, *, extend: bool = False) -> None:
         """Go on from a checkpoint.
@@ -425,8 +446,8 @@ class Trainer:
         state, tensors = checkpoint.state, checkpoint.tensors
         if state.get("format") != FORMAT:
             raise TrainingError(
-                f"the checkpoint must be of format {FORMAT}, got {state.get('format')}; "
-                "go on with the version that wrote it"
+                f"the checkpoint must be of format {FORMAT}, got {state.get('format')}; go on with "
+                "the version that wrote it, or start from its exported weights with `init`"
             )
         differing = conflicts(state["settings"], self.settings, extend=extend)
         if CMambaConfig.from_json(json.dumps(state["model"])) != self.model.config:
