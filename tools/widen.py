@@ -144,9 +144,11 @@ def fit_bypass(old: CMamba, new: CMamba, paths: list[Path]) -> None:
     rank = new.config.latent_channels - old.config.latent_channels
     directions = torch.linalg.eigh(whole.T @ of_inputs @ whole)[1].flip(1)[:, :rank]
     shape = (rank, 3, BLOCK, BLOCK)
-    bypass = new.bypass
-    bypass.analysis.weight[-rank:] = LATENT_SCALE * (whole @ directions).T.view(shape).float()
-    bypass.synthesis.weight[-rank:] = directions.T.reshape(shape).float() / LATENT_SCALE
+    bypass = new.get_submodule("bypass")
+    to_latent = LATENT_SCALE * (whole @ directions).T.reshape(shape)
+    bypass.get_parameter("analysis.weight")[-rank:] = to_latent.float()
+    to_image = directions.T.reshape(shape) / LATENT_SCALE
+    bypass.get_parameter("synthesis.weight")[-rank:] = to_image.float()
 
 
 @torch.no_grad()

@@ -150,7 +150,9 @@ def started(command: Sequence[str], processes: int) -> Iterator[None]:
     if processes == 1:
         yield
         return
-    store = dist.TCPStore("127.0.0.1", 0, processes, True, TIMEOUT, wait_for_workers=False)
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        "127.0.0.1", 0, processes, True, TIMEOUT, wait_for_workers=False
+    )
     place = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),

@@ -188,7 +188,8 @@ class Trainer:
             self.group.exchange(self.parts)
         else:
             # With this the fused Adam leaves everything as it is, and nobody waits for the value.
-            self.optimiser.grad_scale, self.optimiser.found_inf = None, (~finite).float()
+            for name, value in (("grad_scale", None), ("found_inf", (~finite).float())):
+                setattr(self.optimiser, name, value)
             self.optimiser.step()
         measured = {"loss": loss, "bpp": bpp, "distortion": distortion, "grad_norm": norm.double()}
         return measured, finite
@@ -263,9 +264,14 @@ class Trainer:
         if self.average:
             decay = min(self.settings.ema, (1 + self.step) / (EMA_START + self.step))
             averages: list[Tensor] = list(self.average.values())
-            change = torch._foreach_sub(list(self.names), averages)
-            torch._foreach_mul_(change, torch.where(finite, 1 - decay, 0.0))
-            torch._foreach_add_(averages, change)
+            # A few launches on a GPU, where a loop over the weights would take hundreds.
+            change = torch._foreach_sub(  # pyright: ignore[reportPrivateImportUsage]
+                list(self.names), averages
+            )
+            torch._foreach_mul_(  # pyright: ignore[reportPrivateImportUsage]
+                change, torch.where(finite, 1 - decay, 0.0)
+            )
+            torch._foreach_add_(averages, change)  # pyright: ignore[reportPrivateImportUsage]
 
     # ---------------------------------------------------------------- what comes out
 
