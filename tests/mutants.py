@@ -80,8 +80,9 @@ def check(folder: Path) -> str:
     scan = importlib.import_module("mutant.scan")
     of_backends = {"reference": ops.reference, "triton": scan}
     ops._implementation = of_backends.__getitem__
+    # With fewer positions the reference may be exact by chance, and the rule fails sound kernels.
     arguments = scan_2d_arguments(
-        batch=1, height=2, width=5, channels=3, n=2, rank=2, dtype=torch.float32, skip=False
+        batch=1, height=3, width=5, channels=4, n=2, rank=2, dtype=torch.float32, skip=False
     )
     try:
         with poisoned(), chunks_of(8, 2, "mutant"):
