@@ -92,14 +92,19 @@ def check(folder: Path) -> str:
     return "passed"
 
 
-def in_a_process(folder: Path) -> str:
-    """The result of `check`, or "crashed" if it did not come back."""
+def started(folder: Path) -> tuple[int, int]:
+    """Start `check` in a process; return its id and the pipe that its result comes through."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.write(writing, check(folder).encode())
         os._exit(0)
     os.close(writing)
+    return child, reading
+
+
+def result(child: int, reading: int) -> str:
+    """Return the result of `check`, or "crashed" if it did not come back."""
     os.waitpid(child, 0)
     with open(reading) as pipe:
         return pipe.read() or "crashed"
@@ -107,11 +112,14 @@ def in_a_process(folder: Path) -> str:
 
 def main() -> int:
     torch.set_num_threads(1)  # a process with other threads must not fork
-    outcomes = {}
-    for name, mutation in MUTATIONS.items():
+    outcomes, cores, names = {}, os.cpu_count() or 1, list(MUTATIONS)
+    for first in range(0, len(names), cores):
         with tempfile.TemporaryDirectory() as folder:
-            mutate(Path(folder), *mutation)
-            outcomes[name] = in_a_process(Path(folder))
+            running = {}
+            for name in names[first : first + cores]:
+                mutate(Path(folder) / name, *MUTATIONS[name])
+                running[name] = started(Path(folder) / name)
+            outcomes |= {name: result(*process) for name, process in running.items()}
     print(json.dumps(outcomes, indent=2))
     return 0
 
