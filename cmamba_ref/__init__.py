@@ -12,6 +12,7 @@ What needs torch is imported when it is first asked for: torch takes a second, a
 
 import importlib
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmamba_ref.config import CMambaConfig
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.1.0"
+
+# An installation holds `kernels`; in a checkout it lies beside this package.
+_package = Path(__file__).parent
+if not (_package / "kernels").is_dir() and (_package.parent / "kernels" / "plan.py").is_file():
+    __path__.append(str(_package.parent))
 
 __all__ = [
     "BackendUnavailableError",

@@ -6,10 +6,14 @@ Only MS-SSIM needs torch, and imports it itself: a command that prints a rate ne
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cmamba_ref.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    import torch
 
 # pytorch-msssim halves the picture four times under an 11-pixel window.
 MS_SSIM_MIN_SIDE = 161
@@ -27,8 +31,11 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return math.inf if mse == 0 else float(10 * np.log10(255.0**2 / mse))
 
 
-def ms_ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Multi-scale structural similarity of two uint8 pictures `[H, W, C]`, linear, 0...1.
+def ms_ssim(a: np.ndarray, b: np.ndarray, device: torch.device | str = "cpu") -> float:
+    """Multi-scale structural similarity of two uint8 images `[H, W, C]`, linear, 0...1.
+
+    Args:
+        device: computes it, in float64.
 
     Raises:
         InvalidArgumentError: a side is shorter than 161 pixels, where five scales do not fit.
@@ -40,9 +47,9 @@ def ms_ssim(a: np.ndarray, b: np.ndarray) -> float:
     if a.ndim != 3 or min(a.shape[:2]) < MS_SSIM_MIN_SIDE:
         raise InvalidArgumentError(
             f"`a` must be [H, W, C] with sides of at least {MS_SSIM_MIN_SIDE}, got "
-            f"{list(a.shape)}; MS-SSIM is not defined for smaller pictures"
+            f"{list(a.shape)}; MS-SSIM is not defined for smaller images"
         )
-    x, y = (torch.from_numpy(p.astype(np.float64)).permute(2, 0, 1)[None] for p in (a, b))
+    x, y = (torch.from_numpy(p).to(device).permute(2, 0, 1)[None].double() for p in (a, b))
     return float(ms_ssim_tensor(x, y, data_range=255.0))
 
 

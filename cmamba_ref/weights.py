@@ -43,8 +43,8 @@ def content_id(state: Mapping[str, Tensor]) -> bytes:
     return identity.id_of(map(describe, sorted(state)))
 
 
-def save(model: CMamba, directory: str | os.PathLike) -> None:
-    """Write a model; each file replaces the old one only when it is whole.
+def to_bytes(model: CMamba) -> bytes:
+    """Serialise the weights as `model.safetensors` holds them.
 
     A float32 tensor whose values all fit float16 exactly is written as such: nothing is lost, and
     weights that were rounded on purpose take half the room.
@@ -58,10 +58,19 @@ def save(model: CMamba, directory: str | os.PathLike) -> None:
             f"a model is saved in float32, this one holds {', '.join(sorted(cast))}; "
             "save it before casting"
         )
+    state = {name: _compact(tensor.cpu()) for name, tensor in model.state_dict().items()}
+    return serialize(state, metadata={"format": "pt"})
+
+
+def save(model: CMamba, directory: str | os.PathLike) -> None:
+    """Write a model; each file replaces the old one only when it is whole.
+
+    Raises:
+        WeightsError: the model was cast to another precision than float32.
+    """
+    data = to_bytes(model)
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    state = {name: _compact(tensor.cpu()) for name, tensor in model.state_dict().items()}
-    data = serialize(state, metadata={"format": "pt"})
     # The hash goes first and comes last: it never stands beside weights that it is not of.
     (target / HASH_FILE).unlink(missing_ok=True)
     write_atomically(target / WEIGHTS_FILE, data)

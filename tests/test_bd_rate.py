@@ -7,7 +7,6 @@ import bd_rate
 import numpy as np
 import pytest
 import rd_curves
-from bjontegaard import bd_rate as oracle
 from rd_curves import CurveError
 
 VTM = [(0.06, 26.1), (0.12, 28.6), (0.25, 31.3), (0.49, 34.3), (0.9, 37.4)]
@@ -47,6 +46,7 @@ def test_only_the_common_range_counts():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_as_the_package_bjontegaard_has_it(seed):
+    oracle = pytest.importorskip("bjontegaard", reason="bjontegaard is not installed").bd_rate
     rng = np.random.default_rng(seed)
     curves = []
     for points in (4 + seed, 5):

@@ -127,6 +127,16 @@ def test_commands_import_what_they_need(
     assert not absent & set(done.stderr.split()), args
 
 
+def test_a_checkout_works_without_being_installed(root: Path, tmp_path: Path) -> None:
+    """Its own kernels are found, also where another checkout is installed."""
+    for name in ("cmamba_ref", "kernels"):
+        shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "cwd").mkdir()
+    code = "import cmamba_ref.kernels; print(cmamba_ref.kernels.__file__)"
+    found = run_python(code, tmp_path / "cwd", PYTHONPATH=str(tmp_path)).strip()
+    assert Path(found) == tmp_path / "kernels" / "__init__.py"
+
+
 def test_wheel_works_outside_the_clone(target: Path, outside: dict[str, str]) -> None:
     assert Path(outside["package"]).is_relative_to(target)
     assert Path(outside["kernels"]).is_relative_to(target / "cmamba_ref" / "kernels")

@@ -20,6 +20,7 @@ from cmamba_ref.ops import selective_scan, selective_scan_2d
 TINY = "1x4x3x8x2x1"
 CPU = torch.device("cpu")
 GATE_MAP = profile_scan.GATE_MAP
+H200 = profile_scan.Gpu(4.3e12, 132, 1.755e9)
 
 
 @pytest.fixture(autouse=True)
@@ -150,13 +151,10 @@ def test_floor_is_that_of_the_published_model(size, microseconds):
     for states, expected in zip((1, 4, 8, 16), microseconds, strict=True):
         shape = Shape(*size, states, size[3] // 32)
         assert shape in cases
-        seconds = [profile_scan.minimum_bytes(shape, FORWARD, 4) / profile_scan.H200.bandwidth]
-        seconds += [
-            profile_scan.floor_seconds(shape, mode, 4, profile_scan.H200)
-            for mode in (FORWARD, BOTH)
-        ]
+        seconds = [profile_scan.minimum_bytes(shape, FORWARD, 4) / H200.bandwidth]
+        seconds += [profile_scan.floor_seconds(shape, mode, 4, H200) for mode in (FORWARD, BOTH)]
         assert [1e6 * value for value in seconds] == pytest.approx(expected, abs=0.55)
-        backward = profile_scan.floor_seconds(shape, BACKWARD, 4, profile_scan.H200)
+        backward = profile_scan.floor_seconds(shape, BACKWARD, 4, H200)
         assert seconds[2] - seconds[1] <= backward * (1 + 1e-9) and backward < seconds[2]
 
 
@@ -164,10 +162,10 @@ def test_fraction_of_the_floor():
     case = profile_scan.Case("kernels", Shape(1, 128, 128, 192, 16, 6))
     measurement = profile_scan.Measurement(times=[122.2e-6] * 5, peak_bytes=3 * 2**20)
     arguments = (case, Candidate("triton", selective_scan_2d), FORWARD, measurement)
-    row = profile_scan.to_row(*arguments, settings(), profile_scan.H200)
+    row = profile_scan.to_row(*arguments, settings(), H200)
     assert row.of_floor == pytest.approx(0.5, rel=1e-3)
     assert row.peak_mib == 3 and row.iqr_ms == 0
-    assert profile_scan.to_row(*arguments, settings("fp64"), profile_scan.H200).of_floor is None
+    assert profile_scan.to_row(*arguments, settings("fp64"), H200).of_floor is None
 
 
 def test_device_models(monkeypatch):
@@ -175,8 +173,10 @@ def test_device_models(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.version, "hip", None)
     cuda = torch.device("cuda")
-    assert profile_scan.gpu_model(cuda) == profile_scan.H200
+    assert profile_scan.gpu_model(cuda) == H200
     assert profile_scan.gpu_model(CPU) is None
+    properties.name = "NVIDIA H100 80GB HBM3"
+    assert profile_scan.gpu_model(cuda) == profile_scan.Gpu(3.0e12, 132, 1.755e9)
     properties.name = "another"
     assert profile_scan.gpu_model(cuda) is None  # clocks unknown
     properties.clock_rate, properties.memory_clock_rate = 1_410_000, 1_215_000
@@ -539,14 +539,25 @@ def test_defaults_that_cannot_run_are_named_and_left_out(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cmamba_ref.kernels", None)
     assert profile_scan.default_names(CPU) == ("reference", "chunked")
     names = profile_scan.default_names(torch.device("cuda"))
-    not_there = {"reference", "ref-style", "compiled"}
+    not_there = {"reference", "ref-style", "chunked", "compiled"}
     assert set(names) == {*profile_scan.BACKENDS, *profile_scan.PEERS} - not_there
     monkeypatch.setattr(profile_scan, "default_names", lambda device: names)
     candidates = profile_scan.find_candidates(None, settings())
-    assert [candidate.name for candidate in candidates] == ["chunked", "vmamba-pipeline"]
+    assert [candidate.name for candidate in candidates] == ["vmamba-pipeline"]
     left_out = capsys.readouterr().out.splitlines()
     assert len(left_out) == 4
     assert any(line.startswith("mambapy is left out: it cannot be imported") for line in left_out)
+
+
+def test_defaults_on_a_gpu_take_a_minute(monkeypatch):
+    """What is not there is no matter: each measurement ends soon, and there are few of them."""
+    args = profile_scan.build_parser().parse_args(["--device", "cpu"])
+    args.device = torch.device("cuda")
+    cases, settings = profile_scan.cases_of(args), profile_scan.settings_of(args)
+    rows = len(cases) * len(settings.modes) * len(profile_scan.default_names(args.device))
+    assert settings.seconds * rows <= 30
+    # Each of these has kernels of its own to compile, in some 20 seconds.
+    assert len({(c.shape.channels, c.shape.states, c.shape.rank) for c in cases}) <= 2
 
 
 # ---------------------------------------------------------------- arguments

@@ -8,7 +8,6 @@ import struct
 import threading
 import time
 
-import constriction
 import numpy as np
 import pytest
 from hypothesis import given
@@ -243,7 +242,12 @@ def test_ideal_bits_counts_frequencies_and_escaped_bytes():
     assert rans.ideal_bits(SMALL, np.array([INT32.min]), np.array([0])) == 16 + 40
 
 
-def test_constriction_needs_as_many_bytes():
+@pytest.fixture
+def constriction():
+    return pytest.importorskip("constriction", reason="constriction is not installed")
+
+
+def test_constriction_needs_as_many_bytes(constriction):
     """Size oracle: another ANS coder, given the same probabilities."""
     rng = np.random.default_rng(2)
     tables = tables_from_pmfs([(0, rng.dirichlet(np.ones(12)), 1e-9) for _ in range(20)])
@@ -261,7 +265,7 @@ def test_constriction_needs_as_many_bytes():
     assert abs(ours - theirs) <= 0.0005 * theirs + 8
 
 
-def test_gaussian_tables_cost_what_constriction_needs_for_the_density():
+def test_gaussian_tables_cost_what_constriction_needs_for_the_density(constriction):
     ((symbols, indexes),) = latent(100_000)
     scales = np.exp(np.linspace(math.log(0.11), math.log(256), 64))
     model = constriction.stream.model.QuantizedGaussian(-2000, 2000)

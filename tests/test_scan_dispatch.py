@@ -85,7 +85,7 @@ def test_unknown_names_list_the_valid_ones(monkeypatch):
 @pytest.mark.usefixtures("_no_kernels")
 def test_triton_by_name_never_falls_back(monkeypatch):
     monkeypatch.setattr(compiled, "unavailable_reason", lambda device_type: "no compiler")
-    with pytest.raises(BackendUnavailableError, match="without being installed.*backend='auto'"):
+    with pytest.raises(BackendUnavailableError, match="lacks its kernels.*backend='auto'"):
         selective_scan(**scan_arguments(), backend="triton")
     with pytest.raises(BackendUnavailableError), ops.scan_backend("triton"):
         selective_scan_2d(**scan_2d_arguments())
@@ -95,13 +95,25 @@ def test_triton_by_name_never_falls_back(monkeypatch):
     assert ops.available_backends() == ("reference", "chunked")
 
 
-@pytest.mark.usefixtures("_no_kernels")
-def test_auto_on_cuda_without_kernels_logs_the_reason_once(caplog):
-    caplog.set_level(logging.INFO, logger="cmamba_ref.ops")
+@pytest.mark.parametrize("module", ["cmamba_ref.kernels", "triton"])
+def test_auto_on_cuda_warns_once_where_the_kernels_are_not_installed(module, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, module, None)
     assert [dispatch.choose("auto", "cuda") for _ in range(3)] == ["chunked"] * 3
     assert dispatch.choose("auto", "cpu") == "chunked"
-    messages = [r.getMessage() for r in caplog.records if r.name == "cmamba_ref.ops"]
-    assert len(messages) == 1 and "without being installed" in messages[0]
+    (record,) = (r for r in caplog.records if r.name == "cmamba_ref.ops")
+    assert record.levelno == logging.WARNING
+    assert "'chunked'" in record.getMessage() and "install" in record.getMessage()
+
+
+def test_auto_on_cuda_only_mentions_what_the_kernels_cannot_do(monkeypatch, caplog):
+    kernels = SimpleNamespace(
+        unavailable_reason=lambda device_type: None, size_reason=lambda n, rank: f"N = {n} is large"
+    )
+    monkeypatch.setitem(sys.modules, "cmamba_ref.kernels", kernels)
+    caplog.set_level(logging.INFO, logger="cmamba_ref.ops")
+    assert [dispatch.choose("auto", "cuda", 64) for _ in range(3)] == ["chunked"] * 3
+    (record,) = (r for r in caplog.records if r.name == "cmamba_ref.ops")
+    assert record.levelno == logging.INFO and "N = 64 is large" in record.getMessage()
 
 
 def test_compiled_by_name_never_falls_back(monkeypatch):

@@ -1,5 +1,6 @@
 """The command `tools/train.py`: it learns, never loses work, and exports a model that codes."""
 
+import contextlib
 import json
 import logging
 import os
@@ -19,7 +20,14 @@ from safetensors.torch import load_file
 
 import cmamba_ref
 from cmamba_ref import InvalidArgumentError
-from cmamba_ref.training import checkpoints, data, distributed, trainer
+from cmamba_ref.training import (
+    checkpoints,
+    data,
+    distributed,
+    exporter,
+    trainer,
+    validation,
+)
 from cmamba_ref.training.distributed import Group
 from tests.codec_helpers import ONE_RATE, SMALL
 from tests.training_helpers import (
@@ -360,13 +368,95 @@ def test_training_starts_from_given_weights(folder):
         train.main(arguments(folder, **{**changes, "init": folder / "none"}))
 
 
-def test_transforms_are_rounded_on_request(folder):
-    assert train.main(arguments(folder, steps=1, round_transforms=True)) == 0
+def test_weights_are_rounded_on_request(folder):
+    assert train.main(arguments(folder, steps=1, round_weights=True)) == 0
+    model = cmamba_ref.CMamba.from_pretrained(folder / "run" / "model")
     stored = load_file(folder / "run" / "model" / "model.safetensors")
-    for name, tensor in stored.items():
-        if name.startswith(("g_a.", "g_s.", "h_a.")):
-            assert tensor.dtype == torch.float16, name
-    assert any(t.dtype == torch.float32 for n, t in stored.items() if n.startswith("h_s."))
+    for name, _ in model.named_parameters():
+        assert stored[name].dtype == torch.float16, name
+
+
+# ---------------------------------------------------------------- results that are carried away
+
+
+def exported_files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("keep", [8, 4, 3])
+def test_at_most_so_many_files_are_exported_and_the_current_model_is_among_them(folder, keep):
+    out = folder / "carried"
+    changes = {"export": out, "export_every": 0.0, "export_keep": keep, "validate_every": 1}
+    assert train.main(arguments(folder, steps=2, **changes)) == 0
+    names = [
+        *("model/config.json", "model/model.safetensors", "model/run.json", "log.jsonl"),
+        *("best/config.json", "best/model.safetensors", "best/run.json"),
+    ]
+    assert exported_files(out) == sorted(names[:keep])
+    for name in ("model", "best")[: 1 + (keep == 8)]:
+        model = cmamba_ref.CMamba.from_pretrained(out / name)
+        record = json.loads((out / name / "run.json").read_text())
+        assert record["model_id"] == model.model_id.hex() and record["step"] in (1, 2)
+        stored = load_file(out / name / "model.safetensors")
+        assert {stored[n].dtype for n, _ in model.named_parameters()} == {torch.float16}
+    assert json.loads((out / "model" / "run.json").read_text())["step"] == 2
+    if keep > 3:
+        assert (out / "log.jsonl").read_text() == (folder / "run" / "log.jsonl").read_text()
+
+
+def test_what_is_exported_outlives_a_kill_and_goes_on(folder, root):
+    """Of a run that is killed without a checkpoint, seconds are lost."""
+    out = folder / "carried"
+    changes = {"steps": 10_000, "validate_every": 0, "save_every": 600.0}
+    running = subprocess.Popen(
+        command(root, folder, export=out, export_every=0.2, **changes), env=environment()
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and running.poll() is None:
+            with contextlib.suppress(OSError):
+                if json.loads((out / "model" / "run.json").read_text())["step"] >= 2:
+                    break
+            time.sleep(0.05)
+    finally:
+        running.kill()
+        running.wait()
+    assert not list((folder / "run").glob("checkpoints/*"))
+    step = json.loads((out / "model" / "run.json").read_text())["step"]
+    assert step >= 2
+    more = {"config": None, "init": out / "model", "continue_from": out / "model" / "run.json"}
+    now = {"out": folder / "more", "steps": step + 1}
+    assert train.main(arguments(folder, **{**changes, **more, **now})) == 0
+    start, *_ = records(folder / "more")
+    assert start["step"] == step
+
+
+def test_a_model_too_large_to_export_is_refused_at_once(folder, monkeypatch):
+    monkeypatch.setattr(exporter, "MAX_BYTES", 10_000)
+    with pytest.raises(SystemExit, match="at most 0.01 MB for `export`, these take"):
+        train.main(arguments(folder, steps=2, export=folder / "carried"))
+    assert not [r for r in records(folder / "run") if r["step"] > 0]
+
+
+def test_of_a_long_log_the_end_is_exported(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "MAX_BYTES", 50)
+    (tmp_path / "log.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in range(20)))
+    exporter.Exporter(tmp_path / "out", 1.0, 8).write_log(tmp_path / "log.jsonl")
+    lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [17, 18, 19]
+
+
+def test_validation_does_without_ms_ssim_where_it_is_not_installed(folder, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "pytorch_msssim", None)
+    validation.can_measure_ms_ssim.cache_clear()
+    caplog.set_level(logging.WARNING)
+    try:
+        assert train.main(arguments(folder, steps=1, validation_crop=192)) == 0
+    finally:
+        validation.can_measure_ms_ssim.cache_clear()
+    qualities = records(folder / "run")[-1]["qualities"].values()
+    assert all("psnr" in measures and "ms_ssim" not in measures for measures in qualities)
+    assert caplog.text.count("MS-SSIM: pytorch-msssim is not installed") == 1
 
 
 # ---------------------------------------------------------------- several processes

@@ -555,14 +555,15 @@ def compile_variant(variant: Variant, target: str) -> Report:
             f"{os.environ['TRITON_INTERPRET']!r}; run in a process without it"
         )
     try:
-        compiled = _compiled(variant, TARGETS[target])
+        found = compiled(variant, TARGETS[target])
     except Exception as error:
         raise RuntimeError(f"{variant} does not compile for {target}: {error}") from error
     read = _read_cuda if TARGETS[target].backend == "cuda" else _read_hip
-    return read(variant, target, compiled)
+    return read(variant, target, found)
 
 
-def _compiled(variant: Variant, target: Target) -> Any:
+def compiled(variant: Variant, target: Target) -> Any:
+    """The variant as triton compiles it; it stays in triton's cache, where a launch finds it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -213,12 +213,19 @@ def kernel_cases() -> list[Case]:
     ]
 
 
+def short_cases() -> list[Case]:
+    """Three of `kernel_cases`, for a minute on a GPU: one image, a batch, and few states."""
+    shapes = ((1, 16), (8, 16), (8, 1))
+    return [Case("short", Shape(batch, 128, 128, 192, states, 6)) for batch, states in shapes]
+
+
 def quick_cases() -> list[Case]:
     """Maps so small that the reference, position by position, takes a fraction of a second."""
     return [Case("quick", Shape(1, 24, 16, 64, 16, 4)), Case("quick", Shape(2, 16, 16, 96, 2, 6))]
 
 
 PRESETS: dict[str, Callable[[], list[Case]]] = {
+    "short": short_cases,
     "kernels": kernel_cases,
     "256": functools.partial(model_cases, 256, 256),
     "kodak": functools.partial(model_cases, 768, 512),
@@ -249,8 +256,13 @@ class Gpu:
     exps: int = 16
 
 
-# Assumed to be sustained: its data sheet's peak is 4.8 TB/s.
-H200 = Gpu(bandwidth=4.3e12, sms=132, clock=1.755e9)
+# Sustained bandwidth in bytes per second and clock in Hz, by name. Assumed: nine tenths of the data
+# sheet's 4.8, 3.35 and 2.0 TB/s, and the boost clock.
+KNOWN_GPUS = {
+    "NVIDIA H200": (4.3e12, 1.755e9),
+    "NVIDIA H100 80GB HBM3": (3.0e12, 1.755e9),
+    "NVIDIA H100 PCIe": (1.8e12, 1.755e9),
+}
 # By compute capability, from the CUDA programming guide.
 FP32_LANES = {(7, 5): 64, (8, 0): 64, (8, 6): 128, (8, 9): 128, (9, 0): 128}
 
@@ -260,8 +272,9 @@ def gpu_model(device: torch.device) -> Gpu | None:
     if device.type != "cuda" or torch.version.hip:  # AMD's versions are no compute capabilities
         return None
     properties = torch.cuda.get_device_properties(device)
-    if properties.name == "NVIDIA H200":
-        return H200
+    if properties.name in KNOWN_GPUS:
+        bandwidth, clock = KNOWN_GPUS[properties.name]
+        return Gpu(bandwidth, properties.multi_processor_count, clock)
     lanes = FP32_LANES.get((properties.major, properties.minor))
     # In kHz and bits; absent from some versions of torch, and 0 where the driver does not tell.
     clock, memory_clock, bus = (
@@ -518,8 +531,8 @@ def default_names(device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
         return ("reference", "chunked")
     # Not position by position: on these maps that takes minutes, and in backward all of the memory.
-    # And `compiled` is for CPUs.
-    left_out = ("reference", "ref-style", "compiled")
+    # `chunked` is hundreds of launches there, and `compiled` is for CPUs.
+    left_out = ("reference", "ref-style", "chunked", "compiled")
     return tuple(name for name in (*BACKENDS, *PEERS) if name not in left_out)
 
 
@@ -694,10 +707,10 @@ class CudaMeter:
     """Time between two events on the device, from a cold L2 cache; peak memory of the allocator."""
 
     warm_ups = 2
-    # While the buffer is written so often, for some 0.4 ms on an H200 by its bandwidth, the host
-    # queues the kernels of the call: it is they that are timed, and not their launches. Of a call
-    # that takes the host longer, the launches show.
-    flushes = 8
+    # While the buffer is written so often, for some 1.2 ms on an H200 by its bandwidth, the host
+    # queues the kernels of the call: it is they that are timed, and not their launches. Forward and
+    # backward take the host about 1 ms; of a call that takes it longer, the launches show.
+    flushes = 24
 
     def __init__(self, device: torch.device) -> None:
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
@@ -1019,7 +1032,7 @@ def device_there(text: str) -> torch.device:
 def add_measuring_options(parser: argparse.ArgumentParser) -> None:
     """Options that say what is measured and how; `settings_of` and `cases_of` read them."""
     add = parser.add_argument
-    add("--preset", choices=PRESETS, help="shapes; default: kernels on CUDA, quick on the CPU")
+    add("--preset", choices=PRESETS, help="shapes; default: short on CUDA, quick on the CPU")
     add(
         "--shape",
         type=Shape.parse,
@@ -1050,7 +1063,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def cases_of(args: argparse.Namespace) -> list[Case]:
     cases = [Case("custom", shape) for shape in args.shape]
     if args.preset or not cases:
-        cases += PRESETS[args.preset or ("quick" if args.device.type == "cpu" else "kernels")]()
+        cases += PRESETS[args.preset or ("quick" if args.device.type == "cpu" else "short")]()
     return cases
 
 
@@ -1066,7 +1079,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=names,
         metavar="NAME",
-        help=f"of {', '.join(names)} (default: on CUDA all but reference and ref-style, on the CPU "
+        help=f"of {', '.join(names)} (default: on CUDA triton and peers, on the CPU "
         "reference and chunked)",
     )
     add("--threads", type=count, help="torch threads (default: torch's choice)")

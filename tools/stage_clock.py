@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import torch
 from resident import peak_bytes, restart_peak
 from torch import nn
 
@@ -59,6 +60,8 @@ class _Clock:
 
     def book(self) -> None:
         """What has passed since the last event belongs to the stage at work."""
+        if torch.cuda.is_available():  # what was launched belongs to the stage that launched it
+            torch.cuda.synchronize()
         timing, stage = self.timing, self._at_work[-1]
         passed = time.perf_counter() - self._since
         timing.stages[stage] = timing.stages.get(stage, 0.0) + passed

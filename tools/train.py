@@ -44,6 +44,7 @@ from cmamba_ref.errors import TrainingError
 from cmamba_ref.files import write_atomically
 from cmamba_ref.training import checkpoints, data, distributed, profiling, validation
 from cmamba_ref.training.distributed import Group, joined
+from cmamba_ref.training.exporter import Exporter
 from cmamba_ref.training.log import Log
 from cmamba_ref.training.settings import Settings, read_toml, resolve
 from cmamba_ref.training.trainer import Trainer
@@ -175,6 +176,11 @@ class Run:
         elif settings.continue_from:
             self.trainer.continue_from(read_record(settings.continue_from))
         self.saved_at = self.trainer.seconds
+        self.exporter = (
+            Exporter(Path(settings.export), settings.export_every, settings.export_keep)
+            if settings.export and group.is_first
+            else None
+        )
         self.log = (
             Log(self.out, self.trainer.step, settings.tensorboard) if group.is_first else None
         )
@@ -189,6 +195,7 @@ class Run:
     def train(self, signals: list[int]) -> None:
         """Train to the end, or until a signal comes; either way what was done is saved."""
         settings, trainer = self.settings, self.trainer
+        self.export_current()  # a model too large for it is refused now and not after hours
         profiler = profiling.Profiler(trainer.model, settings.profile)
         with Progress(trainer, hidden=not self.group.is_first) as progress:
             while not (trainer.finished or trainer.stopping):
@@ -204,6 +211,8 @@ class Run:
                     progress.show(report)
                 if trainer.finished:
                     break
+                if self.exporter is not None and self.exporter.is_due:
+                    self.export_current()
                 if settings.validate_every and trainer.step % settings.validate_every == 0:
                     self.validate("validation")
                     self.save()
@@ -214,6 +223,7 @@ class Run:
             model = self.validate("end")
             self.save()  # again, with what is the best
             self.export(model, "model")
+        self.export_current()
 
     def close(self) -> None:
         self.trainer.close()
@@ -239,7 +249,7 @@ class Run:
     def validate(self, event: str) -> CMamba:
         """Measure the model as it would be exported now, keep it if it is the best, return it."""
         settings, trainer = self.settings, self.trainer
-        model = trainer.finished_model(round_transforms=settings.round_transforms)
+        model = trainer.finished_model(round_weights=settings.round_weights)
         samples = self.out / "samples" / f"{trainer.step:09d}" if settings.samples else None
         qualities = validation.validate(
             model,
@@ -264,6 +274,7 @@ class Run:
         )
         if trainer.is_best(held_out):
             self.export(model, "best")
+            self.export_to_folder("best")
         return model
 
     def export(self, model: CMamba, name: str) -> None:
@@ -272,6 +283,18 @@ class Run:
             model.save_pretrained(self.out / name)
             record = json.dumps(self.trainer.record(model), indent=1) + "\n"
             write_atomically(self.out / name / "run.json", record.encode())
+
+    def export_current(self) -> None:
+        """Write model and log into the folder `export`, if there is one."""
+        self.export_to_folder("model")
+        if self.exporter is not None:
+            self.exporter.write_log(self.out / "log.jsonl")
+
+    def export_to_folder(self, name: str) -> None:
+        """Write the model as it is now, in float16, into the folder `export`, if there is one."""
+        if self.exporter is not None:
+            model = self.trainer.finished_model(round_weights=True)
+            self.exporter.write(name, model, self.trainer.record(model))
 
 
 def read_record(path: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import logging
 import os
 import threading
@@ -101,17 +102,23 @@ def scan_backend(name: str) -> Iterator[None]:
         _open_blocks.remove(block)
 
 
-def triton_unavailable_reason(device_type: str) -> str | None:
-    """Why the Triton kernels cannot run on this kind of device, or None when they can."""
+def _import_failure() -> str | None:
+    """Why the package of the Triton kernels cannot be imported, or None when it can."""
     try:
-        kernels = importlib.import_module("cmamba_ref.kernels")
+        importlib.import_module("cmamba_ref.kernels")
     except ModuleNotFoundError as error:
         if error.name == "cmamba_ref.kernels":
-            return "cmamba_ref is used without being installed, which hides its kernels"
+            return "this installation of cmamba_ref lacks its kernels; install it again"
         return f"the Triton kernels need the module {error.name!r}, which is not installed"
     except ImportError as error:
         return f"the Triton kernels cannot be imported ({error})"
-    return kernels.unavailable_reason(device_type)
+    return None
+
+
+def triton_unavailable_reason(device_type: str) -> str | None:
+    """Why the Triton kernels cannot run on this kind of device, or None when they can."""
+    failure = _import_failure()
+    return failure or importlib.import_module("cmamba_ref.kernels").unavailable_reason(device_type)
 
 
 # What torch.compiler.assume_constant_result does: a compiler asks once and does not trace into it.
@@ -140,9 +147,12 @@ def available_backends() -> tuple[str, ...]:
 
 
 def _log_once(reason: str) -> None:
+    """Log why CUDA tensors get `chunked`: a warning where only an installation is missing."""
     if reason not in _logged_reasons and not torch.compiler.is_compiling():
         _logged_reasons.add(reason)
-        _logger.info("scans on CUDA tensors use the backend 'chunked': %s", reason)
+        is_missing = _import_failure() or importlib.util.find_spec("triton") is None
+        level = logging.WARNING if is_missing else logging.INFO
+        _logger.log(level, "scans on CUDA tensors use the slower backend 'chunked': %s", reason)
 
 
 def choose(backend: str, device_type: str, n: int = 1, rank: int = 0) -> str:

@@ -123,8 +123,16 @@ class Settings:
     )
     channels_last: bool = _setting(True, "keep channels last in memory", may_change=True)
     compile: bool = _setting(False, "compile the model by torch.compile", may_change=True)
-    round_transforms: bool = _setting(
-        False, "export g_a, g_s and h_a rounded to float16, in a smaller file", may_change=True
+    round_weights: bool = _setting(
+        False, "export weights rounded to float16, in half the room", may_change=True
+    )
+
+    export: str = _setting(
+        "", "folder for log, best and current model (float16) while training", may_change=True
+    )
+    export_every: float = _setting(60.0, "seconds between these exports", may_change=True)
+    export_keep: int = _setting(
+        8, "files in that folder at most: 3 current, log, 3 best", may_change=True
     )
 
     def __post_init__(self) -> None:
@@ -222,6 +230,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "save_every": (0, math.inf),
     "keep": (1, 10**9),
     "log_every": (1, 10**12),
+    "export_every": (0, math.inf),
+    "export_keep": (3, 10**9),
     "profile": (0, 10**6),
     "processes": (0, 65536),
     "threads": (0, 65536),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import json
 import math
 from typing import Any
@@ -330,25 +329,17 @@ class Trainer:
         return True
 
     @torch.no_grad()
-    def finished_model(self, *, round_transforms: bool = False) -> CMamba:
+    def finished_model(self, *, round_weights: bool = False) -> CMamba:
         """The model as it is exported: averaged weights, entropy tables, eval mode.
 
         Args:
-            round_transforms: round g_a, g_s, h_a and a bypass to float16: these decide what the
-                image looks like, and not how a decoder reads its symbols.
+            round_weights: round all weights to float16, before the tables are made of them.
         """
         model = copy.deepcopy(self.model).eval()
         for name, parameter in model.named_parameters():
             if name in self.average:
                 parameter.copy_(self.average[name])
-        if round_transforms:
-            transforms = [
-                model.g_a,
-                model.g_s,
-                model.h_a,
-                *([model.bypass] if model.bypass else []),
-            ]
-            for parameter in itertools.chain(*(module.parameters() for module in transforms)):
+            if round_weights:
                 parameter.copy_(parameter.half())
         model.update(force=True)
         return model

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +18,8 @@ from cmamba_ref.model import CMamba
 from cmamba_ref.training.distributed import Group
 from cmamba_ref.training.objective import objective
 from cmamba_ref.training.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 # Of a model of all rates, those of these that it has, and its best.
 QUALITIES = (1.0, 3.0, 5.0, 8.0)
@@ -89,14 +94,23 @@ def _measure(
         "bpp": float(losses["bpp"]),
         "psnr": psnr(picture, reconstruction),
     }
-    if min(picture.shape[:2]) >= MS_SSIM_MIN_SIDE:
-        row["ms_ssim"] = ms_ssim(picture, reconstruction)
+    if min(picture.shape[:2]) >= MS_SSIM_MIN_SIDE and can_measure_ms_ssim():
+        row["ms_ssim"] = ms_ssim(picture, reconstruction, device)
     if coded:
         data = codec.encode(model, picture, quality)
         reconstruction = codec.decode(data, model)
         row["file_bpp"] = bits_per_pixel(len(data), picture.shape[1], picture.shape[0])
         row["file_psnr"] = psnr(picture, reconstruction)
     return row, reconstruction
+
+
+@functools.cache
+def can_measure_ms_ssim() -> bool:
+    """Return whether pytorch-msssim is installed; say so once if it is not."""
+    installed = importlib.util.find_spec("pytorch_msssim") is not None
+    if not installed:
+        logger.warning("validations leave out MS-SSIM: pytorch-msssim is not installed")
+    return installed
 
 
 def _means(rows: list[dict[str, float]], group: Group) -> dict[str, float]:

@@ -1,0 +1,486 @@
+"""Check everything on a GPU, within so many minutes and without a network.
+
+    python tools/gpu_check.py --out gpu-check --minutes 10
+    python tools/gpu_check.py --out gpu-check --minutes 2 --stages compile backend tests
+
+The checkout need not be installed, and pytest is all it takes beyond torch, triton, numpy, einops,
+Pillow and safetensors.  Each stage runs in a process of its own, so that a crash ends none of the
+others, and leaves NAME.txt (its output) and NAME.json (its result) in the folder; summary.json is
+written anew after each one:
+
+    machine    card, driver, versions
+    compile    every kernel that the other stages launch, in parallel
+    backend    that CUDA tensors get the backend `triton`; if not, nothing else runs
+    tests      the GPU tests that matter most; margins.jsonl holds error and bound of every case
+    profile    three shapes: `triton` beside VMamba's pipeline and the floor of the card
+    codec      encode and decode 768x512 with `base`: seconds by stage
+    exchange   files written on the GPU and read on the CPU, and the reverse
+    step       training steps of `tiny`: milliseconds, host's part, kernels, operators
+    rest       the other GPU tests, as far as the time goes
+
+`--rehearse` runs all of it on a CPU, with triton's interpreter and the sizes cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import copy
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import compile_kernels
+import numpy as np
+import profile_scan
+import torch
+from compile_kernels import MapScan, SequenceScan, Variant
+from determinism_work import read_symbols
+from provenance import ROOT, of_run, versions
+from stage_clock import time_by_stage
+
+import cmamba_ref
+from cmamba_ref import CMamba, CMambaError
+from cmamba_ref.config import CONFIGS
+from cmamba_ref.files import write_atomically
+from cmamba_ref.images import read_image
+from cmamba_ref.ops import available_backends, dispatch
+from cmamba_ref.training import data, trainer
+from cmamba_ref.training.distributed import Group
+from cmamba_ref.training.settings import resolve
+
+IMAGE = ROOT / "cmamba_ref" / "data" / "coffee.png"
+TEST_FILES = ("tests/test_gpu_scans.py", "tests/test_determinism.py", "tests/test_profile_scan.py")
+# Accuracy on every kind of kernel, memory, graphs and streams: two minutes at most.
+FIRST_TESTS = (
+    "(maps_are_as and (N2-R4 or N16-R12 or N3-R5-float32 or N32-R64-float32)) or "
+    "(sequences_are_as and (varying-float32 or grouped-float32 or both-constant-float32)) or "
+    "(scans_of_the_model and tiny) or 98304 or one_chunk or softplus_and_sigmoid or "
+    "(carry_takes and sequence) or (maps_keep and N16-R12-float32) or where_gradients_lie or "
+    "expanded or autocast or ten_runs or forward_and_backward_replays or current_stream or "
+    "peak_memory or auto_takes_triton"
+)
+PROFILED = ("1x128x128x192x16x6", "8x128x128x192x16x6", "8x128x128x192x1x6")
+CROP, BATCHES = 256, (16, 32, 64)
+STEPS = 15
+
+
+class CheckFailedError(Exception):
+    """What a stage found wrong; the message says what."""
+
+
+def is_cuda(args: argparse.Namespace) -> bool:
+    return not args.rehearse
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    return torch.device("cuda" if is_cuda(args) else "cpu")
+
+
+def synchronize(args: argparse.Namespace) -> None:
+    if is_cuda(args):
+        torch.cuda.synchronize()
+
+
+# ---------------------------------------------------------------- stages
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """Card, driver and versions."""
+    found: dict[str, Any] = {
+        **of_run("gpu_check.py", sys.argv[1:]),
+        "versions": versions("torch", "triton", "numpy", "pytest"),
+        "cuda": torch.version.cuda,
+    }
+    if is_cuda(args):
+        query = "name,memory.total,clocks.sm,clocks.max.sm,driver_version"
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
+        with contextlib.suppress(OSError):
+            found["nvidia-smi"] = subprocess.run(command, capture_output=True, text=True).stdout
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = properties.name
+        found["capability"] = [properties.major, properties.minor]
+        found["multiprocessors"] = properties.multi_processor_count
+        found["memory_bytes"] = properties.total_memory
+    return found
+
+
+def scans_to_compile() -> list[compile_kernels.Scan]:
+    """All scans that the stages launch: profile, tests that come first, models in all types."""
+    scans: list[compile_kernels.Scan] = []
+    for text in PROFILED:
+        s = profile_scan.Shape.parse(text)
+        scans.append(MapScan(s.states, s.rank, s.channels, "fp32", s.batch, s.height, s.width))
+        length = s.height * s.width
+        scans.append(SequenceScan(s.states, 4 * s.channels, groups=4, length=length))
+    for name in ("tiny", "base"):
+        config = CONFIGS[name]
+        for stage, (width, has_scan) in enumerate(
+            zip(config.widths, config.stages_with_scan, strict=True), start=1
+        ):
+            rank, channels = math.ceil(width / 16), round(config.ssm_ratio * width)
+            for dtype in ("fp32", "bf16") if has_scan else ():
+                for side, images in ((CROP, BATCHES[0]), (512, 1)):
+                    sizes = (images, side >> stage, side >> stage)
+                    scans.append(MapScan(config.d_state, rank, channels, dtype, *sizes))
+        width = config.cae_width or 2 * max(config.slice_widths)
+        rank, channels = math.ceil(width / 16), round(config.ssm_ratio * width)
+        for dtype in ("fp32", "fp64"):
+            scans.append(MapScan(config.d_state, rank, channels, dtype, 1, 16, 16))
+    scans += [
+        *(MapScan(2, 4, 32, dtype) for dtype in ("fp32", "bf16")),
+        *(MapScan(16, 12, 192, dtype) for dtype in ("fp32", "bf16", "fp64")),
+        *(MapScan(3, 5, 40), MapScan(32, 64, 50), MapScan(16, 12, 128, height=256, width=384)),
+        *(SequenceScan(4, 6, dtype, gate=True) for dtype in ("fp32", "bf16")),
+        SequenceScan(16, 33, gate=True, softplus=False, b_constant=True, c_constant=True),
+    ]
+    return scans
+
+
+def _compile(variant: Variant) -> tuple[float, str]:
+    """Seconds that a variant took to compile, and what went wrong."""
+    start = time.perf_counter()
+    try:
+        compile_kernels.compiled(variant, target())
+    except Exception as error:  # noqa: BLE001 - the compiler's, of any type
+        return time.perf_counter() - start, f"{variant}: {error!r:.500}"
+    return time.perf_counter() - start, ""
+
+
+def target() -> compile_kernels.Target:
+    """What to compile for: the GPU that is here, or an H100."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return compile_kernels.Target("cuda", 10 * major + minor, 32)
+    return compile_kernels.TARGETS["sm_90"]
+
+
+def compile_all(args: argparse.Namespace) -> dict[str, Any]:
+    """Compile in parallel, ahead of the launches, into the cache that they look into."""
+    found = compile_kernels.variants(scans_to_compile())
+    found.sort(key=lambda variant: variant.kernel != "scan_gradients")  # the slowest first
+    if args.rehearse:
+        found = [variant for variant in found if variant.kernel == "carry"][:2]
+    jobs = min(len(found), os.cpu_count() or 1)
+    start = time.perf_counter()
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        done = list(pool.map(_compile, found))
+    failures = [failure for _, failure in done if failure]
+    result = {
+        "kernels": len(done),
+        "processes": jobs,
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": sum(seconds for seconds, _ in done),
+        "failures": failures,
+    }
+    if failures:
+        raise CheckFailedError(json.dumps(result))
+    return result
+
+
+def backend(args: argparse.Namespace) -> dict[str, Any]:
+    """Refuse to measure another backend than the kernels."""
+    if is_cuda(args) and not torch.cuda.is_available():
+        raise CheckFailedError("torch finds no GPU")
+    chosen = dispatch.choose("auto" if is_cuda(args) else "triton", device_of(args).type)
+    if chosen != "triton":
+        reason = dispatch.triton_unavailable_reason("cuda")
+        raise CheckFailedError(f"CUDA tensors get the backend {chosen!r}: {reason}")
+    return {"auto": chosen, "available": available_backends()}
+
+
+def run_tests(args: argparse.Namespace, chosen: str) -> dict[str, Any]:
+    """Run tests by pytest; margins of the accuracy rule go to margins.jsonl as they come."""
+    margins = args.out / "margins.jsonl"
+    parallel = ["-n", "6", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
+    # Plugins and warnings of a foreign environment fail no test, and the checkout stays as it is.
+    command = [
+        *(sys.executable, "-m", "pytest", *TEST_FILES, "-m", "gpu", "-k", chosen, "-q", "-rfEs"),
+        *("-W", "default", "-p", "no:cacheprovider", *parallel, "--durations=8"),
+    ]
+    environment = {**os.environ, "CMAMBA_MARGINS": str(margins)}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    print(ended.stdout)
+    lines = margins.read_text().splitlines() if margins.exists() else []
+    shares = _shares(lines)
+    result = {
+        "exit_status": ended.returncode,
+        "summary": ended.stdout.strip().splitlines()[-1:],
+        "cases": len(shares),
+        "largest_share_of_bound": shares[:10],
+    }
+    if ended.returncode not in (0, 5):  # 5: no test was chosen
+        raise CheckFailedError(json.dumps(result))
+    return result
+
+
+def _shares(lines: list[str]) -> list[dict[str, Any]]:
+    """Every comparison with its error as a share of what is allowed, the largest first."""
+    found = [json.loads(line) for line in lines]
+    for one in found:
+        one["share"] = one["error"] / one["bound"] if one["bound"] else float(one["error"] > 0)
+    return sorted(found, key=lambda one: -one["share"])
+
+
+def tests(args: argparse.Namespace) -> dict[str, Any]:
+    """The tests that matter most."""
+    return run_tests(args, FIRST_TESTS)
+
+
+def rest(args: argparse.Namespace) -> dict[str, Any]:
+    """The other ones."""
+    return run_tests(args, f"not ({FIRST_TESTS})")
+
+
+def profile(args: argparse.Namespace) -> dict[str, Any]:
+    """The scan beside VMamba's pipeline; the table is in profile.txt."""
+    shapes = PROFILED if is_cuda(args) else ("1x4x4x4x2x1",)
+    rows = args.out / "profile_rows.json"
+    status = profile_scan.main(
+        [
+            *(word for shape in shapes for word in ("--shape", shape)),
+            *("--backends", "triton", "vmamba-pipeline", "--mode", "forward", "both"),
+            *("--seconds", "0.2" if is_cuda(args) else "1e-9", "--device", device_of(args).type),
+            *("--json", str(rows)),
+        ]
+    )
+    if status:
+        raise CheckFailedError("a backend is wrong; see profile.txt")
+    return json.loads(rows.read_text())
+
+
+def image_of(height: int, width: int) -> np.ndarray:
+    """The image that ships, continued by mirroring and cut to size."""
+    pixels = read_image(IMAGE)
+    more = [
+        (0, max(0, side - have))
+        for side, have in zip((height, width), pixels.shape[:2], strict=True)
+    ]
+    return np.pad(pixels, [*more, (0, 0)], mode="symmetric")[:height, :width]
+
+
+def codec(args: argparse.Namespace) -> dict[str, Any]:
+    """Where the time of encoding and decoding goes; weights are random, so rates mean nothing."""
+    height, width = (512, 768) if is_cuda(args) else (64, 64)
+    torch.manual_seed(0)
+    config = CONFIGS["base"] if is_cuda(args) else CONFIGS["tiny"]
+    model = CMamba(config).eval()
+    model.update()
+    model.to(device_of(args))
+    pixels = image_of(height, width)
+    result: dict[str, Any] = {"config": config.name, "height": height, "width": width}
+    file = cmamba_ref.encode(model, pixels)
+    calls: dict[str, Callable[[], object]] = {
+        "encode": lambda: cmamba_ref.encode(model, pixels),
+        "decode": lambda: cmamba_ref.decode(file, model),
+    }
+    for name, call in calls.items():
+        seconds = []
+        for _ in range(4):
+            start = time.perf_counter()
+            call()
+            synchronize(args)
+            seconds.append(time.perf_counter() - start)
+        _, timing = time_by_stage(model, call)  # waits for the GPU at each stage
+        result[name] = {
+            "median_seconds": float(np.median(seconds[1:])),
+            "seconds_by_stage": timing.stages,
+            "entropy_coder_share": timing.stages.get("entropy coder", 0.0) / timing.total,
+        }
+    return result
+
+
+def exchange(args: argparse.Namespace) -> dict[str, Any]:
+    """Write on one device and read on the other: the same symbols, pixels within 1."""
+    here = CMamba.from_pretrained("tiny")
+    there = copy.deepcopy(here).to(device_of(args))
+    pixels = image_of(*((400, 600) if is_cuda(args) else (64, 80)))
+    result = {}
+    for name, writer, reader in (("gpu to cpu", there, here), ("cpu to gpu", here, there)):
+        for quality in (1, 4, 8):
+            file = cmamba_ref.encode(writer, pixels, quality)
+            symbols = [
+                np.concatenate([part.ravel() for part in read_symbols(m, file)[:2]])
+                for m in (writer, reader)
+            ]
+            decoded = [cmamba_ref.decode(file, m).astype(int) for m in (writer, reader)]
+            result[f"{name}, quality {quality}"] = {
+                "bytes": len(file),
+                "symbols": len(symbols[0]),
+                "mismatched_symbols": int((symbols[0] != symbols[1]).sum()),
+                "largest_pixel_difference": int(np.abs(decoded[0] - decoded[1]).max()),
+            }
+    if any(r["mismatched_symbols"] or r["largest_pixel_difference"] > 1 for r in result.values()):
+        raise CheckFailedError(json.dumps(result))
+    return result
+
+
+def step(args: argparse.Namespace) -> dict[str, Any]:
+    """Training steps on a batch that is there already: what the device and the host take."""
+    crop, batches, steps = (CROP, BATCHES, STEPS) if is_cuda(args) else (64, (2,), 1)
+    images = data.find_images(str(IMAGE.parent), crop, held_out=0)
+    rows = []
+    for batch in batches:
+        settings = resolve(
+            {},
+            {"config": "tiny", "steps": 10**6, "crop": [crop], "batch": [batch], "scale": 1.0}
+            | {"precision": "auto", "optimiser": "soap", "out": str(args.out), "workers": 2},
+        )
+        run = trainer.Trainer(settings, images, Group(device_of(args)))
+        given = run._next_batch()
+        run.close()
+        run._next_batch = lambda given=given: given
+        for _ in range(4 if is_cuda(args) else 1):
+            run.train_step()
+        synchronize(args)
+        start = time.perf_counter()
+        for _ in range(steps):
+            run.train_step()
+        host = time.perf_counter() - start
+        synchronize(args)
+        total = time.perf_counter() - start
+        rows.append(
+            {
+                "batch": batch,
+                "crop": crop,
+                "bf16": run.bf16,
+                "ms_per_step": 1e3 * total / steps,
+                "host_ms_per_step": 1e3 * host / steps,
+                "images_per_second": batch * steps / total,
+            }
+        )
+        print(rows[-1], flush=True)
+        if batch == batches[0]:
+            rows[0] |= _operators(run, args)
+    return {"steps": rows}
+
+
+def _operators(run: trainer.Trainer, args: argparse.Namespace) -> dict[str, Any]:
+    """Kernels of one step and the time in them; the table of operators is printed."""
+    with torch.profiler.profile() as profiler:
+        run.train_step()
+        synchronize(args)
+    by = "self_device_time_total" if is_cuda(args) else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=60))
+    kernels = [e for e in profiler.events() or () if e.device_type.name == "CUDA"]
+    return {"kernels": len(kernels), "device_ms": sum(e.device_time for e in kernels) / 1e3}
+
+
+# Each with the share of the time that it may take at most.
+STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], float]] = {
+    "machine": (machine, 0.1),
+    "compile": (compile_all, 0.3),
+    "backend": (backend, 0.1),
+    "tests": (tests, 0.35),
+    "profile": (profile, 0.25),
+    "codec": (codec, 0.2),
+    "exchange": (exchange, 0.15),
+    "step": (step, 0.3),
+    "rest": (rest, 1.0),
+}
+NEEDED = ("compile", "backend")  # without them the other results would mean nothing
+
+
+# ---------------------------------------------------------------- one after the other
+
+
+def run_stage(args: argparse.Namespace) -> int:
+    """Run one stage in this process, and leave its result."""
+    call, _ = STAGES[args.stage]
+    status, result = 0, {}
+    try:
+        result = call(args)
+    except (CheckFailedError, CMambaError) as error:
+        status, result = 1, {"failed": str(error)}
+        print(f"failed: {error}", file=sys.stderr)
+    write_json(args.out / f"{args.stage}.json", result)
+    return status
+
+
+def run_all(args: argparse.Namespace) -> int:
+    """Run the stages one after the other, each within its time; 0 if all of them passed."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "margins.jsonl").unlink(missing_ok=True)
+    began, summary = time.monotonic(), {}
+    for name in args.stages:
+        left = 60 * args.minutes - (time.monotonic() - began)
+        limit = min(left, 60 * args.minutes * STAGES[name][1])
+        start = time.monotonic()
+        summary[name] = {"status": run_one(args, name, limit) if limit > 5 else "no time left"}
+        summary[name]["seconds"] = round(time.monotonic() - start, 1)
+        write_json(args.out / "summary.json", summary)
+        print(f"{name:<10}{summary[name]['status']:<14}{summary[name]['seconds']:>7} s", flush=True)
+        if name in NEEDED and summary[name]["status"] != "ok":
+            print(f"nothing else is run; see {args.out / name}.txt", file=sys.stderr)
+            break
+    return 0 if all(stage["status"] == "ok" for stage in summary.values()) else 1
+
+
+def run_one(args: argparse.Namespace, name: str, seconds: float) -> str:
+    """Run a stage in a process of its own; return how it ended."""
+    command = [sys.executable, __file__, "--out", str(args.out), "--stage", name]
+    command += ["--rehearse"] if args.rehearse else []
+    with open(args.out / f"{name}.txt", "w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment_of(args, name),
+            start_new_session=True,
+        )
+        try:
+            return "ok" if process.wait(seconds) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            return "out of time"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)  # and what it started
+            process.wait()
+
+
+def environment_of(args: argparse.Namespace, stage: str) -> dict[str, str]:
+    """The checkout first on the path, and the interpreter only where there is no GPU."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    environment.pop("TRITON_INTERPRET", None)
+    if args.rehearse and stage != "compile":
+        environment["TRITON_INTERPRET"] = "1"
+    return environment
+
+
+def write_json(path: Path, content: object) -> None:
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for the results")
+    add("--minutes", type=profile_scan.positive, default=10.0, help="in all (default: 10)")
+    add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
+    add("--rehearse", action="store_true", help="on a CPU, with the sizes cut")
+    add("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.out = args.out.resolve()
+    if args.stage:
+        return run_stage(args)
+    if not args.rehearse and not torch.cuda.is_available():
+        parser.error("torch finds no GPU; --rehearse runs the check on a CPU")
+    return run_all(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
