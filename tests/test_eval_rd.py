@@ -15,7 +15,6 @@ from classical_codecs import CODECS
 from codec_helpers import ONE_RATE, load_picture, picture, random_model
 from partial_results import OtherConditionsError, PartialResults
 from PIL import Image
-from pytorch_msssim import ms_ssim
 
 import cmamba_ref
 from cmamba_ref.metrics import psnr
@@ -56,6 +55,7 @@ def evaluated(folder, tmp_path_factory) -> tuple[dict, Path]:
 )
 def test_report_agrees_with_an_independent_computation(folder, evaluated, codec, point, suffix):
     """From the sizes of files on disk and from the decoded PNGs."""
+    ms_ssim = pytest.importorskip("pytorch_msssim").ms_ssim
     report, kept = evaluated
     setting = report[codec]["results"]["quality"][point]
     (at_point,) = (kept / codec).glob(f"*{setting:g}" if codec == "cmamba" else f"{setting}")
