@@ -136,6 +136,22 @@ def test_a_stage_that_crashes_or_hangs_ends_no_other(tmp_path, monkeypatch):
     assert (tmp_path / "profile.txt").read_text() == "began\n"
 
 
+def test_warnings_of_other_versions_fail_no_test(root, tmp_path):
+    """Where the project's own run makes them errors."""
+    test = tmp_path / "test_warns.py"
+    test.write_text(
+        "import warnings, pytest\n"
+        "@pytest.mark.gpu\n"
+        "def test_warns(): warnings.warn('old', DeprecationWarning)\n"
+    )
+    command = [*gpu_check.pytest_command([str(test)], "warns", 1), "-c", root / "pyproject.toml"]
+    lenient = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert lenient.returncode == 0 and "1 passed" in lenient.stdout, lenient.stdout
+    at = command.index("-W")
+    strict = subprocess.run(command[:at] + command[at + 2 :], cwd=root, capture_output=True)
+    assert strict.returncode == 1
+
+
 def test_no_stage_begins_without_time(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "run_one", lambda *_: pytest.fail("was run"))
     assert gpu_check.run_all(arguments(tmp_path, minutes=0.05)) == 1

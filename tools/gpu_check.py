@@ -1,12 +1,12 @@
 """Check everything on a GPU, within so many minutes and without a network.
 
-    python tools/gpu_check.py --out gpu-check --minutes 10
-    python tools/gpu_check.py --out gpu-check --minutes 2 --stages compile backend tests
+    PYTHONPATH=. python tools/gpu_check.py --out gpu-check --minutes 10
+    PYTHONPATH=. python tools/gpu_check.py --out gpu-check --stages compile backend tests
 
-The checkout need not be installed, and pytest is all it takes beyond torch, triton, numpy, einops,
-Pillow and safetensors.  Each stage runs in a process of its own, so that a crash ends none of the
-others, and leaves NAME.txt (its output) and NAME.json (its result, with `failed` where something is
-wrong) in the folder; summary.json is written anew after each one:
+The checkout need not be installed.  Beyond torch for CUDA and triton it takes numpy, einops,
+Pillow, safetensors, tqdm, pytest and hypothesis.  Each stage runs in a process of its own, so that
+a crash ends none of the others, and leaves NAME.txt (its output) and NAME.json (its result, with
+`failed` where something is wrong) in the folder; summary.json is written anew after each one:
 
     machine    card, driver, versions
     compile    every kernel that the other stages launch, in parallel
@@ -37,7 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,24 +190,32 @@ def backend(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def pytest_command(files: Sequence[str], chosen: str, processes: int) -> list[str]:
+    """Run the GPU tests that an expression chooses.
+
+    Plugins and warnings of a foreign environment fail no test, and the checkout stays as it is.
+    """
+    return [
+        *(sys.executable, "-m", "pytest", *files, "-m", "gpu", "-k", chosen, "-q", "-rfEs"),
+        *("-W", "default", "-p", "no:cacheprovider", "--durations=8"),
+        *(("-n", str(processes), "--dist", "worksteal") if processes > 1 else ()),
+    ]
+
+
 def run_tests(args: argparse.Namespace, chosen: str) -> dict[str, Any]:
     """Run tests by pytest; margins of the accuracy rule go to margins.jsonl as they come."""
     margins = args.out / "margins.jsonl"
     has_xdist = is_cuda(args) and importlib.util.find_spec("xdist") is not None
-    parallel = ["-n", "6", "--dist", "worksteal"] if has_xdist else []
-    # Plugins and warnings of a foreign environment fail no test, and the checkout stays as it is.
-    command = [
-        *(sys.executable, "-m", "pytest", *TEST_FILES, "-m", "gpu", "-k", chosen, "-q", "-rfEs"),
-        *("-W", "default", "-p", "no:cacheprovider", *parallel, "--durations=8"),
-    ]
+    command = pytest_command(TEST_FILES, chosen, processes=6 if has_xdist else 1)
     environment = {**os.environ, "CMAMBA_MARGINS": str(margins)}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    print(ended.stdout)
+    # Into the file of this stage, line by line: what is cut off has been written before.
+    ended = subprocess.run(command, cwd=ROOT, env=environment)
+    output = (args.out / f"{args.stage}.txt").read_text()
     lines = margins.read_text().splitlines() if margins.exists() else []
     shares = _shares(lines)
     result = {
         "exit_status": ended.returncode,
-        "summary": ended.stdout.strip().splitlines()[-1:],
+        "summary": output.strip().splitlines()[-1:],
         "cases": len(shares),
         "largest_share_of_bound": shares[:10],
     }
