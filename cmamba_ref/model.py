@@ -263,11 +263,48 @@ class CMamba(nn.Module):
             CMambaError: x, the weights or the latents hold NaN or infinity.
             WeightsError: the model has no entropy tables; call `update()`.
         """
-        _check_pictures(x)
-        quality = self.check_quality(quality)
         y_tables = self.gaussian_conditional.stored.tables()
         z_tables = self.entropy_bottleneck.stored.tables()
-        y, _ = self._analyse(pad(x), quality)
+        quality = self.check_quality(quality)
+        z_symbols, y_symbols, all_log_scales = self.latent_symbols(x, quality)
+        y_strings, z_strings = [], []
+        z_index = self._z_index(z_symbols.shape[-2:])
+        for b in range(x.shape[0]):
+            z_block = _flat(z_symbols[b])
+            y_blocks = [_flat(symbols[b]) for symbols in y_symbols]
+            shift = choose_shift(torch.cat([s[b] for s in all_log_scales]))
+            indexes = [_flat(scale_index(s[b], shift)) for s in all_log_scales]
+            prefix = LatentPrefix(
+                quality=0 if quality is None else round(quality * QUALITY_UNITS),
+                shift=shift,
+                crc=symbols_crc([z_block, *y_blocks]),
+            )
+            coded = rans.encode(y_tables, list(zip(y_blocks, indexes, strict=True)))
+            y_strings.append(pack_latent(prefix, coded))
+            z_strings.append(rans.encode(z_tables, [(z_block, z_index)]))
+        shape = z_symbols.shape[-2], z_symbols.shape[-1]
+        return {"strings": [y_strings, z_strings], "shape": shape}
+
+    @torch.no_grad()
+    def latent_symbols(
+        self, x: Tensor, quality: float | None = None
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Compute the integers that `compress` codes.
+
+        Args:
+            x: images `[B, 3, H, W]` in 0...1, padded by replication to a multiple of 64.
+            quality: as in `compress`.
+
+        Returns:
+            z symbols `[B, Z, h, w]`; for each slice of y its symbols and the logarithm of the scale
+            of each, `[B, C, 4 h, 4 w]`.  All float64, symbols rounded.
+
+        Raises:
+            InvalidArgumentError: wrong shape or quality.
+            CMambaError: x, the weights or the latents hold NaN or infinity.
+        """
+        _check_pictures(x)
+        y, _ = self._analyse(pad(x), self.check_quality(quality))
         z = self.h_a(y)
         coding, device = self._coding()
         with without_autocast(device):
@@ -287,23 +324,7 @@ class CMamba(nn.Module):
 
             y_bar = coding["context"](coding["h_s"](z_symbols + medians), quantise)
             _check_finite(y_bar, CMambaError, NOT_FINITE_INPUT)
-
-        y_strings, z_strings = [], []
-        z_index = self._z_index(z.shape[-2:])
-        for b in range(x.shape[0]):
-            z_block = _flat(z_symbols[b])
-            y_blocks = [_flat(symbols[b]) for symbols in y_symbols]
-            shift = choose_shift(torch.cat([s[b] for s in all_log_scales]))
-            indexes = [_flat(scale_index(s[b], shift)) for s in all_log_scales]
-            prefix = LatentPrefix(
-                quality=0 if quality is None else round(quality * QUALITY_UNITS),
-                shift=shift,
-                crc=symbols_crc([z_block, *y_blocks]),
-            )
-            coded = rans.encode(y_tables, list(zip(y_blocks, indexes, strict=True)))
-            y_strings.append(pack_latent(prefix, coded))
-            z_strings.append(rans.encode(z_tables, [(z_block, z_index)]))
-        return {"strings": [y_strings, z_strings], "shape": (z.shape[-2], z.shape[-1])}
+        return z_symbols, y_symbols, all_log_scales
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cmamba_ref.entropy.tables import (
     TOTAL,
     CdfTables,
+    fitted_tables,
     gaussian_tables,
     quantise_pmf,
     tables_from_pmfs,
@@ -265,3 +266,74 @@ def test_more_than_4096_tables_are_refused():
     tables_from_pmfs([(0, [1.0], 1.0)] * 4096)
     with pytest.raises(InvalidArgumentError, match="1 to 4096 distributions, got 4097"):
         tables_from_pmfs([(0, [1.0], 1.0)] * 4097)
+
+
+# ---------------------------------------------------------------- fitted tables
+
+
+def laplacian_counts(scale: float, total: int, magnitudes: int) -> np.ndarray:
+    """How many of `total` symbols of a Laplacian of this standard deviation have each magnitude."""
+    b = scale / math.sqrt(2)
+    beyond = np.array([math.exp(-(k - 0.5) / b) for k in range(1, magnitudes + 1)])
+    return total * np.append(np.append(1.0, beyond[:-1]) - beyond, beyond[-1])
+
+
+def test_without_counts_the_gaussian_remains():
+    fitted, gaussian = fitted_tables(SCALES, np.zeros((64, 5))), gaussian_tables(SCALES)
+    for name in ("cdf", "starts", "offsets"):
+        assert np.array_equal(getattr(fitted, name), getattr(gaussian, name))
+
+
+def test_fitted_tables_code_what_was_counted_in_fewer_bits_and_are_symmetric():
+    scales = [0.5, 2.0, 8.0]
+    counts = np.stack([laplacian_counts(scale, 100_000, 80) for scale in scales])
+    fitted, gaussian = fitted_tables(scales, counts), gaussian_tables(scales)
+    fitted.validate()
+    for t in range(len(scales)):
+        frequency = frequencies_of(fitted, t)[:-1]
+        # Equal masses get equal frequencies, but for a unit that makes up the sum.
+        assert np.abs(frequency - frequency[::-1]).max() <= 1
+        entropy = -(counts[t] / 1e5 * np.log2(np.maximum(counts[t] / 1e5, 1e-300))).sum()
+        signs = 1 - counts[t, 0] / 1e5  # a bit for each that is not 0
+        spent = {}
+        for name, tables in (("fitted", fitted), ("gaussian", gaussian)):
+            f, radius = frequencies_of(tables, t), -int(tables.offsets[t])
+            inside = counts[t, 1 : min(radius + 1, 80)]
+            bits = counts[t, 0] * (16 - np.log2(f[radius]))
+            bits += inside @ (16 - np.log2(f[radius + 1 : radius + 1 + len(inside)]))
+            bits += (counts[t].sum() - counts[t, 0] - inside.sum()) * (16 - np.log2(f[-1]) + 8)
+            spent[name] = bits / 1e5
+        assert spent["fitted"] < 0.98 * spent["gaussian"]
+        assert spent["fitted"] == pytest.approx(entropy + signs, rel=0.01)
+
+
+def test_few_symbols_change_a_table_little_and_many_replace_it():
+    def chance_of_zero(symbols: int) -> float:
+        tables = fitted_tables([1.0], np.array([[symbols, 0, 0]]), weight=200)
+        return frequencies_of(tables, 0)[-int(tables.offsets[0])] / TOTAL
+
+    gaussian = chance_of_zero(0)
+    assert chance_of_zero(2) == pytest.approx((2 + 200 * gaussian) / 202, abs=1e-4)
+    assert chance_of_zero(100_000) == pytest.approx(1, abs=2e-3)
+
+
+def test_a_table_reaches_as_far_as_symbols_come_often():
+    counts = np.zeros((1, 60))
+    counts[0, [0, 40, 50]] = 900_000, 100, 1  # once in a million is left to the escape
+    assert fitted_tables([1.0], counts).offsets[0] == -40
+    assert gaussian_tables([1.0]).offsets[0] == -4
+
+
+@pytest.mark.parametrize(
+    ("counts", "weight", "message"),
+    [
+        (np.zeros((2, 5)), 200, r"must be \[3, K \+ 1\]"),
+        (np.zeros((3, 1)), 200, r"must be \[3, K \+ 1\]"),
+        (-np.ones((3, 5)), 200, "not negative"),
+        (np.zeros((3, 5)), 0, "`weight` must be positive"),
+        (np.zeros((3, 5)), math.inf, "`weight` must be positive"),
+    ],
+)
+def test_counts_that_do_not_fit_are_refused(counts, weight, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        fitted_tables([0.5, 1, 2], counts, weight)

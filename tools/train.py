@@ -37,12 +37,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.errors import TrainingError
 from cmamba_ref.files import write_atomically
-from cmamba_ref.training import checkpoints, data, distributed, profiling, validation
+from cmamba_ref.training import checkpoints, data, distributed, fitting, profiling, validation
 from cmamba_ref.training.distributed import Group, joined
 from cmamba_ref.training.exporter import Exporter
 from cmamba_ref.training.log import Log
@@ -159,7 +160,7 @@ class Run:
 
     def __init__(self, settings: Settings, group: Group, *, extend: bool) -> None:
         self.settings, self.group, self.out = settings, group, Path(settings.out)
-        images = data.find_images(
+        images = self.images = data.find_images(
             settings.data, max(settings.crop), settings.validation, settings.workers
         )
         size, count = settings.validation_crop, len(images.held_out)
@@ -223,7 +224,9 @@ class Run:
             model = self.validate("end")
             self.save()  # again, with what is the best
             self.export(model, "model")
-        self.export_current()
+            self.export_log()
+        else:
+            self.export_current()
 
     def close(self) -> None:
         self.trainer.close()
@@ -249,7 +252,9 @@ class Run:
     def validate(self, event: str) -> CMamba:
         """Measure the model as it would be exported now, keep it if it is the best, return it."""
         settings, trainer = self.settings, self.trainer
-        model = trainer.finished_model(round_weights=settings.round_weights)
+        model = self.finished_model()
+        if trainer.finished and settings.fit_tables:
+            self.fit_tables(model)
         samples = self.out / "samples" / f"{trainer.step:09d}" if settings.samples else None
         qualities = validation.validate(
             model,
@@ -274,27 +279,44 @@ class Run:
         )
         if trainer.is_best(held_out):
             self.export(model, "best")
-            self.export_to_folder("best")
         return model
+
+    def finished_model(self) -> CMamba:
+        """The model as it is exported now, with the tables of Gaussians."""
+        # What is carried away has to be small.
+        is_rounded = self.settings.round_weights or bool(self.settings.export)
+        return self.trainer.finished_model(round_weights=is_rounded)
+
+    def fit_tables(self, model: CMamba) -> None:
+        """Give the model entropy tables of the symbols of training images; processes share them."""
+        spread = self.images.train[:: max(1, len(self.images.train) // self.settings.fit_tables)]
+        chosen = spread[: self.settings.fit_tables][self.group.rank :: self.group.size]
+        counts = fitting.count_symbols(
+            model, map(data.read_rgb, chosen), validation.qualities_of(model)
+        )
+        model.gaussian_conditional.fit(self.group.sum(torch.from_numpy(counts)).numpy())
 
     def export(self, model: CMamba, name: str) -> None:
         """Write a model, and beside it where the run is, into the folder `name`."""
         if self.group.is_first:
+            record = self.trainer.record(model)
             model.save_pretrained(self.out / name)
-            record = json.dumps(self.trainer.record(model), indent=1) + "\n"
-            write_atomically(self.out / name / "run.json", record.encode())
+            text = json.dumps(record, indent=1) + "\n"
+            write_atomically(self.out / name / "run.json", text.encode())
+            if self.exporter is not None:
+                self.exporter.write(name, model, record)
 
     def export_current(self) -> None:
-        """Write model and log into the folder `export`, if there is one."""
-        self.export_to_folder("model")
+        """Write log and model as they are now into the folder `export`, if there is one."""
+        if self.exporter is not None:
+            model = self.finished_model()
+            self.exporter.write("model", model, self.trainer.record(model))
+            self.export_log()
+
+    def export_log(self) -> None:
+        """Write the log into the folder `export`, if there is one."""
         if self.exporter is not None:
             self.exporter.write_log(self.out / "log.jsonl")
-
-    def export_to_folder(self, name: str) -> None:
-        """Write the model as it is now, in float16, into the folder `export`, if there is one."""
-        if self.exporter is not None:
-            model = self.trainer.finished_model(round_weights=True)
-            self.exporter.write(name, model, self.trainer.record(model))
 
 
 def read_record(path: str) -> dict[str, Any]:

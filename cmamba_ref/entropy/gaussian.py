@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cmamba_ref.entropy.bounds import LIKELIHOOD_MIN, lower_bound
 from cmamba_ref.entropy.stored_tables import TableBuffers
-from cmamba_ref.entropy.tables import gaussian_tables
+from cmamba_ref.entropy.tables import fitted_tables, gaussian_tables
 from cmamba_ref.errors import BitstreamError
 
 # The field's scale table: 64 levels, log-spaced from 0.11 to 256.
@@ -17,6 +18,7 @@ SCALE_LEVELS = 64
 LOG_SCALE_MIN = math.log(0.11)
 LOG_SCALE_MAX = math.log(256.0)
 LOG_SCALE_STEP = (LOG_SCALE_MAX - LOG_SCALE_MIN) / (SCALE_LEVELS - 1)
+SCALES = [math.exp(LOG_SCALE_MIN + LOG_SCALE_STEP * i) for i in range(SCALE_LEVELS)]
 
 # The encoder shifts the decision boundaries between levels until every scale keeps this distance
 # (in ln units) from all of them; float64 evaluations differ by about 1e-13 between machines.
@@ -46,8 +48,15 @@ class GaussianConditional(nn.Module):
 
     def update(self) -> None:
         """Make the tables of the 64 levels."""
-        scales = [math.exp(LOG_SCALE_MIN + LOG_SCALE_STEP * i) for i in range(SCALE_LEVELS)]
-        self.stored.store(gaussian_tables(scales))
+        self.stored.store(gaussian_tables(SCALES))
+
+    def fit(self, counts: np.ndarray) -> None:
+        """Make the tables of the 64 levels from symbols that were counted; see `fitted_tables`.
+
+        Args:
+            counts: for each level how many symbols had each magnitude `[64, K + 1]`.
+        """
+        self.stored.store(fitted_tables(SCALES, counts))
 
 
 def scale_index(log_scales: Tensor, shift: int) -> Tensor:

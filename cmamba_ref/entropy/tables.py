@@ -243,9 +243,67 @@ def gaussian_tables(scales: Sequence[float] | np.ndarray, tail_sigmas: float = 4
     return tables_from_pmfs(_gaussian_pmf(scale, tail_sigmas) for scale in scale_list)
 
 
-def _gaussian_pmf(scale: float, tail_sigmas: float) -> tuple[int, np.ndarray, float]:
+def fitted_tables(
+    scales: Sequence[float] | np.ndarray,
+    counts: np.ndarray,
+    weight: float = 200.0,
+    tail_sigmas: float = 4.4,
+) -> CdfTables:
+    """Zero-mean distributions that were counted, blended with the Gaussians of `gaussian_tables`.
+
+    P(k) is (n_k / 2 + weight G(k)) / (n + weight), k != 0, with n_k of n symbols of magnitude |k|
+    and the Gaussian's mass G(k): what a prior of `weight` symbols makes of the counts (our choice).
+    A table reaches as far as `gaussian_tables` lets it, or to the largest magnitude that was
+    counted more than once in 2**16 symbols, if that is further.
+
+    Args:
+        scales: standard deviations `[T]` in units of the quantisation step.
+        counts: for each scale how many symbols had each magnitude `[T, K + 1]`; the last column
+            counts K and all above.
+        weight: symbols that the Gaussian counts for, positive.
+        tail_sigmas: as in `gaussian_tables`.
+
+    Raises:
+        InvalidArgumentError: counts or `weight` are out of range, or do not fit the scales.
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    if counts.ndim != 2 or len(counts) != len(scales) or counts.shape[1] < 2 or counts.min() < 0:
+        raise InvalidArgumentError(
+            f"`counts` must be [{len(scales)}, K + 1] and not negative, got "
+            f"{list(counts.shape)}; count magnitudes for each scale"
+        )
+    if not (math.isfinite(weight) and weight > 0):
+        raise InvalidArgumentError(f"`weight` must be positive, got {weight}")
+    return tables_from_pmfs(
+        _fitted_pmf(float(scale), n, weight, tail_sigmas)
+        for scale, n in zip(scales, counts, strict=True)
+    )
+
+
+def _fitted_pmf(
+    scale: float, n: np.ndarray, weight: float, tail_sigmas: float
+) -> tuple[int, np.ndarray, float]:
+    """Offset, pmf `[2 R + 1]` and tail mass, as `tables_from_pmfs` takes them."""
+    often = np.flatnonzero(n[:-1] * TOTAL > n.sum())
+    radius = max(_radius(scale, tail_sigmas), int(often.max(initial=0)))
+    offset, pmf, tail = _gaussian_pmf(scale, tail_sigmas, radius)
+    inside = np.zeros(radius + 1)
+    within = min(radius + 1, len(n) - 1)  # the last column has no magnitude of its own
+    inside[:within] = n[:within]
+    one_side = inside[1:] / 2
+    counted = np.concatenate([one_side[::-1], inside[:1], one_side])
+    return offset, counted + weight * pmf, n.sum() - inside.sum() + weight * tail
+
+
+def _radius(scale: float, tail_sigmas: float) -> int:
+    return max(1, math.ceil(scale * tail_sigmas - 0.5))
+
+
+def _gaussian_pmf(
+    scale: float, tail_sigmas: float, radius: int = 0
+) -> tuple[int, np.ndarray, float]:
     """Offset, pmf `[2 R + 1]` and tail mass of one Gaussian, as `tables_from_pmfs` takes them."""
-    radius = max(1, math.ceil(scale * tail_sigmas - 0.5))
+    radius = max(radius, _radius(scale, tail_sigmas))
     # beyond[k] is the mass of both tails outside ±(k + ½). Differences of erfc, unlike those of
     # Phi, keep their relative accuracy far from the centre; mirroring makes the table symmetric.
     beyond = np.array([math.erfc((k + 0.5) / (scale * math.sqrt(2))) for k in range(radius + 1)])

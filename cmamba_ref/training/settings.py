@@ -127,8 +127,11 @@ class Settings:
         False, "export weights rounded to float16, in half the room", may_change=True
     )
 
+    fit_tables: int = _setting(
+        0, "training images whose symbols make the entropy tables at the end", may_change=True
+    )
     export: str = _setting(
-        "", "folder for log, best and current model (float16) while training", may_change=True
+        "", "folder for log, best and current model, in float16, all the time", may_change=True
     )
     export_every: float = _setting(60.0, "seconds between these exports", may_change=True)
     export_keep: int = _setting(
@@ -230,6 +233,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "save_every": (0, math.inf),
     "keep": (1, 10**9),
     "log_every": (1, 10**12),
+    "fit_tables": (0, 10**9),
     "export_every": (0, math.inf),
     "export_keep": (3, 10**9),
     "profile": (0, 10**6),
