@@ -82,7 +82,7 @@ class Outcome:
 
     Attributes:
         detail: what `verify` found in a good file.
-        unchecked: the error is not the file's: its model is not at hand, or memory is short.
+        unchecked: the error is not the file's: its model is not available, or memory is short.
     """
 
     source: Path

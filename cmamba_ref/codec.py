@@ -51,7 +51,10 @@ def model_for(model_id: bytes, given: Iterable[CMamba]) -> CMamba:
             return model
     name = identity.name_of(model_id)
     if name is None:
-        raise OtherModelError(f"the file needs model {model_id.hex()}, which is not at hand")
+        raise OtherModelError(
+            f"the file needs model {model_id.hex()}, which is not available; "
+            "docs/models.md lists the bundled models"
+        )
     return shipped_model(name)
 
 

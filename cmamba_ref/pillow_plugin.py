@@ -126,7 +126,7 @@ class CMambaImageFile(ImageFile.ImageFile):
         declare so many rows that these alone take a gigabyte.
 
         Raises:
-            PillowError: damaged, of a model that is not at hand, too large, or closed by now.
+            PillowError: damaged, of a model that is not available, too large, or closed by now.
             MemoryLimitError: more memory is needed than there is.
         """
         if not self._is_decoded:

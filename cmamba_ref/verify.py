@@ -21,7 +21,7 @@ def verify_file(data: bytes, model: CMamba, *, max_pixels: int, max_memory: int 
         what was found, in a few words.
 
     Raises:
-        OtherModelError: header and checksum are right, but the model it needs is not at hand.
+        OtherModelError: header and checksum are right, but the model it needs is not available.
         BitstreamError: damaged, truncated or too large.
         MemoryLimitError: more memory is needed than there is or than is allowed.
     """

@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -309,8 +310,18 @@ def test_the_model_of_a_file_is_found_by_its_id():
     assert codec.model_for(wanted.model_id, [random_model(seed=1), wanted]) is wanted
     shipped = codec.default_model()
     assert codec.model_for(shipped.model_id, [wanted]) is shipped
-    with pytest.raises(OtherModelError, match="needs model 0102030405060708, which is not at hand"):
+    with pytest.raises(OtherModelError) as caught:
         codec.model_for(bytes(range(1, 9)), [small_model()])
+    assert "needs model 0102030405060708, which is not available" in str(caught.value)
+    assert "docs/models.md" in str(caught.value)
+
+
+def test_the_list_of_bundled_models_begins_with_the_present_one(root):
+    listed = re.findall(
+        r"^\| `([0-9a-f]{16})` \| `(\w+)`", (root / "docs/models.md").read_text(), re.M
+    )
+    assert listed[0] == (codec.default_model().model_id.hex(), codec.DEFAULT_MODEL)
+    assert len({model_id for model_id, _ in listed}) == len(listed) >= 3
 
 
 def test_symbols_can_be_checked_without_making_a_picture():

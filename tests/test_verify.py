@@ -70,7 +70,7 @@ def test_a_folder_is_verified_file_by_file(
     assert right == f"good: {shelf / 'deep' / 'good.cmb'}: 90x70, colour, model 'small-random'"
     assert other == (
         f"not checked: {shelf / 'foreign.cmb'}: the file needs model {needed}, "
-        "which is not at hand; name it with --model"
+        "which is not available; docs/models.md lists the bundled models; name it with --model"
     )
     assert summary == "good 1, bad 2, not checked 1"
     assert err == ""
