@@ -213,6 +213,68 @@ def test_several_processes_measure_the_same(folder, evaluated, tmp_path):
             assert again[codec]["results"][measure] == report[codec]["results"][measure]
 
 
+def test_classical_codecs_of_an_earlier_report_are_reused(folder, tmp_path, monkeypatch):
+    earlier, again = tmp_path / "earlier.json", tmp_path / "again.json"
+    arguments = ["--qualities", "1", "--codecs", "jpeg420", "webp", "--brief"]
+    assert run(folder, earlier, *arguments) == 0
+    report = json.loads(earlier.read_text())
+    for rows in report["jpeg420"]["per_picture"]:
+        rows[0]["bpp"] = 7.0  # no measurement gives this
+    report["webp"]["description"] = "Pillow, another version"
+    earlier.write_text(json.dumps(report))
+
+    measured = set()
+    measure = rd_measure.measure
+
+    def noted(task):
+        measured.add(task.point.codec)
+        return measure(task)
+
+    monkeypatch.setattr(rd_measure, "measure", noted)
+    assert run(folder, again, *arguments, "--reuse", str(earlier)) == 0
+    assert measured == {"cmamba", "webp"}
+    found = json.loads(again.read_text())
+    rates = [rows[0]["bpp"] for rows in found["jpeg420"]["per_picture"]]
+    assert rates == [7.0] * len(CODECS["jpeg420"].settings)
+    assert found["meta"]["reused"] == f"{2 * len(rates)} results of earlier.json"
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "no JSON", '{"meta": {"pictures": {"names": []}}}']
+)
+def test_other_reports_are_not_reused(folder, tmp_path, capsys, content):
+    (tmp_path / "earlier.json").write_text(content)
+    with pytest.raises(SystemExit):
+        run(folder, tmp_path / "rd.json", "--reuse", str(tmp_path / "earlier.json"))
+    assert "--reuse must be a report" in capsys.readouterr().err
+
+
+def report_on(images: int, noise: float) -> dict[str, dict]:
+    """A codec that takes half of the anchor's bits, give or take, on so many images."""
+    draw = np.random.default_rng(3)
+    report = {}
+    for name, part in (("jpeg420", 1.0), ("half", 0.5)):
+        rows = [
+            [
+                {"bpp": part * 0.2 * 1.6**k * float(np.exp(noise * draw.normal())),
+                 "psnr-rgb": 26.0 + 2 * k}
+                for _ in range(images)
+            ]
+            for k in range(6)
+        ]  # fmt: skip
+        report[name] = {"per_picture": rows}
+    return report
+
+
+def test_the_interval_of_a_bd_rate_holds_it_and_widens_with_the_spread_of_images():
+    low, high = eval_rd.interval(report_on(24, 0.02), "jpeg420", "half", "psnr")
+    assert low < -50 < high and high - low < 1.5
+    wide = eval_rd.interval(report_on(24, 0.2), "jpeg420", "half", "psnr")
+    assert wide[1] - wide[0] > 4 * (high - low)
+    assert eval_rd.interval(report_on(24, 0.0), "jpeg420", "half", "psnr") == (-50, -50)
+    assert eval_rd.interval(report_on(7, 0.02), "jpeg420", "half", "psnr") is None
+
+
 def test_brief_sweeps_have_the_same_sizes_and_psnr(folder, evaluated, tmp_path, capsys):
     report, _ = evaluated
     output = tmp_path / "rd.json"

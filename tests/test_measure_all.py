@@ -80,6 +80,19 @@ def test_stages_are_chosen_and_arguments_passed_on(tools, arguments):
     assert large.startswith("bench_cpu --only large")
 
 
+def test_new_weights_renew_their_rows_and_reuse_the_others(tools, arguments, capsys):
+    assert measure_all.main([arguments[0], "--weights"]) == 0
+    ran = tools.read_text().splitlines()
+    assert [line.split()[0] for line in ran] == [
+        "eval_rd", *["plot_rd"] * 3, "report", "readme_tables"
+    ]  # fmt: skip
+    result = measure_all.BENCHMARKS / "kodak_tiny.json"
+    assert ran[0].endswith(f"--model tiny --reuse {result} -o {result}")
+    with pytest.raises(SystemExit):
+        measure_all.main([*arguments, "--weights"])
+    assert "must stand without --only and --into" in capsys.readouterr().err
+
+
 def test_a_failure_is_named_and_stops_only_what_needs_it(tools, arguments, monkeypatch, capsys):
     monkeypatch.setenv("eval_rd", "1")
     assert measure_all.main([*arguments, "--only", "rd", "plots", "complexity"]) == 1

@@ -38,15 +38,18 @@ def test_readme_agrees_with_the_results(capsys):
 
 
 def test_a_table_that_differs_is_named_and_made_anew(root, results, tmp_path, capsys):
-    page = tmp_path / "README.md"
-    text = (root / "README.md").read_text()
-    page.write_text(text.replace("| 1 | 0.", "| 1 | 9.", 1))
-    arguments = ["--readme", str(page), "--results", str(results.folder)]
+    texts = {page: (root / page).read_text() for page in readme_tables.PAGES}
+    for page, text in texts.items():
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / page).write_text(text.replace("| 1 | 0.", "| 1 | 9.", 1))
+    arguments = ["--pages", str(tmp_path), "--results", str(results.folder)]
     assert readme_tables.main([*arguments, "--check"]) == 1
-    assert "kodak is out of date" in capsys.readouterr().err
-    assert "| 1 | 9." in page.read_text()
+    error = capsys.readouterr().err
+    assert all(f"{page}: kodak is out of date" in error for page in texts)
+    assert all("| 1 | 9." in (tmp_path / page).read_text() for page in texts)
     assert readme_tables.main(arguments) == 0
-    assert page.read_text() == text and "kodak changed" in capsys.readouterr().out
+    assert all((tmp_path / page).read_text() == text for page, text in texts.items())
+    assert capsys.readouterr().out.count("kodak changed") == len(texts) == 2
     assert readme_tables.main([*arguments, "--check"]) == 0
 
 

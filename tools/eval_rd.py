@@ -4,6 +4,7 @@
     python tools/eval_rd.py photos --model tiny --qualities 1 4 8 --codecs jpeg420 webp
     python tools/eval_rd.py photos --model mine=runs/a/model --model paper=low/model high/model
     python tools/eval_rd.py photos --qualities 1:8:0.1 --codecs --brief --jobs 2 -o fine.json
+    python tools/eval_rd.py photos --reuse rd.json -o rd.json
 
 Every picture is encoded to a file and decoded from it.  bpp is 8 times the size of the file, header
 included, over the number of pixels; PSNR (RGB) and MS-SSIM (linear) are those of the decoded 8-bit
@@ -26,7 +27,11 @@ steps are named, and `meta` has them under `not_rising`.
 
 The JSON has CompressAI's layout, one object per codec: `results` holds a list per measure with an
 entry per point, `per_picture` the same for each picture.  `meta` says what it was measured with and
-gives BD-rates against the --anchor by PSNR and MS-SSIM (see tools/bd_rate.py).
+gives BD-rates against the --anchor by PSNR and MS-SSIM (see tools/bd_rate.py), each with the
+interval in which 95 % of the BD-rates over resampled images lie (bootstrap).
+
+With --reuse the classical codecs' results are taken from an earlier report on images of the same
+names, as far as it was made with the same versions of these codecs; the others are measured.
 
 With -o, what has been measured is kept beside the output as it comes (FILE.partial): after Ctrl-C
 or a failure the same command goes on where it stopped.  The exit status is 1 if a measurement
@@ -50,7 +55,7 @@ import rd_curves
 import rd_measure
 from classical_codecs import CODECS
 from partial_results import PartialResults
-from provenance import of_run, versions
+from provenance import of_run, portable, versions
 from rd_measure import MEASURES, OUR_MEASURES, Point, Row, Task
 from tqdm import tqdm
 
@@ -60,6 +65,9 @@ from cmamba_ref.files import write_atomically
 from cmamba_ref.metrics import MS_SSIM_MIN_SIDE
 
 OURS = "cmamba"
+# For the interval of a BD-rate: draws of the images, and how few say nothing.
+RESAMPLES = 1000
+MIN_IMAGES = 8
 # Those that have a part in the numbers.
 PACKAGES = ("cmamba-ref", "torch", "numpy", "pillow", "pytorch-msssim")
 
@@ -216,7 +224,39 @@ def measure_all(
     return failed
 
 
+def reusable(path: Path, points: Sequence[Point], pictures: Sequence[Picture]) -> dict[str, Row]:
+    """Results of classical codecs in an earlier report, by key.
+
+    Raises:
+        CMambaError: it is no report, or one on other images.
+    """
+    try:
+        earlier = json.loads(path.read_text())
+        names = earlier["meta"]["pictures"]["names"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CMambaError(
+            f"--reuse must be a report of this tool, got {path}: {error!r}"
+        ) from error
+    if names != [picture.path.name for picture in pictures]:
+        raise CMambaError(f"--reuse must be a report on the same images, got {path}")
+    found = {}
+    for point in points:
+        codec = earlier.get(point.codec, {})
+        if point.codec not in CODECS or codec.get("description") != _description(point.codec):
+            continue
+        settings = codec["results"]["quality"]
+        if point.setting in settings:
+            rows = codec["per_picture"][settings.index(point.setting)]
+            found |= {key_of(point, p): row for p, row in zip(pictures, rows, strict=True)}
+    return found
+
+
 # ---------------------------------------------------------------- the report
+
+
+def _description(codec: str) -> str:
+    """Which version of a classical codec it is."""
+    return f"Pillow, {CODECS[codec].version()}"
 
 
 def report_of(
@@ -236,7 +276,7 @@ def report_of(
             description = f"{len(checkpoints)} model(s), see meta"
         else:
             name = CODECS[codec].name
-            description = f"Pillow, {CODECS[codec].version()}"
+            description = _description(codec)
         means: dict[str, list] = {"quality": [point.setting for point in mine]}
         if checkpoints:
             means["model"] = [point.model_id for point in mine]
@@ -306,8 +346,49 @@ def bd_rates(report: dict[str, dict], anchor: str) -> tuple[dict[str, object], s
     for metric in rd_curves.METRICS:
         outcomes = bd_rate.compare(found[anchor], others, metric)
         as_json[metric] = bd_rate.as_json(found[anchor], metric, outcomes)
-        text.append(bd_rate.table(found[anchor], metric, outcomes))
+        lines = [bd_rate.table(found[anchor], metric, outcomes)]
+        for (curve, outcome), entry in zip(outcomes, as_json[metric]["codecs"], strict=True):
+            if isinstance(outcome, bd_rate.BDRate):
+                ends = entry["interval_95"] = interval(report, anchor, curve.name, metric)
+                if ends is not None:
+                    lines.append(
+                        f"{curve.name}: {ends[0]:+.2f} to {ends[1]:+.2f} % in 95 % of resamples"
+                    )
+        text.append("\n".join(lines))
     return as_json, "\n\n".join(text)
+
+
+def interval(
+    report: dict[str, dict], anchor: str, test: str, metric: str
+) -> tuple[float, float] | None:
+    """Where 95 % of the BD-rates over resampled images lie, in per cent (percentile bootstrap).
+
+    None where there are fewer than `MIN_IMAGES`, or where resampled curves fall.
+    """
+    measures = "bpp", {"psnr": "psnr-rgb", "ms-ssim": "ms-ssim-rgb"}[metric]
+    # Of each codec [measure, point, image].
+    values = [
+        np.array(
+            [[[row[m] for row in rows] for rows in report[name]["per_picture"]] for m in measures]
+        )
+        for name in (anchor, test)
+    ]
+    images = values[0].shape[2]
+    if images < MIN_IMAGES:
+        return None
+    draw, percents = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        chosen = draw.integers(0, images, images)
+        curves = [of_codec[:, :, chosen].mean(axis=2) for of_codec in values]
+        if metric == "ms-ssim":
+            curves = [(bpp, [rd_curves.ms_ssim_db(x) for x in linear]) for bpp, linear in curves]
+        try:
+            found = bd_rate.bd_rate(*(list(zip(*curve, strict=True)) for curve in curves))
+        except rd_curves.CurveError:
+            return None
+        percents.append(found.percent)
+    low, high = np.percentile(percents, (2.5, 97.5))
+    return round(float(low), 2), round(float(high), 2)
 
 
 def table(report: dict[str, dict]) -> str:
@@ -380,6 +461,7 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
         metavar="DIR",
         help="keep the files that this run makes, and the decoded pictures, in here",
     )
+    add("--reuse", type=Path, metavar="FILE", help="take classical codecs from this report")
     add("--fresh", action="store_true", help="forget what an earlier run left unfinished")
     add("-o", "--output", type=Path, metavar="FILE", help="write the JSON here")
     args = parser.parse_args(argv)
@@ -406,12 +488,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         pictures = find_pictures(args.folder, args.limit)
         curves = find_curves(args.model or [[f"{OURS}=tiny"]], args.qualities)
+        points = find_points(curves, codecs)
+        reused = reusable(args.reuse, points, pictures) if args.reuse else {}
         kept = PartialResults(args.output, conditions, fresh=args.fresh)
     except (CMambaError, OSError) as error:
         parser.error(str(error))
+    kept.results |= reused
     for key in left_out:
         print(f"{key} is left out: this Pillow cannot write it", file=sys.stderr)
-    points = find_points(curves, codecs)
 
     try:
         failed = measure_all(points, pictures, kept, args.jobs, args.keep, args.brief)
@@ -439,6 +523,7 @@ def main(argv: list[str] | None = None) -> int:
             "names": [picture.path.name for picture in pictures],
         },
         "codecs_left_out": left_out,
+        "reused": f"{len(reused)} results of {portable(str(args.reuse))}" if reused else None,
         "not_rising": falls,
     }
     if args.anchor in report:

@@ -4,9 +4,12 @@
     python tools/measure_all.py kodak
     python tools/measure_all.py kodak --only plots report
     python tools/measure_all.py kodak --only rd plots --limit 3 --into trial
+    python tools/measure_all.py kodak --weights
 
-`kodak` is a folder with the 24 Kodak images.  The stages, in this order; all but `large` unless
---only names some:
+`kodak` is a folder with the 24 Kodak images.  --weights renews what new weights make false, in less
+than ten minutes: `rd`, with the other codecs' results as they are, `plots`, `report` and `tables`.
+The stages, in this order; all but `tables` and
+`large` unless --only names some:
 
     rd          size, PSNR, MS-SSIM, times: the weights that ship and the codecs of Pillow
     fine        size and PSNR at every tenth of a quality, and whether both rise at every step
@@ -17,6 +20,7 @@
     cpu         scans, codec and whole commands on a CPU; with peers, which take 15 GB of memory
     training    how fast `tiny` trains with each scan backend
     large       a photograph of 24 megapixels
+    tables      the tables in README.md and in the model card, from the results
 
 Each stage runs other tools of this folder, each in a process of its own, and prints the command.
 A stage that is named runs: its results replace those that there are, file by file, each when it is
@@ -29,8 +33,8 @@ The Kodak images may not be passed on, so no result shows one: where a result sh
 the photograph that ships, whose licence allows it.
 
 Minutes that are printed beforehand are estimates for two cores of an AMD EPYC (Zen 5).  Times are
-among what is measured: let the machine do nothing else.  Afterwards, `python
-tools/readme_tables.py` puts the new numbers into the README.
+among what is measured: let the machine do nothing else.  Afterwards, the
+stage `tables` puts the new numbers into the README.
 """
 
 from __future__ import annotations
@@ -75,6 +79,7 @@ class Inputs:
         model: name or directory of the model.
         into: the folder of results.
         fresh: begin anew what was interrupted.
+        reuse: take the other codecs' results from where they are.
     """
 
     pictures: Path
@@ -82,6 +87,7 @@ class Inputs:
     model: str
     into: Path
     fresh: bool
+    reuse: bool = False
 
     def of_pictures(self, *more: str) -> Command:
         """Arguments of the tools that go through the pictures, and keep what they have done."""
@@ -117,7 +123,8 @@ class Stage:
 
 def rd(inputs: Inputs) -> list[Command]:
     # One process with all cores, whose times are those of a user.
-    return [("eval_rd.py", *inputs.of_pictures("--model", inputs.model, "-o", inputs.rd))]
+    reused = ("--reuse", inputs.rd) if inputs.reuse else ()
+    return [("eval_rd.py", *inputs.of_pictures("--model", inputs.model, *reused, "-o", inputs.rd))]
 
 
 def fine(inputs: Inputs) -> list[Command]:
@@ -165,6 +172,10 @@ def report(inputs: Inputs) -> list[Command]:
     return [("report.py", inputs.rd, *shown, "--bpp", *RATES, "-o", inputs.result("report.html"))]
 
 
+def tables(inputs: Inputs) -> list[Command]:
+    return [("readme_tables.py", "--results", str(inputs.into))]
+
+
 def cpu(inputs: Inputs) -> list[Command]:
     return [("bench_cpu.py", *_of_cpu(inputs))]
 
@@ -182,6 +193,8 @@ def _of_cpu(inputs: Inputs) -> Command:
     return ("--json", inputs.result("cpu.json"), "--markdown", inputs.result("cpu.md"))
 
 
+# What new weights make false, but for times and what is inside.
+WEIGHTS = ("rd", "plots", "report", "tables")
 STAGES = {
     "rd": Stage(rd, minutes=12),
     "fine": Stage(fine, minutes=12),
@@ -192,6 +205,7 @@ STAGES = {
     "cpu": Stage(cpu, minutes=14),
     "training": Stage(training, minutes=4),
     "large": Stage(large, minutes=10, unasked=False),
+    "tables": Stage(tables, minutes=0.1, needs="rd", unasked=False),
 }
 
 
@@ -321,13 +335,16 @@ def parse(argv: list[str]) -> tuple[list[str], Inputs]:
         nargs="+",
         choices=STAGES,
         metavar="STAGE",
-        help=f"of {', '.join(STAGES)} (default: all but large)",
+        help=f"of {', '.join(STAGES)} (default: all but tables and large)",
     )
+    add("--weights", action="store_true", help="renew what new weights make false")
     add("--fresh", action="store_true", help="forget what an earlier run left unfinished")
     add("--into", type=Path, metavar="DIR", help="put results here (default: benchmarks)")
     add("--model", default="tiny", help="other weights: name or directory; needs --into")
     add("--limit", type=int, metavar="N", help="only the first N pictures; needs --into")
     args = parser.parse_args(argv)
+    if args.weights and (args.only or args.into):
+        parser.error("--weights must stand without --only and --into")
     if not args.pictures.is_dir():
         parser.error(f"KODAK must be a folder of pictures, got {str(args.pictures)!r}")
     if args.limit is not None and args.limit < 1:
@@ -343,8 +360,10 @@ def parse(argv: list[str]) -> tuple[list[str], Inputs]:
         args.into.mkdir(exist_ok=True)
     except OSError as error:
         parser.error(f"--into must be a folder in an existing one: {error}")
-    names = [n for n, s in STAGES.items() if (n in args.only if args.only else s.unasked)]
-    return names, Inputs(args.pictures, args.limit, args.model, args.into, args.fresh)
+    only = WEIGHTS if args.weights else args.only
+    names = [n for n, s in STAGES.items() if (n in only if only else s.unasked)]
+    inputs = Inputs(args.pictures, args.limit, args.model, args.into, args.fresh, args.weights)
+    return names, inputs
 
 
 def main(argv: list[str] | None = None) -> int:

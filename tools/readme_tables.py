@@ -1,9 +1,10 @@
-"""The tables of measured results in README.md, made from the JSONs in benchmarks/.
+"""The tables of measured results in README.md and the model card, made from benchmarks/.
 
     python tools/readme_tables.py            # writes them
     python tools/readme_tables.py --check    # says which are out of date; changes nothing
 
-What stands between `<!-- table: NAME -->` and `<!-- end -->` is replaced.  NAME is one of
+What stands between `<!-- table: NAME -->` and `<!-- end -->` is replaced.  The model card has the
+table `kodak`, the README has all:
 
     kodak       each quality on Kodak, beside what JPEG 4:2:0 takes for the same PSNR
     bd_rates    BD-rates of all that was measured there, and ours against each
@@ -13,8 +14,8 @@ What stands between `<!-- table: NAME -->` and `<!-- end -->` is replaced.  NAME
     published   what was measured here, and what others publish, each with its anchor, its
                 convention of MACs and its hardware
 
-The exit status of --check is 1 if a table is out of date; a table that the README lacks, one that
-it has twice and one of another name are errors.  Run tools/measure_all.py for newer results.
+The exit status of --check is 1 if a table is out of date; a table that a page lacks, one that it
+has twice and one of another name are errors.  Run tools/measure_all.py for newer results.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -320,19 +321,24 @@ TABLES: dict[str, Callable[[Results], str]] = {
 }
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- the pages
+
+# The tables of each, by its path in the repository.
+PAGES = {"README.md": tuple(TABLES), "cmamba_ref/pretrained/tiny/README.md": ("kodak",)}
 
 
-def filled(text: str, results: Results) -> tuple[str, list[str]]:
-    """The README with new tables, and the names of those that changed.
+def filled(
+    text: str, results: Results, tables: Sequence[str] = tuple(TABLES)
+) -> tuple[str, list[str]]:
+    """A page with new tables, and the names of those that changed.
 
     Raises:
-        TableError: a result is missing, or the README has not exactly these tables.
+        TableError: a result is missing, or the page has not exactly these tables.
     """
     names = [match[1] for match in BLOCK.finditer(text)]
-    if sorted(names) != sorted(TABLES):
+    if sorted(names) != sorted(tables):
         raise TableError(
-            f"the README must have each of the tables {', '.join(TABLES)} once, got "
+            f"the page must have each of the tables {', '.join(tables)} once, got "
             f"{', '.join(names) or 'none'}; put them between <!-- table: NAME --> and <!-- end -->"
         )
     changed = []
@@ -353,23 +359,27 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--check", action="store_true", help="change nothing; 1 if a table is out of date")
-    add("--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="another page")
+    add("--pages", type=Path, default=ROOT, metavar="DIR", help="another repository's pages")
     add("--results", type=Path, default=ROOT / "benchmarks", metavar="DIR", help="other results")
     args = parser.parse_args(argv)
-    try:
-        text, changed = filled(args.readme.read_text(), Results(args.results))
-    except (CMambaError, OSError) as error:
-        parser.error(str(error))
-    except ImportError as error:
-        parser.error(f"{error}; install the extra: pip install 'cmamba-ref[eval]'")
-    if args.check:
-        for name in changed:
-            print(f"{name} is out of date; run python tools/readme_tables.py", file=sys.stderr)
-        return 1 if changed else 0
-    if changed:
-        write_atomically(args.readme, text.encode())
-    print(f"{args.readme.name}: {', '.join(changed) or 'no table'} changed")
-    return 0
+    outdated = False
+    for page, tables in PAGES.items():
+        try:
+            text, changed = filled((args.pages / page).read_text(), Results(args.results), tables)
+        except (CMambaError, OSError) as error:
+            parser.error(f"{page}: {error}")
+        except ImportError as error:
+            parser.error(f"{error}; install the extra: pip install 'cmamba-ref[eval]'")
+        outdated |= bool(changed)
+        if args.check:
+            for name in changed:
+                told = f"{page}: {name} is out of date; run python tools/readme_tables.py"
+                print(told, file=sys.stderr)
+            continue
+        if changed:
+            write_atomically(args.pages / page, text.encode())
+        print(f"{page}: {', '.join(changed) or 'no table'} changed")
+    return int(args.check and outdated)
 
 
 if __name__ == "__main__":
