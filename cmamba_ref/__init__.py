@@ -29,6 +29,9 @@ from cmamba_ref.errors import (
 if TYPE_CHECKING:
     from cmamba_ref.codec import decode, encode
     from cmamba_ref.model import CMamba
+    from cmamba_ref.nn.blocks import CASSM, VSSBlock
+    from cmamba_ref.nn.context import CAE, LRP, ContextModel
+    from cmamba_ref.nn.ss2d import SS2D
     from cmamba_ref.ops import (
         available_backends,
         scan_backend,
@@ -45,14 +48,20 @@ if not (_package / "kernels").is_dir() and (_package.parent / "kernels" / "plan.
     __path__.append(str(_package.parent))
 
 __all__ = [
+    "CAE",
+    "CASSM",
+    "LRP",
+    "SS2D",
     "BackendUnavailableError",
     "BitstreamError",
     "CMamba",
     "CMambaConfig",
     "CMambaError",
+    "ContextModel",
     "ImageError",
     "InvalidArgumentError",
     "MemoryLimitError",
+    "VSSBlock",
     "WeightsError",
     "available_backends",
     "decode",
@@ -65,7 +74,13 @@ __all__ = [
 
 # Where the names above that need torch come from.
 _LAZY = {
+    "CAE": "nn.context",
+    "CASSM": "nn.blocks",
     "CMamba": "model",
+    "ContextModel": "nn.context",
+    "LRP": "nn.context",
+    "SS2D": "nn.ss2d",
+    "VSSBlock": "nn.blocks",
     "available_backends": "ops",
     "decode": "codec",
     "encode": "codec",

@@ -17,8 +17,7 @@ from cmamba_ref.errors import InvalidArgumentError
 # field's ladder (0.0018 and 0.0932, the MSE lambdas of CompressAI's qualities 1 and 7).
 VARIABLE_RATE_LMBDAS = tuple(0.0018 * (0.0932 / 0.0018) ** (i / 7) for i in range(8))
 
-# What `block` and `context` may be; the first of each is the paper's.
-BLOCKS = ("ca-ssm", "sum", "concatenation", "ssm", "cnn", "gdn")
+# What `context` may be; the first is the paper's. Blocks are registered, see cmamba_ref.nn.blocks.
 CONTEXTS = ("cae", "cae-without-ssm", "none")
 # What `resampling` may be; the first is the default.
 RESAMPLINGS = ("convolution", "haar")
@@ -49,7 +48,8 @@ class CMambaConfig:
         block: what a stage with the global path is built of.  "ca-ssm" is the paper's; the others
             are there to be compared with it: both paths, joined by "sum" or "concatenation"
             instead of attention; one of them alone, "ssm" or "cnn"; or "gdn", which makes every
-            stage one of divisive normalisation (Ballé et al. 2016), without any path.
+            stage one of divisive normalisation (Ballé et al. 2016), without any path.  More are
+            added by `cmamba_ref.nn.blocks.register_block`.
         context: where means and scales come from.  "cae" is the paper's; "cae-without-ssm" leaves
             its scan out, and so sees one position at a time; "none" takes both from the
             hyperprior alone (Minnen et al. 2018).
@@ -57,13 +57,13 @@ class CMambaConfig:
         lrp_kernel: kernel size of its convolutions, 3 or 1; 1 makes it an MLP at each position.
         resampling: how g_a halves and g_s doubles height and width.  "convolution" is strided
             convolutions; "haar" is Haar transforms with a scale per sub-band and a 1x1 convolution
-            (`cmamba_ref.haar`).  The last layer of g_s is a convolution in both.
+            (`cmamba_ref.nn.haar`).  The last layer of g_s is a convolution in both.
         lmbdas: empty for a model of one rate; else one lambda per quality 1, 2, ...: the model has
             gain vectors (Cui et al. 2021) and serves every quality between 1 and `len(lmbdas)`.
-        feature_gain: whether the features at H/8 have gain vectors too (`cmamba_ref.gain`); needs
-            `lmbdas`.
+        feature_gain: whether the features at H/8 have gain vectors too (`cmamba_ref.nn.gain`);
+            needs `lmbdas`.
         bypass: whether a linear path between 16x16 blocks of the image and y stands beside g_a and
-            g_s (`cmamba_ref.bypass`).
+            g_s (`cmamba_ref.nn.bypass`).
 
     Raises:
         InvalidArgumentError: a size is not positive, or sizes do not fit together.
@@ -81,7 +81,7 @@ class CMambaConfig:
     d_state: int = 16
     ssm_ratio: float = 2.0
     fusion_reduction: int = 4
-    block: str = BLOCKS[0]
+    block: str = "ca-ssm"
     context: str = CONTEXTS[0]
     lrp: bool = True
     lmbdas: tuple[float, ...] = field(default=())
@@ -91,8 +91,11 @@ class CMambaConfig:
     bypass: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise InvalidArgumentError(f"`name` must be text, got {self.name!r}; see CMambaConfig")
+        for arg in ("name", "block"):
+            if not isinstance(getattr(self, arg), str):
+                raise InvalidArgumentError(
+                    f"`{arg}` must be text, got {getattr(self, arg)!r:.80}; see CMambaConfig"
+                )
         for arg, length in (
             ("widths", 3),
             ("depths", 3),
@@ -141,7 +144,6 @@ class CMambaConfig:
                 "see CMambaConfig"
             )
         for arg, choices in (
-            ("block", BLOCKS),
             ("context", CONTEXTS),
             ("resampling", RESAMPLINGS),
         ):

@@ -1,9 +1,9 @@
 """How much memory a picture takes on the CPU, and whether there is so much.
 
 Maps of features are what counts. A transform holds, at each of its scales, the input and the output
-of a block and what a block needs as a whole in between (`cmamba_ref.strips`); the coding path holds
-the latent in float64, with what the slices see of each other. The largest of these moments is the
-peak.
+of a block and what a block needs as a whole in between (`cmamba_ref.nn.tiled`); the coding path
+holds the latent in float64, with what the slices see of each other. The largest of these moments is
+the peak.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cmamba_ref import strips
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.errors import MemoryLimitError
+from cmamba_ref.nn import tiled
 
 GIB = 2**30
 FLOAT, DOUBLE = 4, 8
@@ -39,7 +39,7 @@ def predict(config: CMambaConfig, height: int, width: int) -> int:
     for channels, has_scan in zip(config.widths, config.stages_with_scan, strict=True):
         positions //= 4
         inner = round(config.ssm_ratio * channels) if has_scan else channels
-        at_work = STRIP_MAPS * (channels + inner) * min(positions, strips.STRIP_POSITIONS)
+        at_work = STRIP_MAPS * (channels + inner) * min(positions, tiled.STRIP_POSITIONS)
         moments.append(before + channels * positions)
         moments.append((2 * channels + inner) * positions + at_work)
         before = channels * positions

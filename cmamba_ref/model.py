@@ -1,7 +1,7 @@
 """CMamba: the whole model, with CompressAI's protocol.
 
     y = g_a(x)            z = h_a(y)            z_hat = Q(z)        Phi' = h_s(z_hat)
-    y_hat, y_bar  slice by slice from Phi' (cmamba_ref.context)     x_hat = g_s(y_bar)
+    y_hat, y_bar  slice by slice from Phi' (cmamba_ref.nn.context)     x_hat = g_s(y_bar)
 
 Names are the field's: `g_a g_s h_a h_s y y_hat y_bar z z_hat x_hat`, as in the paper.
 """
@@ -26,9 +26,7 @@ from cmamba_ref.bitstream import (
     symbols_crc,
     unpack_latent,
 )
-from cmamba_ref.bypass import LinearBypass
 from cmamba_ref.config import CONFIGS, CMambaConfig
-from cmamba_ref.context import ContextModel
 from cmamba_ref.entropy import rans
 from cmamba_ref.entropy.bounds import ste_round
 from cmamba_ref.entropy.factorized import FactorizedPrior
@@ -40,9 +38,12 @@ from cmamba_ref.entropy.gaussian import (
 )
 from cmamba_ref.entropy.precision import float64_copy
 from cmamba_ref.errors import BitstreamError, CMambaError, InvalidArgumentError, WeightsError
-from cmamba_ref.gain import Gains, GainUnits
+from cmamba_ref.nn import tiled
+from cmamba_ref.nn.bypass import LinearBypass
+from cmamba_ref.nn.context import ContextModel
+from cmamba_ref.nn.gain import Gains, GainUnits
+from cmamba_ref.nn.transforms import Analysis, HyperAnalysis, HyperSynthesis, Synthesis
 from cmamba_ref.ops.autocast import without_autocast
-from cmamba_ref.transforms import Analysis, HyperAnalysis, HyperSynthesis, Synthesis
 
 # z lives at H/64: pictures are padded to a multiple of this.
 MULTIPLE = 64
@@ -263,9 +264,10 @@ class CMamba(nn.Module):
             CMambaError: x, the weights or the latents hold NaN or infinity.
             WeightsError: the model has no entropy tables; call `update()`.
         """
+        _check_pictures(x)
+        quality = self.check_quality(quality)
         y_tables = self.gaussian_conditional.stored.tables()
         z_tables = self.entropy_bottleneck.stored.tables()
-        quality = self.check_quality(quality)
         z_symbols, y_symbols, all_log_scales = self.latent_symbols(x, quality)
         y_strings, z_strings = [], []
         z_index = self._z_index(z_symbols.shape[-2:])
@@ -481,7 +483,7 @@ class CMamba(nn.Module):
         first = next(self.g_a.parameters())
         x = x.to(first.device, first.dtype).contiguous(memory_format=torch.channels_last)
         gains = self._gains(quality, x.shape[0])
-        y = self.g_a(x, None if gains is None else gains.analysis)
+        y = self.g_a(x, None if gains is None else gains.analysis, tiled.apply)
         if self.bypass is not None:
             y = y + self.bypass.to_latent(x)
         return y if gains is None else y * gains.latent, gains
@@ -523,7 +525,7 @@ class CMamba(nn.Module):
         if gains is not None:
             y_bar, feature_gain = y_bar * gains.inverse, gains.synthesis
         y_bar = y_bar.contiguous(memory_format=torch.channels_last)
-        x_hat = self.g_s(y_bar, feature_gain)
+        x_hat = self.g_s(y_bar, feature_gain, tiled.apply)
         return x_hat if self.bypass is None else x_hat + self.bypass.to_image(y_bar)
 
     def _coding(self) -> tuple[nn.ModuleDict, torch.device]:

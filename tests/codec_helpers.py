@@ -25,8 +25,8 @@ import cmamba_ref
 from cmamba_ref import CMamba, CMambaConfig
 from cmamba_ref import model as model_module
 from cmamba_ref.config import TINY
-from cmamba_ref.context import ContextModel
 from cmamba_ref.entropy import rans
+from cmamba_ref.nn.context import ContextModel
 
 TESTS = Path(__file__).resolve().parent
 QUALITIES = (1, 2.5, 4, 6.3, 8)

@@ -12,11 +12,12 @@ from PIL import Image
 from training_helpers import defaults, make_photographs, records
 
 import cmamba_ref
-from cmamba_ref import CMamba, CMambaConfig, InvalidArgumentError, memory
-from cmamba_ref.blocks import CASSM, GDN, PlainFusion, ResBlock, VSSBlock
-from cmamba_ref.config import BLOCKS, CONTEXTS
+from cmamba_ref import CMamba, CMambaConfig, InvalidArgumentError, WeightsError, memory
+from cmamba_ref.config import CONTEXTS
 from cmamba_ref.entropy.precision import float64_copy
 from cmamba_ref.losses import rate_distortion_loss
+from cmamba_ref.nn.ablations import GDN, PlainFusion
+from cmamba_ref.nn.blocks import BLOCKS, CASSM, ResBlock, VSSBlock, register_block
 from tools import ablate, observe
 
 VARIANTS = list(ablate.VARIANTS)
@@ -148,11 +149,48 @@ def test_without_scans_less_memory_is_asked_for():
 
 
 @pytest.mark.parametrize(
-    "change", [{"block": "cassm"}, {"context": None}, {"lrp": 1}, {"block": ["cnn"]}], ids=str
+    "change", [{"context": None}, {"lrp": 1}, {"block": ["cnn"]}, {"block": None}], ids=str
 )
-def test_what_no_part_is_called_is_refused(change):
+def test_unknown_parts_are_refused(change):
     with pytest.raises(InvalidArgumentError, match=next(iter(change))):
         dataclasses.replace(SMALL, **change)
+
+
+def test_a_block_must_be_registered():
+    with pytest.raises(InvalidArgumentError, match="one of 'ca-ssm', .*got 'cassm'.*register"):
+        CMamba(dataclasses.replace(SMALL, block="cassm"))
+
+
+class Pointwise(torch.nn.Module):
+    """A block of a user's own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return x + self.layer(x)
+
+
+def test_a_block_of_ones_own_is_saved_loaded_and_codes(tmp_path, monkeypatch):
+    monkeypatch.setitem(BLOCKS, "pointwise", BLOCKS["cnn"])  # undone after the test
+    register_block("pointwise", lambda channels, config, inverse: Pointwise(channels))
+    torch.manual_seed(0)
+    model = CMamba(dataclasses.replace(SMALL, block="pointwise")).eval()
+    assert any(isinstance(layer, Pointwise) for layer in model.g_s)
+    model.update()
+    model.save_pretrained(tmp_path)
+    loaded = CMamba.from_pretrained(tmp_path)
+    assert loaded.model_id == model.model_id
+    image = picture(70, 90)
+    decoded = [
+        cmamba_ref.decode(cmamba_ref.encode(m, image, 4), other)
+        for m, other in ((model, loaded), (loaded, model))
+    ]
+    assert np.array_equal(*decoded)
+    del BLOCKS["pointwise"]
+    with pytest.raises(WeightsError, match="register it first"):
+        CMamba.from_pretrained(tmp_path)
 
 
 def test_a_configuration_from_before_has_the_paper_s_parts():
@@ -161,7 +199,7 @@ def test_a_configuration_from_before_has_the_paper_s_parts():
     for name in ("block", "context", "lrp"):
         del values[name]
     config = CMambaConfig.from_json(json.dumps(values))
-    assert config == SMALL and (config.block, config.context) == (BLOCKS[0], CONTEXTS[0])
+    assert config == SMALL and (config.block, config.context) == ("ca-ssm", CONTEXTS[0])
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from feature_statistics import GRID, REACH
 from PIL import Image
 
 import cmamba_ref
-from cmamba_ref.blocks import CASSM
 from cmamba_ref.model import pad
+from cmamba_ref.nn.blocks import CASSM
 
 MIDDLE = GRID // 2
 

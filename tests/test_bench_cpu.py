@@ -16,8 +16,9 @@ from bench_cpu import DECODE, DIRECTIONS, ENCODE, Job, Limits
 from profile_scan import BOTH, FORWARD, Settings, Shape
 
 import cmamba_ref
-from cmamba_ref import CMamba, CMambaConfig, ss2d
+from cmamba_ref import CMamba, CMambaConfig
 from cmamba_ref.entropy import rans
+from cmamba_ref.nn import ss2d
 from cmamba_ref.ops import compiled
 
 CPU = torch.device("cpu")

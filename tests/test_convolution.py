@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cmamba_ref.convolution import Conv3x3
+from cmamba_ref.nn.conv3x3 import Conv3x3
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

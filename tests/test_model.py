@@ -8,14 +8,15 @@ import codec_helpers
 import pytest
 import torch
 
+import cmamba_ref
 from cmamba_ref import CMamba, CMambaConfig, InvalidArgumentError
-from cmamba_ref.blocks import CASSM, ResBlock, VSSBlock
 from cmamba_ref.config import BASE, CONFIGS, RESAMPLINGS, SMALL, TINY
-from cmamba_ref.context import CAE
 from cmamba_ref.entropy.bounds import lower_bound, ste_round
 from cmamba_ref.entropy.precision import float64_copy
 from cmamba_ref.entropy.tables import gaussian_tables
 from cmamba_ref.losses import bits, rate_distortion_loss
+from cmamba_ref.nn.blocks import CASSM, ResBlock, VSSBlock
+from cmamba_ref.nn.context import CAE
 from tools import complexity
 
 MINI = dataclasses.replace(
@@ -40,6 +41,15 @@ def pictures(*shape: int) -> torch.Tensor:
     torch.manual_seed(1)
     coarse = torch.rand(shape[0], 3, 4, 4)
     return torch.nn.functional.interpolate(coarse, shape[1:], mode="bicubic").clamp(0, 1)
+
+
+def test_ss2d_has_the_sizes_of_vmamba_by_default():
+    """R = C / 16, N = 16, twice as many channels inside; channels come last."""
+    ss2d = cmamba_ref.SS2D(32)
+    shapes = {name: list(p.shape) for name, p in ss2d.named_parameters()}
+    assert shapes["A_log"] == [4, 64, 16] and shapes["dt_weight"] == [4, 64, 2]
+    assert shapes["in_proj.weight"] == [128, 32] and shapes["out_proj.weight"] == [32, 64]
+    assert ss2d(torch.rand(2, 5, 7, 32)).shape == (2, 5, 7, 32)
 
 
 def test_base_lands_on_the_published_totals():
@@ -223,7 +233,7 @@ def test_likelihood_of_y_is_the_mass_of_the_unit_interval(model, scale):
 
 @pytest.mark.parametrize("resampling", RESAMPLINGS)
 def test_a_fresh_model_already_reconstructs(resampling):
-    """g_a and g_s start as a transform and its inverse, see cmamba_ref.walsh."""
+    """g_a and g_s start as a transform and its inverse, see cmamba_ref.nn.hadamard_init."""
     torch.manual_seed(0)
     tiny = dataclasses.replace(TINY, resampling=resampling)
     fresh = CMamba(tiny).eval()
@@ -250,8 +260,7 @@ def test_fusion_weights_follow_the_content():
     """alpha + beta = 1 per channel, and both depend on the picture."""
     torch.manual_seed(0)
     block = CASSM(16, d_state=2, ssm_ratio=1.0, fusion_reduction=4)
-    f_ssm, f_cnn = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8)
-    alpha, beta = block.fusion_weights(f_ssm, f_cnn)
+    alpha, beta = block.fusion_weights(torch.randn(2, 16))
     assert alpha.shape == beta.shape == (2, 16, 1, 1)
     assert torch.allclose(alpha + beta, torch.ones_like(alpha))
     assert not torch.allclose(alpha[0], alpha[1])

@@ -16,9 +16,9 @@ import cmamba_ref
 from cmamba_ref import CMamba, CMambaConfig, InvalidArgumentError
 from cmamba_ref.config import BASE, LATER_OPTIONS, TINY
 from cmamba_ref.config import SMALL as SHIPPED_SMALL
-from cmamba_ref.context import LRP
-from cmamba_ref.haar import HaarDownsample, HaarUpsample
 from cmamba_ref.losses import bits, rate_distortion_loss
+from cmamba_ref.nn.context import LRP
+from cmamba_ref.nn.haar import HaarDownsample, HaarUpsample
 from tools import complexity, observe, stage_clock
 
 CHANGES = {

@@ -12,9 +12,10 @@ import resident
 import torch
 from profile_scan import BACKWARD, BOTH, FORWARD, Candidate, Shape
 
-from cmamba_ref import CMamba, ss2d
+from cmamba_ref import CMamba
 from cmamba_ref.config import CONFIGS
 from cmamba_ref.errors import BackendUnavailableError
+from cmamba_ref.nn import ss2d
 from cmamba_ref.ops import selective_scan, selective_scan_2d
 
 TINY = "1x4x3x8x2x1"

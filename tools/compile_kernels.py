@@ -43,7 +43,7 @@ from torch import Tensor
 
 from cmamba_ref.config import CONFIGS
 from cmamba_ref.files import write_atomically
-from cmamba_ref.ss2d import DIRECTIONS
+from cmamba_ref.nn.ss2d import DIRECTIONS
 
 KERNELS = ("scan_chunk_states", "carry", "scan_outputs", "scan_chunk_adjoints", "scan_gradients")
 DTYPES = {

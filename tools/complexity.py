@@ -45,7 +45,7 @@ from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.config import CONFIGS, CMambaConfig
 from cmamba_ref.errors import InvalidArgumentError
 from cmamba_ref.files import write_atomically
-from cmamba_ref.ss2d import DIRECTIONS
+from cmamba_ref.nn.ss2d import DIRECTIONS
 from cmamba_ref.weights import pretrained_names
 
 CONVENTIONS = {"no scan": 0, "4.5": 18, "VMamba's": 36}

@@ -17,8 +17,9 @@ from stage_clock import transform_stages
 from torch import Tensor, nn
 
 from cmamba_ref import CMamba
-from cmamba_ref.blocks import CASSM, PlainFusion, VSSBlock
 from cmamba_ref.entropy.gaussian import LOG_SCALE_MAX, LOG_SCALE_MIN
+from cmamba_ref.nn.ablations import PlainFusion
+from cmamba_ref.nn.blocks import CASSM, VSSBlock
 
 
 @dataclass

@@ -21,8 +21,9 @@ import torch
 from resident import peak_bytes, restart_peak
 from torch import nn
 
-from cmamba_ref import CMamba, ss2d
+from cmamba_ref import CMamba
 from cmamba_ref.entropy import rans
+from cmamba_ref.nn import ss2d, tiled
 
 # Everything that is in no other stage: types and padding, scale indexes, CRC, gain, the container.
 OTHER = "other"
@@ -147,8 +148,8 @@ def _watched(model: CMamba, clock: _Clock) -> Iterator[None]:
             undo.callback(handle.remove)
         for owner, name in ((rans, "encode"), (rans.Decoder, "__init__"), (rans.Decoder, "take")):
             _replace(undo, owner, name, lambda call: _as_stage(call, "entropy coder", clock))
-        for name in ("selective_scan_2d", "scan_2d_strips"):
-            _replace(undo, ss2d, name, lambda call: _as_scan(call, clock))
+        for owner, name in ((ss2d, "selective_scan_2d"), (tiled, "scan_2d_strips")):
+            _replace(undo, owner, name, lambda call: _as_scan(call, clock))
         yield
 
 

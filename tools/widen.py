@@ -4,9 +4,9 @@
     python tools/train.py --init runs/wide --data photos --out runs/wider --core-hours 1
 
 The new model is the old one as far as its first channels go: old paths read nothing of the new
-channels, so its output is the old one's plus that of the linear bypass (cmamba_ref/bypass.py) that
-the new channels carry.  The bypass is the best linear map of that rank from 16x16 blocks of the
-image to the old model's error without quantisation (reduced-rank regression).  New slices have
+channels, so its output is the old one's plus that of the linear bypass (cmamba_ref/nn/bypass.py)
+that the new channels carry.  The bypass is the best linear map of that rank from 16x16 blocks of
+the image to the old model's error without quantisation (reduced-rank regression).  New slices have
 fresh context models; gains are those of the old model, interpolated over lambda.
 
 Prints the PSNR without quantisation before and after, on images that were not fitted to.
@@ -28,9 +28,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cmamba_ref import CMamba, CMambaConfig, CMambaError
-from cmamba_ref.bypass import BLOCK
+from cmamba_ref.nn.bypass import BLOCK
+from cmamba_ref.nn.hadamard_init import LATENT_SCALE
 from cmamba_ref.training import data
-from cmamba_ref.walsh import LATENT_SCALE
 
 CROP = 512
 HELD_OUT = 8

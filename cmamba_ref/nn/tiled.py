@@ -1,4 +1,6 @@
-"""Large maps in bounded memory: the rows of a map, strip after strip.
+"""The blocks of `cmamba_ref.nn` on large maps, in bounded memory: strip after strip of rows.
+
+    y = g_a(x, gain, apply=tiled.apply)
 
 A layer that looks no further than a few rows needs its input and its output as a whole, and what
 lies between only for one strip. The scan looks at everything, but in the order of a direction, and
@@ -10,13 +12,20 @@ agree on: what decides how symbols are read is computed in float64, with a margi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from einops import rearrange, reduce
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from cmamba_ref.nn.ablations import PlainFusion
+from cmamba_ref.nn.blocks import CASSM, ResBlock, VSSBlock
+from cmamba_ref.nn.ss2d import DIRECTIONS, SS2D
 from cmamba_ref.ops import chunked, dispatch
+from cmamba_ref.ops.chunked import scan_2d_strips
 
 # Positions of a strip. A map of no more is not cut.
 STRIP_POSITIONS = 2**17
@@ -40,6 +49,101 @@ def are_needed(x: Tensor) -> bool:
         and x.dtype in (torch.float32, torch.float64)
         and dispatch.choose("auto", "cpu") in ("chunked", "compiled")
     )
+
+
+def apply(layer: nn.Module, x: Tensor) -> Tensor:
+    """Compute `layer(x)` for a layer of g_a or g_s and a map `[B, C, H, W]` of any size.
+
+    Forward hooks of a layer and of its paths run either way; where the map is cut, they are given a
+    copy of the module, and the modules inside a path are not called one by one.
+    """
+    compute = _BY_STRIPS.get(type(layer))
+    if compute is None or not are_needed(x):
+        return layer(x)
+    # Called in its place, with the same parameters and hooks: other threads use the layer itself.
+    twin = copy.copy(layer)
+    twin.forward = lambda x: compute(layer, x)
+    return twin(x)
+
+
+# ---------------------------------------------------------------- the blocks
+
+
+def _res_block(block: ResBlock, x: Tensor) -> Tensor:
+    out = x.clone()
+    for rows, with_halo, inside in of_map(x, halo=2):
+        change = block.conv2(block.act(block.conv1(x[:, :, with_halo])))
+        out[:, :, rows].add_(change[:, :, inside])
+    return out
+
+
+def _vss_block(block: VSSBlock, x: Tensor) -> Tensor:
+    out = x.clone()
+    channels_last = "b c h w -> b h w c"
+    _add_ss2d(block.ss2d, rearrange(x, channels_last), block.norm, rearrange(out, channels_last))
+    return out
+
+
+def _ca_ssm(block: CASSM, x: Tensor) -> Tensor:
+    f_ssm, f_cnn = apply(block.ssm, x), apply(block.cnn, x)
+    sums = (f_ssm[:, :, rows] + f_cnn[:, :, rows] for rows, *_ in of_map(x))
+    largest = [reduce(part, "b c h w -> b c", "max") for part in sums]
+    alpha, beta = block.fusion_weights(torch.stack(largest).amax(0))
+    return _fuse(lambda ssm, cnn: block.w(alpha * ssm + beta * cnn), f_ssm, f_cnn)
+
+
+def _plain_fusion(block: PlainFusion, x: Tensor) -> Tensor:
+    return _fuse(block.fuse, apply(block.ssm, x), apply(block.cnn, x))
+
+
+def _fuse(fuse: Callable[[Tensor, Tensor], Tensor], f_ssm: Tensor, f_cnn: Tensor) -> Tensor:
+    """Overwrite `f_ssm` with `fuse(f_ssm, f_cnn)`, which looks at one position at a time."""
+    for rows, *_ in of_map(f_ssm):
+        f_ssm[:, :, rows] = fuse(f_ssm[:, :, rows], f_cnn[:, :, rows])
+    return f_ssm
+
+
+def _add_ss2d(ss2d: SS2D, x: Tensor, norm: nn.Module, out: Tensor) -> None:
+    """`out += ss2d(norm(x))` for large maps x and out `[B, H, W, C]`.
+
+    Besides x and out only the output of the scan exists as a whole: the scan's input is recomputed
+    wherever it is needed, by each of the four directions and for the skip. For that the weights of
+    `in_proj` and `x_proj` are used in parts: hooks on these two do not run.
+    """
+    batch, height, width, _ = x.shape
+    inner = ss2d.D.shape[1]
+    to_u, to_z = ss2d.in_proj.weight.split(inner)
+    to_proj = ss2d.x_proj.weight.unflatten(0, (DIRECTIONS, -1))
+    A, dt_weight, dt_bias, D = ss2d.scan_parameters(x.dtype)
+
+    def scan_input(axis: int, lines: slice) -> Tensor:
+        strip = with_halo(lines, x.shape[axis], halo=1)
+        region = norm(take(x, axis, strip.with_halo))
+        return take(ss2d.convolve(F.linear(region, to_u)), axis, strip.inside)
+
+    def project(direction: int, lines: slice) -> tuple[Tensor, Tensor]:
+        u = scan_input(1 + direction % 2, lines)
+        return u, F.linear(u, to_proj[direction])
+
+    y = x.new_zeros(batch, height, width, inner)
+    read = ReadByRegion(project, batch, height, width)
+    is_compiled = dispatch.choose("auto", "cpu") == "compiled"
+    scan_2d_strips(read, y, A, dt_weight, dt_bias, is_compiled=is_compiled)
+    for rows, *_ in cut(height, batch * width, REGION_POSITIONS):
+        scanned = y[:, rows].addcmul_(scan_input(1, rows), D.sum(0))
+        z = F.linear(norm(x[:, rows]), to_z)
+        out[:, rows].add_(ss2d.output(scanned, z))
+
+
+_BY_STRIPS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
+    ResBlock: _res_block,
+    VSSBlock: _vss_block,
+    CASSM: _ca_ssm,
+    PlainFusion: _plain_fusion,
+}
+
+
+# ---------------------------------------------------------------- strips
 
 
 class Strip(NamedTuple):

@@ -9,10 +9,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cmamba_ref import strips
 from cmamba_ref.errors import InvalidArgumentError
-from cmamba_ref.ops import dispatch, selective_scan_2d
-from cmamba_ref.ops.chunked import scan_2d_strips
+from cmamba_ref.ops import selective_scan_2d
 
 DIRECTIONS = 4
 # Range of the initial step sizes dt, as in Mamba (Gu & Dao 2023).
@@ -24,7 +22,7 @@ class SS2D(nn.Module):
 
     `in_proj -> (x, z)`, `x = SiLU(conv3x3(x))`, four-direction scan of x, LayerNorm, times
     `SiLU(z)`, `out_proj`.  The projections of the scan are pointwise, so they commute with every
-    order of traversal and are computed once, in raster order; of large maps, see `add_in_strips`.
+    order of traversal and are computed once, in raster order.
 
     Args:
         channels: input and output channels C.
@@ -35,7 +33,7 @@ class SS2D(nn.Module):
         InvalidArgumentError: no inner channel is left.
     """
 
-    def __init__(self, channels: int, *, d_state: int, ssm_ratio: float) -> None:
+    def __init__(self, channels: int, *, d_state: int = 16, ssm_ratio: float = 2.0) -> None:
         super().__init__()
         inner = round(ssm_ratio * channels)
         if inner < 1:
@@ -69,48 +67,18 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map features `[B, H, W, C]` to features `[B, H, W, C]` of the same dtype."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x = self._convolve(x)
+        x = self.convolve(x)
         proj = rearrange(self.x_proj(x), "b h w (k f) -> b h w k f", k=DIRECTIONS)
-        A, dt_weight, dt_bias, D = self._scan_parameters(x.dtype)
-        return self._output(selective_scan_2d(x, proj, A, dt_weight, dt_bias, D), z)
+        A, dt_weight, dt_bias, D = self.scan_parameters(x.dtype)
+        return self.output(selective_scan_2d(x, proj, A, dt_weight, dt_bias, D), z)
 
-    def add_in_strips(self, x: Tensor, norm: nn.Module, out: Tensor) -> None:
-        """`out += forward(norm(x))` for large maps x and out `[B, H, W, C]`, without gradient.
-
-        Besides x and out only the output of the scan exists as a whole: the scan's input is
-        computed anew wherever it is needed, by each of the four directions and for the skip. For
-        that the weights of `in_proj` and `x_proj` are used in parts: hooks on these two do not run.
-        """
-        batch, height, width, _ = x.shape
-        inner = self.D.shape[1]
-        to_u, to_z = self.in_proj.weight.split(inner)
-        to_proj = self.x_proj.weight.unflatten(0, (DIRECTIONS, -1))
-        A, dt_weight, dt_bias, D = self._scan_parameters(x.dtype)
-
-        def scan_input(axis: int, lines: slice) -> Tensor:
-            strip = strips.with_halo(lines, x.shape[axis], halo=1)
-            region = norm(strips.take(x, axis, strip.with_halo))
-            return strips.take(self._convolve(F.linear(region, to_u)), axis, strip.inside)
-
-        def project(direction: int, lines: slice) -> tuple[Tensor, Tensor]:
-            u = scan_input(1 + direction % 2, lines)
-            return u, F.linear(u, to_proj[direction])
-
-        y = x.new_zeros(batch, height, width, inner)
-        read = strips.ReadByRegion(project, batch, height, width)
-        is_compiled = dispatch.choose("auto", "cpu") == "compiled"
-        scan_2d_strips(read, y, A, dt_weight, dt_bias, is_compiled=is_compiled)
-        for rows, *_ in strips.cut(height, batch * width, strips.REGION_POSITIONS):
-            scanned = y[:, rows].addcmul_(scan_input(1, rows), D.sum(0))
-            z = F.linear(norm(x[:, rows]), to_z)
-            out[:, rows].add_(self._output(scanned, z))
-
-    def _convolve(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor) -> Tensor:
+        """Depthwise 3x3 convolution and SiLU: `[B, H, W, D]` to `[B, H, W, D]`."""
         x = self.conv(rearrange(x, "b h w d -> b d h w"))
         return F.silu(rearrange(x, "b d h w -> b h w d"))
 
-    def _scan_parameters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A, dt_weight, dt_bias and D for a scan of a map of this type.
+    def scan_parameters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return A, dt_weight, dt_bias and D for a scan of a map of this type.
 
         The scan takes them in float32 at least, also where the model was cast to less.
         """
@@ -120,5 +88,6 @@ class SS2D(nn.Module):
         )
         return -A_log.exp(), dt_weight, dt_bias, D
 
-    def _output(self, y: Tensor, z: Tensor) -> Tensor:
+    def output(self, y: Tensor, z: Tensor) -> Tensor:
+        """Normalise y, gate it with z, both `[B, H, W, D]`, and project to `[B, H, W, C]`."""
         return self.out_proj(self.norm(y) * F.silu(z))

@@ -5,10 +5,11 @@ import functools
 import pytest
 import torch
 
-from cmamba_ref import blocks, scan_backend, ss2d, strips
-from cmamba_ref.blocks import CASSM, PlainFusion, ResBlock
-from cmamba_ref.ops import blocks as ops_blocks
-from cmamba_ref.ops import chunked
+from cmamba_ref import CASSM, scan_backend
+from cmamba_ref.nn import tiled
+from cmamba_ref.nn.ablations import PlainFusion
+from cmamba_ref.nn.blocks import ResBlock
+from cmamba_ref.ops import blocks, chunked
 
 
 @pytest.fixture(params=["one strip of the scan", "many strips of the scan"])
@@ -18,18 +19,18 @@ def scans(monkeypatch, request):
     The scan has strips of its own: one over all regions, or many in each, as large maps have.
     """
     if request.param == "many strips of the scan":
-        monkeypatch.setattr(ops_blocks, "MAX_BLOCK_LENGTH", 8)
+        monkeypatch.setattr(blocks, "MAX_BLOCK_LENGTH", 8)
         monkeypatch.setattr(chunked, "STRIP_FLOATS", 1)
     calls = []
-    scan = ss2d.scan_2d_strips
+    scan = tiled.scan_2d_strips
 
     def recorded(*args, **kwargs):
         calls.append(kwargs["is_compiled"])
         return scan(*args, **kwargs)
 
-    monkeypatch.setattr(ss2d, "scan_2d_strips", recorded)
-    monkeypatch.setattr(strips, "STRIP_POSITIONS", 70)
-    monkeypatch.setattr(strips, "REGION_POSITIONS", 45)
+    monkeypatch.setattr(tiled, "scan_2d_strips", recorded)
+    monkeypatch.setattr(tiled, "STRIP_POSITIONS", 70)
+    monkeypatch.setattr(tiled, "REGION_POSITIONS", 45)
     return calls
 
 
@@ -49,8 +50,8 @@ def map_of(*shape: int) -> torch.Tensor:
 
 
 def whole(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.enable_grad():  # with gradients nothing is cut
-        return block(x).detach()
+    with torch.no_grad():
+        return block(x)
 
 
 # The last ones are cut into single rows and single columns.
@@ -72,7 +73,7 @@ def test_a_block_in_strips_is_the_block(shape, fusion, scans):
     expected = whole(block, x)
     assert not scans
     with torch.no_grad():
-        y = block(x)
+        y = tiled.apply(block, x)
     assert scans == [False]
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -83,26 +84,43 @@ def test_a_map_in_any_memory_order_is_left_as_it_was(scans):
     x = map_of(1, 6, 13, 17).contiguous()
     before = x.clone()
     with torch.no_grad():
-        y = block(x)
+        y = tiled.apply(block, x)
     assert torch.equal(x, before) and len(scans) == 1
     torch.testing.assert_close(y, whole(block, x), rtol=1e-12, atol=1e-12)
+
+
+def test_hooks_see_a_block_in_strips_and_its_paths(scans):
+    """With the values of the block as a whole, and without leaving anything in it."""
+    block = noisy(CASSM(6, d_state=2, ssm_ratio=1.5, fusion_reduction=2))
+    x, seen = map_of(1, 6, 13, 17), []
+    for module in (block, block.ssm, block.cnn, block.attention):
+        module.register_forward_hook(lambda m, args, y: seen.append((type(m), y.clone())))
+    attributes = set(vars(block))
+    with torch.no_grad():
+        tiled.apply(block, x)
+        cut, seen[:] = list(seen), []
+        whole(block, x)
+    assert len(scans) == 1 and set(vars(block)) == attributes
+    assert [kind for kind, _ in cut] == [kind for kind, _ in seen] and len(cut) == 4
+    for (_, found), (_, expected) in zip(cut, seen, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_each_strip_sees_its_neighbours(scans, monkeypatch):
     """With one row of halo where the local path needs two, the result is another."""
     block = noisy(ResBlock(6))
     x = map_of(1, 6, 13, 17)
-    of_map = strips.of_map
-    monkeypatch.setattr(blocks.strips, "of_map", lambda x, halo: of_map(x, halo - 1))
+    of_map = tiled.of_map
+    monkeypatch.setattr(tiled, "of_map", lambda x, halo: of_map(x, halo - 1))
     with torch.no_grad():
-        assert not torch.allclose(block(x), whole(block, x))
+        assert not torch.allclose(tiled.apply(block, x), whole(block, x))
 
 
 def test_strips_cover_every_line_once_and_stay_inside():
     for lines in (1, 5, 64, 131):
         for halo in (0, 1, 2):
             seen = []
-            for rows, with_halo, inside in strips.cut(lines, 7, 50, halo):
+            for rows, with_halo, inside in tiled.cut(lines, 7, 50, halo):
                 seen += range(lines)[rows]
                 assert list(range(lines)[with_halo][inside]) == list(range(lines)[rows])
                 assert with_halo.start in (0, rows.start - halo) and with_halo.start >= 0
@@ -112,11 +130,11 @@ def test_strips_cover_every_line_once_and_stay_inside():
 
 def test_only_large_maps_on_the_default_scans_are_cut(scans):
     with torch.no_grad():
-        assert strips.are_needed(map_of(1, 6, 13, 17).float())
-        assert not strips.are_needed(map_of(1, 6, 5, 5))
-        assert not strips.are_needed(map_of(1, 6, 13, 17).bfloat16())
+        assert tiled.are_needed(map_of(1, 6, 13, 17).float())
+        assert not tiled.are_needed(map_of(1, 6, 5, 5))
+        assert not tiled.are_needed(map_of(1, 6, 13, 17).bfloat16())
         with scan_backend("reference"):
-            assert not strips.are_needed(map_of(1, 6, 13, 17))
+            assert not tiled.are_needed(map_of(1, 6, 13, 17))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not strips.are_needed(map_of(1, 6, 13, 17))
-    assert not strips.are_needed(map_of(1, 6, 13, 17))
+            assert not tiled.are_needed(map_of(1, 6, 13, 17))
+    assert not tiled.are_needed(map_of(1, 6, 13, 17))

@@ -6,14 +6,18 @@ The paper gives no layer sizes; see `cmamba_ref.config`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
-from cmamba_ref import walsh
-from cmamba_ref.blocks import stage
 from cmamba_ref.config import CMambaConfig
-from cmamba_ref.convolution import Conv3x3
 from cmamba_ref.entropy.precision import StoredPrecision
-from cmamba_ref.haar import HaarDownsample, HaarUpsample
+from cmamba_ref.errors import InvalidArgumentError
+from cmamba_ref.nn import ablations as ablations  # registers its blocks
+from cmamba_ref.nn import hadamard_init
+from cmamba_ref.nn.blocks import BLOCKS
+from cmamba_ref.nn.conv3x3 import Conv3x3
+from cmamba_ref.nn.haar import HaarDownsample, HaarUpsample
 
 
 def downsample(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
@@ -24,6 +28,36 @@ def downsample(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv
 def upsample(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
     """A transposed 5x5 convolution that doubles height and width."""
     return nn.ConvTranspose2d(in_channels, out_channels, 5, stride=2, padding=2, output_padding=1)
+
+
+def stage(config: CMambaConfig, number: int, *, inverse: bool) -> list[nn.Module]:
+    """Make the blocks of one stage: CA-SSM, or what `config.block` puts in its place.
+
+    Args:
+        number: 0 for H/2, 1 for H/4, 2 for H/8.
+        inverse: whether the stage is one of g_s.
+
+    Raises:
+        InvalidArgumentError: no block of that name is registered.
+    """
+    if config.block not in BLOCKS:
+        raise InvalidArgumentError(
+            f"`block` must be one of {', '.join(map(repr, BLOCKS))}, got {config.block!r:.80}; "
+            "or register it first, see cmamba_ref.nn.blocks.register_block"
+        )
+    # A stage without the global path is local, but for GDN, which knows no paths.
+    block = config.block if config.ssm_stages[number] or config.block == "gdn" else "cnn"
+    make = BLOCKS[block]
+    return [make(config.widths[number], config, inverse) for _ in range(config.depths[number])]
+
+
+# How a layer of g_a or g_s is applied to its input.
+Apply = Callable[[nn.Module, Tensor], Tensor]
+
+
+def call(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply a layer as it is."""
+    return layer(x)
 
 
 class Analysis(nn.Sequential):
@@ -39,11 +73,18 @@ class Analysis(nn.Sequential):
             down1, down2, down3, down4 = (downsample(*size) for size in sizes)
         super().__init__(down1, *stage1, down2, *stage2, down3, *stage3, down4)
         self.before_gain = len(stage1) + len(stage2) + 3
-        walsh.init_analysis([down1, down2, down3, down4])
+        hadamard_init.init_analysis([down1, down2, down3, down4])
 
-    def forward(self, input: Tensor, feature_gain: Tensor | None = None) -> Tensor:
-        """Compute y; `feature_gain` `[B, C3, 1, 1]` scales what enters the blocks at H/8."""
-        return _with_gain(self, input, feature_gain, self.before_gain)
+    def forward(
+        self, input: Tensor, feature_gain: Tensor | None = None, apply: Apply = call
+    ) -> Tensor:
+        """Compute y.
+
+        Args:
+            feature_gain: scales what enters the blocks at H/8, `[B, C3, 1, 1]`.
+            apply: how each layer is applied.
+        """
+        return _with_gain(self, input, feature_gain, self.before_gain, apply)
 
 
 class Synthesis(nn.Sequential):
@@ -58,17 +99,26 @@ class Synthesis(nn.Sequential):
         last = nn.Conv2d(c1, 3 * 2 * 2, 3, padding=1)
         super().__init__(up4, *stage3, up3, *stage2, up2, *stage1, last, nn.PixelShuffle(2))
         self.before_gain = len(stage3) + 1
-        walsh.init_synthesis([up4, up3, up2], last)
+        hadamard_init.init_synthesis([up4, up3, up2], last)
 
-    def forward(self, input: Tensor, feature_gain: Tensor | None = None) -> Tensor:
-        """Compute x_hat; `feature_gain` `[B, C3, 1, 1]` scales what leaves the blocks at H/8."""
-        return _with_gain(self, input, feature_gain, self.before_gain)
+    def forward(
+        self, input: Tensor, feature_gain: Tensor | None = None, apply: Apply = call
+    ) -> Tensor:
+        """Compute x_hat.
+
+        Args:
+            feature_gain: scales what leaves the blocks at H/8, `[B, C3, 1, 1]`.
+            apply: how each layer is applied.
+        """
+        return _with_gain(self, input, feature_gain, self.before_gain, apply)
 
 
-def _with_gain(layers: nn.Sequential, x: Tensor, gain: Tensor | None, before: int) -> Tensor:
+def _with_gain(
+    layers: nn.Sequential, x: Tensor, gain: Tensor | None, before: int, apply: Apply
+) -> Tensor:
     """Apply layers in turn, and the gain after so many of them."""
     for number, layer in enumerate(layers, start=1):
-        x = layer(x)
+        x = apply(layer, x)
         if gain is not None and number == before:
             x = x * gain.to(x.dtype)  # which under autocast is not that of parameters
     return x

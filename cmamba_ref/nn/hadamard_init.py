@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cmamba_ref.haar import HaarDownsample, HaarUpsample, haar
+from cmamba_ref.nn.haar import HaarDownsample, HaarUpsample, haar
 
 # Orthonormal opponent colours (rows) over RGB, and the energy that each has in photographs.
 COLOURS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])

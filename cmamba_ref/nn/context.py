@@ -22,9 +22,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmamba_ref.config import CMambaConfig
-from cmamba_ref.convolution import Conv3x3
 from cmamba_ref.entropy.precision import StoredPrecision
-from cmamba_ref.ss2d import SS2D
+from cmamba_ref.nn.ablations import Hyperprior
+from cmamba_ref.nn.conv3x3 import Conv3x3
+from cmamba_ref.nn.ss2d import SS2D
 
 # (slice number, means, log-scales) -> y_hat of the slice, all `[B, slice's width, h, w]`
 CodeSlice = Callable[[int, Tensor, Tensor], Tensor]
@@ -60,23 +61,6 @@ class CAE(nn.Module):
         phi = self.w_ffn(self.norm2(f_ssm)) + f_ssm
         means, log_scales = rearrange(self.head(phi), "b h w (two c) -> two b c h w", two=2)
         return means, log_scales
-
-
-class Hyperprior(nn.Module):
-    """In the place of the CAE, for comparison: Phi' itself is means and log-scales.
-
-    Minnen et al. 2018, without their autoregression.
-    """
-
-    def __init__(self, config: CMambaConfig, begin: int, slice_width: int) -> None:
-        super().__init__()
-        self.of_slice = slice(begin, begin + slice_width)
-        self.latent_channels = config.latent_channels
-
-    def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Map `[B, context_channels, h, w]` to means, log-scales: each `[B, slice_width, h, w]`."""
-        phi_mean, phi_scale = context[:, : 2 * self.latent_channels].chunk(2, dim=1)
-        return phi_mean[:, self.of_slice], phi_scale[:, self.of_slice]
 
 
 class LRP(nn.Module):
