@@ -52,6 +52,89 @@ def test_ss2d_has_the_sizes_of_vmamba_by_default():
     assert ss2d(torch.rand(2, 5, 7, 32)).shape == (2, 5, 7, 32)
 
 
+def vmamba_state(channels: int, inner: int, n: int, rank: int) -> dict[str, torch.Tensor]:
+    """Random weights of an SS2D under VMamba's names."""
+    shapes = {
+        "in_proj.weight": (2 * inner, channels),
+        "conv2d.weight": (inner, 1, 3, 3),
+        "conv2d.bias": (inner,),
+        "x_proj_weight": (4, rank + 2 * n, inner),
+        "dt_projs_weight": (4, inner, rank),
+        "dt_projs_bias": (4, inner),
+        "A_logs": (4 * inner, n),
+        "Ds": (4 * inner,),
+        "out_norm.weight": (inner,),
+        "out_norm.bias": (inner,),
+        "out_proj.weight": (channels, inner),
+    }
+    torch.manual_seed(0)
+    return {name: 0.5 * torch.randn(shape) for name, shape in shapes.items()}
+
+
+def vmamba_forward(w: dict[str, torch.Tensor], x: torch.Tensor, n: int) -> torch.Tensor:
+    """SS2D as VMamba computes it, scan by scan: `[B, H, W, C]` to `[B, H, W, C]`."""
+    functional = torch.nn.functional
+    u, z = functional.linear(x, w["in_proj.weight"]).chunk(2, dim=-1)
+    inner, rank = u.shape[-1], w["dt_projs_weight"].shape[2]
+    u = u.permute(0, 3, 1, 2)
+    u = functional.silu(
+        functional.conv2d(u, w["conv2d.weight"], w["conv2d.bias"], padding=1, groups=inner)
+    )
+    batch, _, height, width = u.shape
+    rows, columns = u.flatten(2), u.transpose(2, 3).flatten(2)
+    total = torch.zeros_like(u)
+    for k, sequence in enumerate((rows, columns, rows.flip(-1), columns.flip(-1))):
+        projected = torch.einsum("cd,bdl->bcl", w["x_proj_weight"][k], sequence)
+        r, B, C = projected.split((rank, n, n), dim=1)
+        y = cmamba_ref.selective_scan(
+            sequence,
+            torch.einsum("dr,brl->bdl", w["dt_projs_weight"][k], r),
+            -w["A_logs"].unflatten(0, (4, inner))[k].exp(),
+            B,
+            C,
+            w["Ds"].unflatten(0, (4, inner))[k],
+            delta_bias=w["dt_projs_bias"][k],
+            delta_softplus=True,
+            backend="reference",
+        )
+        y = y.flip(-1) if k >= 2 else y
+        shape = (batch, inner, width, height) if k % 2 else (batch, inner, height, width)
+        total = total + (y.view(shape).transpose(2, 3) if k % 2 else y.view(shape))
+    total = total.permute(0, 2, 3, 1)
+    normed = functional.layer_norm(total, (inner,), w["out_norm.weight"], w["out_norm.bias"])
+    return functional.linear(normed * functional.silu(z), w["out_proj.weight"])
+
+
+@pytest.mark.parametrize("stored_as_convolutions", [False, True])
+def test_vmamba_weights_give_vmamba_results(stored_as_convolutions):
+    state = vmamba_state(channels=20, inner=24, n=4, rank=2)
+    x = torch.randn(2, 5, 7, 20)
+    expected = vmamba_forward(state, x, n=4)
+    if stored_as_convolutions:  # as its channel-first models do
+        for name in ("in_proj.weight", "out_proj.weight"):
+            state[name] = state[name][:, :, None, None]
+    ss2d = cmamba_ref.SS2D(20, d_state=4, ssm_ratio=1.2)
+    ss2d.load_vmamba(state)
+    with torch.no_grad():
+        torch.testing.assert_close(ss2d(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("Ds"), r"\['D'\]"),
+        (lambda s: s.update(extra=torch.zeros(1)), r"\['extra'\]"),
+        (lambda s: s.update({"in_proj.weight": torch.zeros(24, 20)}), r"\['in_proj.weight'\]"),
+    ],
+    ids=["missing", "too many", "without a gate"],
+)
+def test_other_weights_than_vmambas_are_refused(change, message):
+    state = vmamba_state(channels=20, inner=24, n=4, rank=2)
+    change(state)
+    with pytest.raises(InvalidArgumentError, match=message):
+        cmamba_ref.SS2D(20, d_state=4, ssm_ratio=1.2).load_vmamba(state)
+
+
 def test_base_lands_on_the_published_totals():
     """56.26 M parameters +-1 %, 362.7 GMACs +-2 % at 768x512, scan at 4.5 MACs per element."""
     total = complexity.count("base", 768, 512)["total"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from einops import rearrange
@@ -15,6 +16,20 @@ from cmamba_ref.ops import selective_scan_2d
 DIRECTIONS = 4
 # Range of the initial step sizes dt, as in Mamba (Gu & Dao 2023).
 DT_MIN, DT_MAX = 1e-3, 1e-1
+
+
+# Names in VMamba of what has another name here.
+VMAMBA_NAMES = {
+    "conv2d.weight": "conv.weight",
+    "conv2d.bias": "conv.bias",
+    "x_proj_weight": "x_proj.weight",
+    "dt_projs_weight": "dt_weight",
+    "dt_projs_bias": "dt_bias",
+    "A_logs": "A_log",
+    "Ds": "D",
+    "out_norm.weight": "norm.weight",
+    "out_norm.bias": "norm.bias",
+}
 
 
 class SS2D(nn.Module):
@@ -63,6 +78,43 @@ class SS2D(nn.Module):
         nn.init.uniform_(self.dt_weight, -(dt_rank**-0.5), dt_rank**-0.5)
         dt = torch.empty_like(self.dt_bias).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) == dt
+
+    def load_vmamba(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the weights of an SS2D of VMamba (Liu et al. 2024), forms "v0" and "v2".
+
+        Its directions come in our order; its names, and what they are here:
+
+            in_proj.weight    [2 D, C]        in_proj.weight
+            conv2d.*          [D, 1, 3, 3]    conv.*
+            x_proj_weight     [4, R + 2 N, D] x_proj.weight, directions joined
+            dt_projs_weight   [4, D, R]       dt_weight
+            dt_projs_bias     [4, D]          dt_bias
+            A_logs            [4 D, N]        A_log
+            Ds                [4 D]           D
+            out_norm.*        [D]             norm.*
+            out_proj.weight   [C, D]          out_proj.weight
+
+        Linear layers may be stored as 1x1 convolutions, as its channel-first models do.
+
+        Args:
+            state: the tensors of one SS2D, by these names without a prefix.
+
+        Raises:
+            InvalidArgumentError: a tensor is missing, too many or of another size; a form without
+                gate ("noz") or without convolution has no counterpart here.
+        """
+        ours = self.state_dict()
+        renamed = {VMAMBA_NAMES.get(name, name): tensor for name, tensor in state.items()}
+        wrong = renamed.keys() ^ ours.keys()
+        wrong |= {
+            name for name in renamed.keys() - wrong if renamed[name].numel() != ours[name].numel()
+        }
+        if wrong:
+            raise InvalidArgumentError(
+                f"`state` must hold the weights of an SS2D of these sizes, got others for "
+                f"{sorted(wrong)}; see SS2D.load_vmamba"
+            )
+        self.load_state_dict({n: tensor.reshape(ours[n].shape) for n, tensor in renamed.items()})
 
     def forward(self, x: Tensor) -> Tensor:
         """Map features `[B, H, W, C]` to features `[B, H, W, C]` of the same dtype."""
