@@ -137,6 +137,24 @@ def test_a_checkout_works_without_being_installed(root: Path, tmp_path: Path) ->
     assert Path(found) == tmp_path / "kernels" / "__init__.py"
 
 
+def test_torch_hub_finds_the_models(root: Path, tmp_path: Path) -> None:
+    code = (
+        "import torch\n"
+        "for name in ('tiny', 'small', 'base'):\n"
+        f"    model = torch.hub.load({str(root)!r}, name, source='local')\n"
+        "    print(model.config.name, model.training, model.gaussian_conditional.stored.filled)"
+    )
+    found = run_python(code, tmp_path).splitlines()
+    assert found == ["tiny False True", "small False False", "base False False"]
+
+
+def test_citation_and_changes_name_this_version(root: Path) -> None:
+    version = importlib.metadata.version("cmamba-ref")
+    assert f"\nversion: {version}\n" in (root / "CITATION.cff").read_text()
+    first = re.search(r"^## (\S+)", (root / "CHANGELOG.md").read_text(), re.M)
+    assert first is not None and first[1] == version
+
+
 def test_wheel_works_outside_the_clone(target: Path, outside: dict[str, str]) -> None:
     assert Path(outside["package"]).is_relative_to(target)
     assert Path(outside["kernels"]).is_relative_to(target / "cmamba_ref" / "kernels")
