@@ -19,15 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import torch  # noqa: E402
-from scan_helpers import (  # noqa: E402
-    assert_as_accurate_as_reference,
-    chunks_of,
-    guarded,
-    poisoned,
-    scan_2d_arguments,
-)
+from scan_helpers import chunks_of  # noqa: E402
 
 from cmamba_ref import ops  # noqa: E402
+from cmamba_ref.testing import assert_accurate, guarded, poisoned, scan_2d_arguments  # noqa: E402
 
 # Name: file, text that stands there, defect.
 MUTATIONS = {
@@ -86,7 +81,7 @@ def check(folder: Path) -> str:
     )
     try:
         with poisoned(), chunks_of(8, 2, "mutant"):
-            assert_as_accurate_as_reference(guarded(arguments), "triton")
+            assert_accurate("triton", guarded(arguments))
     except AssertionError:
         return "wrong result"
     return "passed"

@@ -16,9 +16,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scan_helpers import scan_2d_arguments, scan_arguments
 
 from cmamba_ref.ops import selective_scan, selective_scan_2d
+from cmamba_ref.testing import scan_2d_arguments, scan_arguments
 from tools import compile_kernels
 from tools.compile_kernels import (
     DTYPES,

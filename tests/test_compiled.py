@@ -2,16 +2,11 @@
 
 import pytest
 import torch
-from scan_helpers import (
-    assert_as_accurate_as_reference,
-    evaluate,
-    scan_2d_arguments,
-    scan_arguments,
-)
 from torch._dynamo.utils import counters
 
 from cmamba_ref import ops
 from cmamba_ref.ops import blocks, compiled, selective_scan_2d
+from cmamba_ref.testing import assert_accurate, evaluate, scan_2d_arguments, scan_arguments
 
 pytestmark = pytest.mark.skipif(
     compiled.unavailable_reason("cpu") is not None, reason="there is no C++ compiler"
@@ -55,7 +50,7 @@ def map_arguments():
 
 
 def test_map_with_a_rest_is_as_accurate_as_reference(map_arguments, made):
-    assert_as_accurate_as_reference(map_arguments, "compiled")
+    assert_accurate("compiled", map_arguments)
     assert made == ["compiled", "left over"]
 
     without_gradient = {name: x.detach() for name, x in map_arguments.items()}
@@ -68,7 +63,7 @@ def test_sequence_with_a_constant_and_a_grouped_projection_is_as_accurate_as_ref
     arguments = scan_arguments(
         channels=8, length=9, n=3, b_form="constant", c_form="grouped", groups=2
     )
-    assert_as_accurate_as_reference(arguments, "compiled")
+    assert_accurate("compiled", arguments)
     assert made == ["compiled", "left over"]
 
 
@@ -79,7 +74,7 @@ def test_constant_projections_of_single_channels_and_a_long_rest(made, monkeypat
     arguments = scan_arguments(
         channels=3, length=15, n=2, b_form="constant", c_form="grouped", groups=3
     )
-    assert_as_accurate_as_reference(arguments, "compiled")
+    assert_accurate("compiled", arguments)
     assert made == ["compiled", *["left over"] * 4]
 
 

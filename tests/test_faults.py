@@ -19,13 +19,13 @@ import pytest
 import torch
 from codec_helpers import picture, random_model
 from PIL import Image
-from scan_helpers import scan_2d_arguments
 
 import cmamba_ref
 from cmamba_ref import BackendUnavailableError, batch, ops
 from cmamba_ref.cli import main
 from cmamba_ref.images import png_bytes
 from cmamba_ref.ops import compiled
+from cmamba_ref.testing import scan_2d_arguments
 
 ROOT = Path(cmamba_ref.__file__).parents[1]
 PIXELS = picture(70, 90)

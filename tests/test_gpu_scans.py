@@ -20,16 +20,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scan_helpers import (
-    FP64_TOLERANCE,
-    GUARD,
-    evaluate,
-    require_gradients,
-    scan_2d_arguments,
-    scan_arguments,
-    to_double,
-    worst,
-)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,6 +28,17 @@ from cmamba_ref import BackendUnavailableError, CMamba
 from cmamba_ref.config import CONFIGS
 from cmamba_ref.losses import rate_distortion_loss
 from cmamba_ref.ops import dispatch, selective_scan, selective_scan_2d
+from cmamba_ref.testing import (
+    GUARD,
+    AccuracyRule,
+    accuracy,
+    evaluate,
+    require_gradients,
+    scan_2d_arguments,
+    scan_arguments,
+    to_double,
+    worst,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -88,62 +89,23 @@ def assert_same_bits(results, expected):
         assert torch.equal(results[name], x), name
 
 
-class Rule:
-    """max|K - O| <= 2 (max|R - O| + eps max|O|) by name, over as many pieces as are compared.
+def checked(rule):
+    """Checks a rule, and appends its margins to the file that CMAMBA_MARGINS names.
 
-    K is tested, O in fp64, R of the same precision as K. All names that fail are reported at once.
+    At once, so that a run that is cut off has them too.
     """
-
-    def __init__(self):
-        self.maxima = {}
-
-    def compare(self, name, tested, rounded, oracle):
-        assert tested.shape == rounded.shape == oracle.shape, name
-        assert tested.dtype == rounded.dtype, name
-        oracle = oracle.double()
-        now = (
-            worst(tested.double() - oracle),
-            worst(rounded.double() - oracle),
-            worst(oracle),
-            tested.dtype,
-        )
-        if not torch.isfinite(tested).all():
-            now = (math.inf, *now[1:])
-        before = self.maxima.get(name, (0.0, 0.0, 0.0, tested.dtype))
-        self.maxima[name] = (*map(max, now[:3], before[:3]), tested.dtype)
-
-    def check(self):
-        failures = []
-        for name, (error, allowed, scale, dtype) in self.maxima.items():
-            if dtype == torch.float64:
-                bound = FP64_TOLERANCE * scale
-            else:
-                bound = 2 * (allowed + torch.finfo(dtype).eps * scale)
-            print(f"{name}: error {error:.3g}, bound {bound:.3g}")
-            note_margin(name, error, bound)
-            if not error <= bound:
-                failures.append(f"{name}: error {error:.3g} above the bound {bound:.3g}")
-        assert not failures, "; ".join(failures)
-
-
-def note_margin(name, error, bound):
-    """Append to the file that CMAMBA_MARGINS names, so that a run that is cut off has them too."""
-    if path := os.environ.get("CMAMBA_MARGINS"):
-        test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
-        line = json.dumps({"test": test, "name": name, "error": error, "bound": bound})
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    for margin in rule.margins():
+        print(f"{margin.name}: error {margin.error:.3g}, bound {margin.bound:.3g}")
+        if path := os.environ.get("CMAMBA_MARGINS"):
+            test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"test": test, **margin._asdict()}) + "\n")
+    rule.check()
 
 
 def assert_as_accurate_as(judge, arguments):
     """The rule for outputs and every gradient; `judge` is the backend that gives O and R."""
-    oracle = evaluate(to_double(arguments), judge)
-    rounded = evaluate(arguments, judge)
-    tested = evaluate(arguments, "triton")
-    rule = Rule()
-    for name, expected in oracle.items():
-        rule.compare(name, tested[name], rounded[name], expected)
-    rule.check()
+    checked(accuracy("triton", arguments, judge))
 
 
 def plan_of(arguments):
@@ -505,12 +467,12 @@ def last_image_is_that_of_the_image_alone(sizes):
     rounded = scan_and_differentiate(alone, grad_y)
     wide = {name: x.float() for name, x in alone.items()}
     oracle = scan_and_differentiate(wide, grad_y.float())
-    rule = Rule()
+    rule = AccuracyRule()
     for name, x in tested.items():
         assert x.dtype == dtype
         for piece in zip(rows_of(x), rows_of(rounded[name]), rows_of(oracle[name]), strict=True):
             rule.compare(name, *piece)
-    rule.check()
+    checked(rule)
 
 
 def forgetful(x, proj, dt_weight, dt_bias, D):
@@ -546,13 +508,13 @@ def every_position_has_its_closed_form(sizes):
     tested = scan_and_differentiate(arguments, grad_y)
     tested = {name: rows_of(x) for name, x in tested.items()}
     given_ = (rows_of(x) for x in (grad_y, arguments["x"], arguments["proj"]))
-    rule = Rule()
+    rule = AccuracyRule()
     for k, rows in enumerate(zip(*given_, strict=True)):
         oracle = forgetful_rows(arguments, *rows, dtype=FLOAT64)
         rounded = forgetful_rows(arguments, *rows, dtype=FLOAT32)
         for name, expected in oracle.items():
             rule.compare(name, tested[name][k], rounded[name], expected)
-    rule.check()
+    checked(rule)
 
 
 def huge(batch, height, width, channels, n=1, rank=1):
@@ -692,10 +654,10 @@ def test_gradient_flows_through_the_last_state_alone():
 
     oracle = gradients(to_double(arguments), "reference")
     rounded, tested = (gradients(arguments, backend) for backend in ("reference", "triton"))
-    rule = Rule()
+    rule = AccuracyRule()
     for name, *grads in zip(names, tested, rounded, oracle, strict=True):
         rule.compare(name, *grads)
-    rule.check()
+    checked(rule)
 
 
 @contextlib.contextmanager

@@ -13,20 +13,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mutants import MUTATIONS
-from scan_helpers import (
-    assert_as_accurate_as_reference,
-    chunks_of,
+from scan_helpers import chunks_of, kernels_are_interpreted
+
+import cmamba_ref.ops as ops
+from cmamba_ref.ops import selective_scan, selective_scan_2d
+from cmamba_ref.testing import (
+    assert_accurate,
     evaluate,
     guarded,
-    kernels_are_interpreted,
     poisoned,
     scan_2d_arguments,
     scan_arguments,
     worst,
 )
-
-import cmamba_ref.ops as ops
-from cmamba_ref.ops import selective_scan, selective_scan_2d
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(
@@ -102,13 +101,13 @@ def sequences(draw):
 @given(maps(), chunk_lengths, carried_together)
 def test_scan_2d_is_as_accurate_as_the_reference(arguments, chunk, together):
     with poisoned(), chunks_of(chunk, together):
-        assert_as_accurate_as_reference(guarded(arguments), "triton")
+        assert_accurate("triton", guarded(arguments))
 
 
 @given(sequences(), chunk_lengths, carried_together)
 def test_scan_is_as_accurate_as_the_reference(arguments, chunk, together):
     with poisoned(), chunks_of(chunk, together):
-        assert_as_accurate_as_reference(guarded(arguments), "triton")
+        assert_accurate("triton", guarded(arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

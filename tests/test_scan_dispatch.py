@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from scan_helpers import scan_2d_arguments, scan_arguments
 
 import cmamba_ref.ops as ops
 from cmamba_ref.errors import BackendUnavailableError, InvalidArgumentError
 from cmamba_ref.ops import compiled, dispatch, selective_scan, selective_scan_2d
+from cmamba_ref.testing import scan_2d_arguments, scan_arguments
 
 
 @pytest.fixture(autouse=True)

@@ -5,17 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from scan_helpers import (
-    BACKENDS,
-    EAGER_BACKENDS,
-    assert_as_accurate_as_reference,
-    evaluate,
-    scan_2d_arguments,
-    scan_arguments,
-    worst,
-)
+from scan_helpers import BACKENDS, EAGER_BACKENDS
 
 from cmamba_ref.ops import chunked, library, selective_scan, selective_scan_2d
+from cmamba_ref.testing import assert_accurate, evaluate, scan_2d_arguments, scan_arguments, worst
 
 
 def numpy_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state):
@@ -150,10 +143,10 @@ def test_a_direction_read_in_the_wrong_order_is_noticed(monkeypatch):
         read(x, 1 if direction == 3 else direction, *rest)
 
     arguments = scan_2d_arguments(dtype=torch.float32)
-    assert_as_accurate_as_reference(arguments, "chunked")
+    assert_accurate("chunked", arguments)
     monkeypatch.setattr(chunked, "read_direction", broken)
     with pytest.raises(AssertionError, match="above the bound"):
-        assert_as_accurate_as_reference(arguments, "chunked")
+        assert_accurate("chunked", arguments)
 
 
 # The chunked backend cuts these into chunks, several blocks and a shorter last block.
@@ -169,14 +162,14 @@ LONG = [
 
 @pytest.mark.parametrize("arguments", LONG, ids=range(len(LONG)))
 def test_many_blocks_and_chunks(arguments):
-    assert_as_accurate_as_reference(arguments, "chunked")
+    assert_accurate("chunked", arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("make", [scan_arguments, scan_2d_arguments])
 def test_half_precision_inputs_keep_a_single_precision_state(make, dtype):
     arguments = make(dtype=dtype)
-    assert_as_accurate_as_reference(arguments, "chunked")
+    assert_accurate("chunked", arguments)
     if make is scan_arguments:
         _, last = selective_scan(**arguments, return_last_state=True)
         assert last.dtype == torch.float32

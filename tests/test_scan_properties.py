@@ -6,14 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scan_helpers import (
-    EAGER_BACKENDS,
-    assert_as_accurate_as_reference,
-    scan_2d_arguments,
-    scan_arguments,
-)
+from scan_helpers import EAGER_BACKENDS
 
 from cmamba_ref.ops import selective_scan, selective_scan_2d
+from cmamba_ref.testing import assert_accurate, scan_2d_arguments, scan_arguments
 
 states = st.sampled_from((1, 2, 4, 8, 16))
 seeds = st.integers(0, 2**16)
@@ -68,12 +64,12 @@ def scans_2d(draw):
 
 @given(scans())
 def test_chunked_scan_is_as_accurate_as_the_reference(arguments):
-    assert_as_accurate_as_reference(arguments, "chunked")
+    assert_accurate("chunked", arguments)
 
 
 @given(scans_2d())
 def test_chunked_scan_2d_is_as_accurate_as_the_reference(arguments):
-    assert_as_accurate_as_reference(arguments, "chunked")
+    assert_accurate("chunked", arguments)
 
 
 def positions(arguments: dict[str, Any], start: int, stop: int) -> dict[str, Any]:

@@ -61,6 +61,7 @@ from cmamba_ref.files import write_atomically
 from cmamba_ref.model import MULTIPLE
 from cmamba_ref.ops import selective_scan, selective_scan_2d
 from cmamba_ref.ops.dispatch import BACKENDS
+from cmamba_ref.testing import AccuracyRule
 
 DTYPES = {
     "fp32": torch.float32,
@@ -74,8 +75,6 @@ PASSES = {FORWARD: 1, BACKWARD: 1, BOTH: 2}
 
 GATE_MAP = (2, 12, 10)  # batch, height, width
 PEER_ALLOWANCE = 8
-# In fp64 the oracle has no more digits than what it judges, and the rule of the gate says nothing.
-FP64_TOLERANCE = 1e-12
 MIN_REPEATS = 3  # with fewer there is no spread to speak of
 
 # Defines the figures: below the table, and in the JSON.
@@ -598,19 +597,6 @@ def evaluate(scan: Scan2d, arguments: dict[str, Tensor], gradients: bool) -> dic
     return {"y": y.detach(), **named}
 
 
-def difference(x: Tensor, oracle: Tensor) -> float:
-    """Largest magnitude of x - oracle."""
-    return (x.double() - oracle).abs().max().item()
-
-
-def error_bound(rounded: Tensor, oracle: Tensor) -> float:
-    """How far from the oracle a result may be, given how far the reference in its type is."""
-    magnitude = oracle.abs().max().item()
-    if rounded.dtype == torch.float64:
-        return FP64_TOLERANCE * magnitude
-    return 2 * (difference(rounded, oracle) + torch.finfo(rounded.dtype).eps * magnitude)
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What came of trying a candidate.
@@ -641,25 +627,38 @@ def outcome_of(error: Exception) -> Outcome:
 def check(
     candidate: Candidate,
     arguments: dict[str, Tensor],
-    oracle: dict[str, Tensor],
-    bounds: dict[str, float],
     gradients: bool,
+    wrong: Callable[[dict[str, Tensor]], str],
 ) -> Outcome:
-    """Whether a candidate's results are right."""
+    """Whether a candidate's results are right.
+
+    Args:
+        wrong: says what is wrong with the results, "" if nothing.
+    """
     try:
         with candidate.within():
             results = evaluate(candidate.scan, arguments, gradients and candidate.differentiable)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the candidate's
         return outcome_of(error)
-    y, x = results["y"], arguments["x"]
-    if (y.shape, y.dtype) != (x.shape, x.dtype):
-        reason = f"the output is {y.dtype} {list(y.shape)}, not {x.dtype} {list(x.shape)}"
-        return Outcome("failed", reason)
-    for name, result in results.items():
-        off, allowed = difference(result, oracle[name]), candidate.allowance * bounds[name]
-        if not off <= allowed:  # so that NaN fails
-            return Outcome("failed", f"{name} is off by {off:.2g}, allowed are {allowed:.2g}")
-    return OK
+    reason = wrong(results)
+    return Outcome("failed", reason) if reason else OK
+
+
+def beyond_the_rule(
+    rounded: dict[str, Tensor],
+    oracle: dict[str, Tensor],
+    allowance: float,
+    results: dict[str, Tensor],
+) -> str:
+    """What of the results is further from the oracle than the accuracy rule allows."""
+    rule = AccuracyRule(allowance)
+    try:
+        for name, result in results.items():
+            rule.compare(name, result, rounded[name], oracle[name])
+        rule.check()
+    except AssertionError as error:
+        return str(error)
+    return ""
 
 
 def pass_gate(candidates: list[Candidate], shape: Shape, settings: Settings) -> dict[str, Outcome]:
@@ -674,15 +673,16 @@ def pass_gate(candidates: list[Candidate], shape: Shape, settings: Settings) -> 
         arguments = draw_arguments(small, settings, skip=skip)
         in_double = {k: x.detach().double().requires_grad_() for k, x in arguments.items()}
         oracle = evaluate(REFERENCE, in_double, gradients)
-        bounds = {}
-        for reference in {candidate.reference for candidate in candidates}:
-            rounded = evaluate(reference, arguments, gradients)
-            bounds[reference] = {k: error_bound(rounded[k], x) for k, x in oracle.items()}
+        rounded = {
+            reference: evaluate(reference, arguments, gradients)
+            for reference in {candidate.reference for candidate in candidates}
+        }
         for candidate in candidates:
             if outcomes[candidate.name] == OK:
-                outcomes[candidate.name] = check(
-                    candidate, arguments, oracle, bounds[candidate.reference], gradients
+                wrong = functools.partial(
+                    beyond_the_rule, rounded[candidate.reference], oracle, candidate.allowance
                 )
+                outcomes[candidate.name] = check(candidate, arguments, gradients, wrong)
     return outcomes
 
 

@@ -60,6 +60,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cmamba_ref.files import write_atomically
+from cmamba_ref.testing import worst
 
 # Constant: module of the kernels that reads it, and values to try.
 CONSTANTS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -248,13 +249,17 @@ def compare(alternatives: list[Candidate], job: Job) -> dict[str, Outcome]:
     except RuntimeError as error:  # too much for this machine, say
         return {candidate.name: outcome_of(error) for candidate in (job.fixed, *alternatives)}
 
-    def bound(result: Tensor) -> float:
-        eps = ALLOWED_EPS * torch.finfo(job.compute_type).eps + 2 * torch.finfo(result.dtype).eps
-        return eps * result.abs().max().item()
+    def wrong(results: dict[str, Tensor]) -> str:
+        for name, result in results.items():
+            eps = ALLOWED_EPS * torch.finfo(job.compute_type).eps
+            eps += 2 * torch.finfo(result.dtype).eps
+            error, bound = worst(result - expected[name]), eps * worst(expected[name])
+            if not error <= bound:  # so that NaN fails
+                return f"{name}: error {error:.3g} above the bound {bound:.3g}"
+        return ""
 
-    bounds = {name: bound(result) for name, result in expected.items()}
     outcomes = {
-        candidate.name: check(candidate, arguments, expected, bounds, job.gradients)
+        candidate.name: check(candidate, arguments, job.gradients, wrong)
         for candidate in alternatives
     }
     return {job.fixed.name: OK, **outcomes}
