@@ -68,7 +68,7 @@ def test_blocks_and_their_weights(model):
         at_h4 = model.g_a[2](model.g_a[1](model.g_a[0](x)))
         block = model.g_a[3]
         f_ssm, f_cnn = block.ssm(at_h4), block.cnn(at_h4)
-        alpha, beta = block.fusion_weights(f_ssm, f_cnn)
+        alpha, beta = block.fusion_weights((f_ssm + f_cnn).amax((2, 3)))
         expected = {"ssm": f_ssm, "cnn": f_cnn, "fused": block.w(alpha * f_ssm + beta * f_cnn)}
     found = seen["g_a H/4 1"]
     for path, maps in expected.items():

@@ -91,6 +91,9 @@ def test_new_weights_renew_their_rows_and_reuse_the_others(tools, arguments, cap
     with pytest.raises(SystemExit):
         measure_all.main([*arguments, "--weights"])
     assert "must stand without --only and --into" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # it would put other results into the repository's pages
+        measure_all.main([*arguments, "--only", "tables"])
+    assert "no --into" in capsys.readouterr().err
 
 
 def test_a_failure_is_named_and_stops_only_what_needs_it(tools, arguments, monkeypatch, capsys):

@@ -55,7 +55,7 @@ import rd_curves
 import rd_measure
 from classical_codecs import CODECS
 from partial_results import PartialResults
-from provenance import of_run, portable, versions
+from provenance import of_run, versions
 from rd_measure import MEASURES, OUR_MEASURES, Point, Row, Task
 from tqdm import tqdm
 
@@ -224,8 +224,10 @@ def measure_all(
     return failed
 
 
-def reusable(path: Path, points: Sequence[Point], pictures: Sequence[Picture]) -> dict[str, Row]:
-    """Results of classical codecs in an earlier report, by key.
+def reusable(
+    path: Path, points: Sequence[Point], pictures: Sequence[Picture], brief: bool
+) -> tuple[dict[str, Row], dict[str, object]]:
+    """Results of classical codecs in an earlier report, by key, and how they were measured.
 
     Raises:
         CMambaError: it is no report, or one on other images.
@@ -239,7 +241,7 @@ def reusable(path: Path, points: Sequence[Point], pictures: Sequence[Picture]) -
         ) from error
     if names != [picture.path.name for picture in pictures]:
         raise CMambaError(f"--reuse must be a report on the same images, got {path}")
-    found = {}
+    found, wanted = {}, {"bpp", "psnr-rgb"} if brief else set(MEASURES)
     for point in points:
         codec = earlier.get(point.codec, {})
         if point.codec not in CODECS or codec.get("description") != _description(point.codec):
@@ -247,8 +249,12 @@ def reusable(path: Path, points: Sequence[Point], pictures: Sequence[Picture]) -
         settings = codec["results"]["quality"]
         if point.setting in settings:
             rows = codec["per_picture"][settings.index(point.setting)]
+            if not all(wanted <= row.keys() for row in rows):
+                continue
             found |= {key_of(point, p): row for p, row in zip(pictures, rows, strict=True)}
-    return found
+    meta = earlier["meta"]
+    kept = ("command", "commit", "date", "machine", "threads", "versions")
+    return found, meta.get("reused") or {key: meta[key] for key in kept if key in meta}
 
 
 # ---------------------------------------------------------------- the report
@@ -489,7 +495,9 @@ def main(argv: list[str] | None = None) -> int:
         pictures = find_pictures(args.folder, args.limit)
         curves = find_curves(args.model or [[f"{OURS}=tiny"]], args.qualities)
         points = find_points(curves, codecs)
-        reused = reusable(args.reuse, points, pictures) if args.reuse else {}
+        reused, made = ({}, {})
+        if args.reuse:
+            reused, made = reusable(args.reuse, points, pictures, args.brief)
         kept = PartialResults(args.output, conditions, fresh=args.fresh)
     except (CMambaError, OSError) as error:
         parser.error(str(error))
@@ -523,7 +531,8 @@ def main(argv: list[str] | None = None) -> int:
             "names": [picture.path.name for picture in pictures],
         },
         "codecs_left_out": left_out,
-        "reused": f"{len(reused)} results of {portable(str(args.reuse))}" if reused else None,
+        # How the classical codecs' results were measured, where this run took them over.
+        "reused": made if reused else None,
         "not_rising": falls,
     }
     if args.anchor in report:

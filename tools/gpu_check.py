@@ -9,7 +9,7 @@ a crash ends none of the others, and leaves NAME.txt (its output) and NAME.json 
 `failed` where something is wrong) in the folder; summary.json is written anew after each one:
 
     machine    card, driver, versions
-    compile    every kernel that the other stages launch, in parallel
+    compile    in parallel most kernels that the other stages launch; they compile the others
     backend    that CUDA tensors get the backend `triton`; if not, nothing else runs
     tests      the GPU tests that matter most; margins.jsonl holds error and bound of every case
     profile    three shapes: `triton` beside VMamba's pipeline and the floor of the card
@@ -73,6 +73,7 @@ FIRST_TESTS = (
 )
 PROFILED = ("1x128x128x192x16x6", "8x128x128x192x16x6", "8x128x128x192x1x6")
 CROP, BATCHES = 256, (16, 32, 64)
+MAX_JOBS = 16  # processes that compile; each imports torch
 STEPS = 15
 
 
@@ -113,7 +114,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def scans_to_compile() -> list[compile_kernels.Scan]:
-    """All scans that the stages launch: profile, tests that come first, models in all types."""
+    """Most scans that the stages launch: profile, models, the tests that come first."""
     scans: list[compile_kernels.Scan] = []
     for text in PROFILED:
         s = profile_scan.Shape.parse(text)
@@ -164,7 +165,7 @@ def compile_all(args: argparse.Namespace) -> dict[str, Any]:
     if is_cuda(args):
         major, minor = torch.cuda.get_device_capability()
         target = Target("cuda", 10 * major + minor, 32)
-    jobs = min(len(found), os.cpu_count() or 1)
+    jobs = min(len(found), len(os.sched_getaffinity(0)), MAX_JOBS)
     start = time.perf_counter()
     with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         done = list(pool.map(_compile, found, itertools.repeat(target)))
@@ -202,16 +203,17 @@ def pytest_command(files: Sequence[str], chosen: str, processes: int) -> list[st
     ]
 
 
-def run_tests(args: argparse.Namespace, chosen: str) -> dict[str, Any]:
+def run_tests(args: argparse.Namespace, chosen: str, processes: int = 6) -> dict[str, Any]:
     """Run tests by pytest; margins of the accuracy rule go to margins.jsonl as they come."""
     margins = args.out / "margins.jsonl"
     has_xdist = is_cuda(args) and importlib.util.find_spec("xdist") is not None
-    command = pytest_command(TEST_FILES, chosen, processes=6 if has_xdist else 1)
+    command = pytest_command(TEST_FILES, chosen, processes if has_xdist else 1)
+    before = len(margins.read_text().splitlines()) if margins.exists() else 0
     environment = {**os.environ, "CMAMBA_MARGINS": str(margins)}
     # Into the file of this stage, line by line: what is cut off has been written before.
     ended = subprocess.run(command, cwd=ROOT, env=environment)
     output = (args.out / f"{args.stage}.txt").read_text()
-    lines = margins.read_text().splitlines() if margins.exists() else []
+    lines = margins.read_text().splitlines()[before:] if margins.exists() else []
     shares = _shares(lines)
     result = {
         "exit_status": ended.returncode,
@@ -238,8 +240,8 @@ def tests(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def rest(args: argparse.Namespace) -> dict[str, Any]:
-    """The other ones."""
-    return run_tests(args, f"not ({FIRST_TESTS})")
+    """The other ones, one after the other: some need most of the memory of the GPU."""
+    return run_tests(args, f"not ({FIRST_TESTS})", processes=1)
 
 
 def profile(args: argparse.Namespace) -> dict[str, Any]:
@@ -393,7 +395,6 @@ STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], float]] 
     "step": (step, 0.3),
     "rest": (rest, 1.0),
 }
-NEEDED = ("compile", "backend")  # without them the other results would mean nothing
 
 
 # ---------------------------------------------------------------- one after the other
@@ -425,7 +426,7 @@ def run_all(args: argparse.Namespace) -> int:
         summary[name]["seconds"] = round(time.monotonic() - start, 1)
         write_json(args.out / "summary.json", summary)
         print(f"{name:<10}{summary[name]['status']:<14}{summary[name]['seconds']:>7} s", flush=True)
-        if name in NEEDED and summary[name]["status"] != "ok":
+        if name == "backend" and summary[name]["status"] != "ok":
             print(f"nothing else is run; see {args.out / name}.txt", file=sys.stderr)
             break
     return 0 if all(stage["status"] == "ok" for stage in summary.values()) else 1
@@ -460,6 +461,8 @@ def environment_of(args: argparse.Namespace, stage: str) -> dict[str, str]:
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
     environment.pop("TRITON_INTERPRET", None)
+    if args.rehearse:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     if args.rehearse and stage != "compile":
         environment["TRITON_INTERPRET"] = "1"
     return environment

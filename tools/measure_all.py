@@ -6,8 +6,9 @@
     python tools/measure_all.py kodak --only rd plots --limit 3 --into trial
     python tools/measure_all.py kodak --weights
 
-`kodak` is a folder with the 24 Kodak images.  --weights renews what new weights make false, in less
-than ten minutes: `rd`, with the other codecs' results as they are, `plots`, `report` and `tables`.
+`kodak` is a folder with the 24 Kodak images.  --weights renews what new weights make false: `rd`,
+with the other codecs' results as they are, `plots`, `report` and `tables`.  By hand remain the
+recipe and the id in the model card, and docs/models.md.
 The stages, in this order; all but `tables` and
 `large` unless --only names some:
 
@@ -356,6 +357,8 @@ def parse(argv: list[str]) -> tuple[list[str], Inputs]:
                 "with --model or --limit say --into another folder"
             )
         args.into = BENCHMARKS
+    elif "tables" in (args.only or ()):
+        parser.error("the stage tables fills the repository's pages from benchmarks: no --into")
     try:
         args.into.mkdir(exist_ok=True)
     except OSError as error:
@@ -378,7 +381,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, why in failed.items():
         print(f"{name} failed: {why}", file=sys.stderr)
     if stopped is not None:
-        print(f"interrupted; for what is left say --only {' '.join(stopped.left)}", file=sys.stderr)
+        rest = "--weights" if inputs.reuse else f"--only {' '.join(stopped.left)}"
+        print(f"interrupted; for what is left say {rest}", file=sys.stderr)
         return INTERRUPTED
     print(f"\n{len(names) - len(failed)} of {len(names)} stages are done, in {inputs.into}")
     return 1 if failed else 0

@@ -41,7 +41,7 @@ class Timing:
         peaks: the most bytes of the process in RAM while a stage was the innermost one; empty
             unless asked for, or where the system does not count them.
         scans: in four-direction scans, for large maps with the projections that they compute on
-            the way.  They are part of the stages, not one of them.
+            the way; on a GPU only their launches.  They are part of the stages, not one of them.
     """
 
     total: float = 0.0
@@ -53,16 +53,17 @@ class Timing:
 class _Clock:
     """Knows which stage is at work, and books time and memory to it."""
 
-    def __init__(self, memory: bool) -> None:
+    def __init__(self, memory: bool, is_cuda: bool) -> None:
         self.timing = Timing()
+        # What was launched on a GPU belongs to the stage that launched it.
+        self._finish = torch.cuda.synchronize if is_cuda else lambda: None
         self._memory = memory and restart_peak()  # costs some microseconds per stage
         self._at_work = [OTHER]
         self._since = time.perf_counter()
 
     def book(self) -> None:
         """What has passed since the last event belongs to the stage at work."""
-        if torch.cuda.is_available():  # what was launched belongs to the stage that launched it
-            torch.cuda.synchronize()
+        self._finish()
         timing, stage = self.timing, self._at_work[-1]
         passed = time.perf_counter() - self._since
         timing.stages[stage] = timing.stages.get(stage, 0.0) + passed
@@ -80,6 +81,7 @@ class _Clock:
         self._at_work.pop()
 
     def run(self, call: Callable[[], ResultT]) -> ResultT:
+        self._finish()
         start = self._since = time.perf_counter()
         result = call()
         self.book()
@@ -95,7 +97,7 @@ def time_by_stage(
     Args:
         memory: also note the peak memory of each stage.
     """
-    clock = _Clock(memory)
+    clock = _Clock(memory, next(model.parameters()).is_cuda)
     with _watched(model, clock):
         result = clock.run(call)
     if sum(clock.timing.stages.values()) > clock.timing.total:

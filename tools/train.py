@@ -151,6 +151,10 @@ def told_to_stop() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+# Side of what is counted of an image, so that it fits where training fits.
+FITTED_CROP = 512
+
+
 class Run:
     """A run in its folder: the trainer, and what is written while it trains.
 
@@ -196,7 +200,8 @@ class Run:
     def train(self, signals: list[int]) -> None:
         """Train to the end, or until a signal comes; either way what was done is saved."""
         settings, trainer = self.settings, self.trainer
-        self.export_current()  # a model too large for it is refused now and not after hours
+        if not trainer.finished:  # a model too large for it is refused now and not after hours
+            self.export_current()
         profiler = profiling.Profiler(trainer.model, settings.profile)
         with Progress(trainer, hidden=not self.group.is_first) as progress:
             while not (trainer.finished or trainer.stopping):
@@ -288,12 +293,14 @@ class Run:
         return self.trainer.finished_model(round_weights=is_rounded)
 
     def fit_tables(self, model: CMamba) -> None:
-        """Give the model entropy tables of the symbols of training images; processes share them."""
+        """Give the model entropy tables of the symbols of training images; processes share them.
+
+        Of each image the centre is counted, at its own scale.
+        """
         spread = self.images.train[:: max(1, len(self.images.train) // self.settings.fit_tables)]
         chosen = spread[: self.settings.fit_tables][self.group.rank :: self.group.size]
-        counts = fitting.count_symbols(
-            model, map(data.read_rgb, chosen), validation.qualities_of(model)
-        )
+        crops = data.centre_crops(chosen, FITTED_CROP, len(chosen))
+        counts = fitting.count_symbols(model, crops, validation.qualities_of(model))
         model.gaussian_conditional.fit(self.group.sum(torch.from_numpy(counts)).numpy())
 
     def export(self, model: CMamba, name: str) -> None:

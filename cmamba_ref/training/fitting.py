@@ -21,7 +21,7 @@ def count_symbols(
 
     Args:
         model: in eval mode.
-        images: uint8 `[H, W, 3]`.
+        images: uint8 `[H, W, 3]`, each analysed at once.
         qualities: at which each image is analysed.
 
     Returns:
