@@ -29,6 +29,7 @@ from cmamba_ref.training import (
     validation,
 )
 from cmamba_ref.training.distributed import Group
+from cmamba_ref.training.settings import resolve
 from tests.codec_helpers import ONE_RATE, SMALL
 from tests.training_helpers import (
     PHOTOGRAPH,
@@ -460,6 +461,18 @@ def test_of_a_long_log_the_end_is_exported(tmp_path, monkeypatch):
     exporter.Exporter(tmp_path / "out", 1.0, 8).write_log(tmp_path / "log.jsonl")
     lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [17, 18, 19]
+
+
+def test_ms_ssim_is_measured_where_the_model_is(monkeypatch):
+    """On a CPU it took most of the time of a validation on a GPU."""
+    devices = []
+    monkeypatch.setattr(validation, "ms_ssim", lambda a, b, device: devices.append(device) or 1.0)
+    model = cmamba_ref.CMamba(SMALL).eval()
+    model.update()
+    crop = np.zeros((192, 192, 3), dtype=np.uint8)
+    run = resolve({}, {"config": "tiny", "steps": 1, "validation_crop": 192})
+    validation.validate(model, [crop], run, Group(torch.device("cpu")))
+    assert devices == [torch.device("cpu")] * len(validation.qualities_of(model))
 
 
 def test_validation_does_without_ms_ssim_where_it_is_not_installed(folder, monkeypatch, caplog):

@@ -11,7 +11,8 @@ a crash ends none of the others, and leaves NAME.txt (its output) and NAME.json 
     machine    card, driver, versions
     compile    in parallel most kernels that the other stages launch; they compile the others
     backend    that CUDA tensors get the backend `triton`; if not, nothing else runs
-    tests      the GPU tests that matter most; margins.jsonl holds error and bound of every case
+    tests      the GPU tests that matter most, and how much of the accuracy rule's bound each case
+               uses; margins.jsonl holds error and bound
     profile    three shapes: `triton` beside VMamba's pipeline and the floor of the card
     codec      encode and decode 768x512 with `base`: seconds by stage
     exchange   files written on the GPU and read on the CPU, and the reverse
@@ -215,6 +216,8 @@ def run_tests(args: argparse.Namespace, chosen: str, processes: int = 6) -> dict
     output = (args.out / f"{args.stage}.txt").read_text()
     lines = margins.read_text().splitlines()[before:] if margins.exists() else []
     shares = _shares(lines)
+    for one in shares:
+        print(f"{one['share']:.3f} of the bound: {one['name']}, {one['test']}")
     result = {
         "exit_status": ended.returncode,
         "summary": output.strip().splitlines()[-1:],

@@ -256,7 +256,8 @@ class Gpu:
 
 
 # Sustained bandwidth in bytes per second and clock in Hz, by name. Assumed: nine tenths of the data
-# sheet's 4.8, 3.35 and 2.0 TB/s, and the boost clock.
+# sheet's 4.8, 3.35 and 2.0 TB/s, and the clock that docs/kernels.md's predictions take; a card that
+# runs faster may come below its floor.
 KNOWN_GPUS = {
     "NVIDIA H200": (4.3e12, 1.755e9),
     "NVIDIA H100 80GB HBM3": (3.0e12, 1.755e9),
