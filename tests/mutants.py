@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +24,8 @@ from scan_helpers import chunks_of  # noqa: E402
 
 from cmamba_ref import ops  # noqa: E402
 from cmamba_ref.testing import assert_accurate, guarded, poisoned, scan_2d_arguments  # noqa: E402
+
+PATIENCE_SECONDS = 180  # a check takes ten to thirty
 
 # Name: file, text that stands there, defect.
 MUTATIONS = {
@@ -87,26 +90,31 @@ def check(folder: Path) -> str:
     return "passed"
 
 
-def started(folder: Path) -> tuple[int, int]:
-    """Start `check` in a process; return its id and the pipe that its result comes through."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(writing, check(folder).encode())
-        os._exit(0)
-    os.close(writing)
-    return child, reading
+def started(folder: Path) -> subprocess.Popen[str]:
+    """Start `check` in a process of its own."""
+    command = [sys.executable, __file__, str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def result(child: int, reading: int) -> str:
-    """Return the result of `check`, or "crashed" if it did not come back."""
-    os.waitpid(child, 0)
-    with open(reading) as pipe:
-        return pipe.read() or "crashed"
+def result(process: subprocess.Popen[str]) -> str:
+    """Return the result of `check`, or "crashed" if it did not come back.
+
+    A mutant that wrote over the heap may also hang, in the allocator's own lock.
+    """
+    try:
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return "crashed"
+    return output.strip() or "crashed"
 
 
 def main() -> int:
-    torch.set_num_threads(1)  # a process with other threads must not fork
+    torch.set_num_threads(1)
+    if sys.argv[1:]:
+        print(check(Path(sys.argv[1])))
+        return 0
     outcomes, cores, names = {}, os.cpu_count() or 1, list(MUTATIONS)
     for first in range(0, len(names), cores):
         with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +122,7 @@ def main() -> int:
             for name in names[first : first + cores]:
                 mutate(Path(folder) / name, *MUTATIONS[name])
                 running[name] = started(Path(folder) / name)
-            outcomes |= {name: result(*process) for name, process in running.items()}
+            outcomes |= {name: result(process) for name, process in running.items()}
     print(json.dumps(outcomes, indent=2))
     return 0
 
