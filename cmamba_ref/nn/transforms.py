@@ -60,7 +60,36 @@ def call(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)
 
 
-class Analysis(nn.Sequential):
+class Transform(nn.Sequential):
+    """Layers in turn, with a gain on the features at H/8.
+
+    Args:
+        before_gain: layers before the gain.
+    """
+
+    def __init__(self, *layers: nn.Module, before_gain: int) -> None:
+        super().__init__(*layers)
+        self.before_gain = before_gain
+
+    def forward(
+        self, input: Tensor, feature_gain: Tensor | None = None, apply: Apply = call
+    ) -> Tensor:
+        """Compute y or x_hat.
+
+        Args:
+            feature_gain: scales what enters the blocks at H/8 in g_a, and what leaves them in g_s,
+                `[B, C3, 1, 1]`.
+            apply: how each layer is applied.
+        """
+        x = input
+        for number, layer in enumerate(self, start=1):
+            x = apply(layer, x)
+            if feature_gain is not None and number == self.before_gain:
+                x = x * feature_gain.to(x.dtype)  # which under autocast is not that of parameters
+        return x
+
+
+class Analysis(Transform):
     """g_a: picture `[B, 3, H, W]` in 0...1 to latent y `[B, M, H/16, W/16]`."""
 
     def __init__(self, config: CMambaConfig) -> None:
@@ -71,23 +100,12 @@ class Analysis(nn.Sequential):
             down1, down2, down3, down4 = (HaarDownsample(*channels) for *channels, _ in sizes)
         else:
             down1, down2, down3, down4 = (downsample(*size) for size in sizes)
-        super().__init__(down1, *stage1, down2, *stage2, down3, *stage3, down4)
-        self.before_gain = len(stage1) + len(stage2) + 3
+        layers = down1, *stage1, down2, *stage2, down3, *stage3, down4
+        super().__init__(*layers, before_gain=len(stage1) + len(stage2) + 3)
         hadamard_init.init_analysis([down1, down2, down3, down4])
 
-    def forward(
-        self, input: Tensor, feature_gain: Tensor | None = None, apply: Apply = call
-    ) -> Tensor:
-        """Compute y.
 
-        Args:
-            feature_gain: scales what enters the blocks at H/8, `[B, C3, 1, 1]`.
-            apply: how each layer is applied.
-        """
-        return _with_gain(self, input, feature_gain, self.before_gain, apply)
-
-
-class Synthesis(nn.Sequential):
+class Synthesis(Transform):
     """g_s: latent y_bar `[B, M, H/16, W/16]` to picture `[B, 3, H, W]`, not yet clipped."""
 
     def __init__(self, config: CMambaConfig) -> None:
@@ -97,31 +115,9 @@ class Synthesis(nn.Sequential):
         double = HaarUpsample if config.resampling == "haar" else upsample
         up4, up3, up2 = (double(*channels) for channels in sizes)
         last = nn.Conv2d(c1, 3 * 2 * 2, 3, padding=1)
-        super().__init__(up4, *stage3, up3, *stage2, up2, *stage1, last, nn.PixelShuffle(2))
-        self.before_gain = len(stage3) + 1
+        layers = up4, *stage3, up3, *stage2, up2, *stage1, last, nn.PixelShuffle(2)
+        super().__init__(*layers, before_gain=len(stage3) + 1)
         hadamard_init.init_synthesis([up4, up3, up2], last)
-
-    def forward(
-        self, input: Tensor, feature_gain: Tensor | None = None, apply: Apply = call
-    ) -> Tensor:
-        """Compute x_hat.
-
-        Args:
-            feature_gain: scales what leaves the blocks at H/8, `[B, C3, 1, 1]`.
-            apply: how each layer is applied.
-        """
-        return _with_gain(self, input, feature_gain, self.before_gain, apply)
-
-
-def _with_gain(
-    layers: nn.Sequential, x: Tensor, gain: Tensor | None, before: int, apply: Apply
-) -> Tensor:
-    """Apply layers in turn, and the gain after so many of them."""
-    for number, layer in enumerate(layers, start=1):
-        x = apply(layer, x)
-        if gain is not None and number == before:
-            x = x * gain.to(x.dtype)  # which under autocast is not that of parameters
-    return x
 
 
 class HyperAnalysis(nn.Sequential):
