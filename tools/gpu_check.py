@@ -31,7 +31,6 @@ import copy
 import importlib.util
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import subprocess
@@ -72,7 +71,6 @@ FIRST_TESTS = (
     "expanded or autocast or ten_runs or forward_and_backward_replays or current_stream or "
     "peak_memory or auto_takes_triton"
 )
-PROFILED = ("1x128x128x192x16x6", "8x128x128x192x16x6", "8x128x128x192x1x6")
 CROP, BATCHES = 256, (16, 32, 64)
 MAX_JOBS = 16  # processes that compile; each imports torch
 STEPS = 15
@@ -116,26 +114,26 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
 
 def scans_to_compile() -> list[compile_kernels.Scan]:
     """Most scans that the stages launch: profile, models, the tests that come first."""
+
+    def of_map(shape: profile_scan.Shape, dtype: str = "fp32", images: int = 1) -> MapScan:
+        sizes = (images, shape.height, shape.width)
+        return MapScan(shape.states, shape.rank, shape.channels, dtype, *sizes)
+
     scans: list[compile_kernels.Scan] = []
-    for text in PROFILED:
-        s = profile_scan.Shape.parse(text)
-        scans.append(MapScan(s.states, s.rank, s.channels, "fp32", s.batch, s.height, s.width))
+    for case in profile_scan.short_cases():
+        s = case.shape
+        scans.append(of_map(s, images=s.batch))
         length = s.height * s.width
         scans.append(SequenceScan(s.states, 4 * s.channels, groups=4, length=length))
-    for name in ("tiny", "base"):
-        config = CONFIGS[name]
-        for stage, (width, has_scan) in enumerate(
-            zip(config.widths, config.stages_with_scan, strict=True), start=1
-        ):
-            rank, channels = math.ceil(width / 16), round(config.ssm_ratio * width)
-            for dtype in ("fp32", "bf16") if has_scan else ():
-                for side, images in ((CROP, BATCHES[0]), (512, 1)):
-                    sizes = (images, side >> stage, side >> stage)
-                    scans.append(MapScan(config.d_state, rank, channels, dtype, *sizes))
-        width = config.cae_width or 2 * max(config.slice_widths)
-        rank, channels = math.ceil(width / 16), round(config.ssm_ratio * width)
-        for dtype in ("fp32", "fp64"):
-            scans.append(MapScan(config.d_state, rank, channels, dtype, 1, 16, 16))
+    for side, images in ((CROP, BATCHES[0]), (512, 1)):
+        for case in profile_scan.model_cases(side, side):
+            model, _, place = case.label.partition(" ")
+            if model not in ("tiny", "base"):
+                continue
+            if place == "context":  # trained in fp32, and run in fp64 when it codes
+                scans += [of_map(case.shape, dtype) for dtype in ("fp32", "fp64")]
+            else:
+                scans += [of_map(case.shape, dtype, images) for dtype in ("fp32", "bf16")]
     scans += [
         *(MapScan(2, 4, 32, dtype) for dtype in ("fp32", "bf16")),
         *(MapScan(16, 12, 192, dtype) for dtype in ("fp32", "bf16", "fp64")),
@@ -249,13 +247,13 @@ def rest(args: argparse.Namespace) -> dict[str, Any]:
 
 def profile(args: argparse.Namespace) -> dict[str, Any]:
     """The scan beside VMamba's pipeline; the table is in profile.txt."""
-    shapes = PROFILED
+    shapes = ("--preset", "short")
     if args.rehearse:  # the interpreter takes a minute for what a GPU does at once
-        shapes, profile_scan.GATE_MAP = ("1x4x4x4x2x1",), (1, 3, 3)
+        shapes, profile_scan.GATE_MAP = ("--shape", "1x4x4x4x2x1"), (1, 3, 3)
     rows = args.out / "profile_rows.json"
     status = profile_scan.main(
         [
-            *(word for shape in shapes for word in ("--shape", shape)),
+            *shapes,
             *("--backends", "triton", "vmamba-pipeline", "--mode", "forward", "both"),
             *("--seconds", "0.2" if is_cuda(args) else "1e-9", "--device", device_of(args).type),
             *("--json", str(rows)),
