@@ -38,6 +38,22 @@ def no_fonts_kept() -> Iterator[None]:
         cache.cache_clear()
 
 
+# ---------------------------------------------------------------- graphics to measure on
+
+
+def test_the_command_writes_the_same_graphics_every_time(tmp_path):
+    for name in ("a", "b"):
+        graphics.main([str(tmp_path / name), "--count", "3", "--size", "64"])
+    names = ["graphic00.png", "graphic01.png", "graphic02.png"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == names
+    written = [np.asarray(Image.open(tmp_path / "a" / name)) for name in names]
+    assert len({graphic.tobytes() for graphic in written}) == 3
+    for name, graphic in zip(names, written, strict=True):
+        assert (np.asarray(Image.open(tmp_path / "b" / name)) == graphic).all()
+    trained = {graphic.tobytes() for graphic in drawn(50)}
+    assert not trained & {graphic.tobytes() for graphic in written if np.ptp(graphic) > 0}
+
+
 # ---------------------------------------------------------------- one graphic
 
 
@@ -65,7 +81,7 @@ def test_a_graphic_depends_on_its_generator_alone(no_fonts_kept):
 
 def test_graphics_hold_what_photographs_lack():
     """Pure colours, uniform areas, few colours, and details of one pixel in every direction."""
-    crops = drawn(200)
+    crops = drawn(50)
     flat = np.concatenate([crop[::3, ::3].reshape(-1, 3) for crop in crops])
     for corner in graphics.CORNERS:
         assert (flat == corner).all(1).mean() > 0.01, corner

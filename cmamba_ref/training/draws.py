@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 # What a draw is for: generators of different purposes share no stream.
-_ORDER, _CROP, _QUALITY, _NOISE, _IS_GRAPHIC, _GRAPHIC = range(6)
+_ORDER, _CROP, _QUALITY, _NOISE, _IS_GRAPHIC, _GRAPHIC, _TEST_GRAPHIC = range(7)
 
 
 def _generator(seed: int, purpose: int, *place: int) -> np.random.Generator:
@@ -54,6 +54,11 @@ def is_graphic(seed: int, sample: int, share: float) -> bool:
 def for_graphic(seed: int, sample: int) -> np.random.Generator:
     """Return the generator that draws the graphic of a sample."""
     return _generator(seed, _GRAPHIC, sample)
+
+
+def for_test_graphic(number: int) -> np.random.Generator:
+    """Return the generator of a graphic that no training run draws, whatever its seed."""
+    return _generator(0, _TEST_GRAPHIC, number)
 
 
 def qualities(seed: int, step: int, batch: int, top: int) -> np.ndarray:

@@ -2,10 +2,14 @@
 
 A model that is trained on photographs alone blurs text and returns pure colours as brown. Each
 graphic is a function of a generator, so a run that is resumed draws the same ones.
+
+`python -m cmamba_ref.training.graphics FOLDER` writes ten graphics that no training run draws, to
+measure a model on.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import math
 import threading
@@ -15,6 +19,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from cmamba_ref.training import draws
 
 T = TypeVar("T")
 Colour = tuple[int, int, int]
@@ -411,3 +417,20 @@ PANELS: tuple[Drawing, ...] = (
     *(_shapes, _shapes, _lines, _grid, _gradient, _stripes, _dither, _chart, _table),
 )
 OVERLAYS: tuple[Drawing, ...] = (_headings, _shapes, _lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write graphics that no training run draws, as PNG files in a folder."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=10, help="number of graphics (default: 10)")
+    parser.add_argument("--size", type=int, default=512, help="side in pixels (default: 512)")
+    args = parser.parse_args(argv)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for number in range(args.count):
+        graphic = draw(draws.for_test_graphic(number), args.size)
+        Image.fromarray(graphic).save(args.folder / f"graphic{number:02d}.png")
+
+
+if __name__ == "__main__":
+    main()
