@@ -58,7 +58,7 @@ class CMambaConfig:
         resampling: how g_a halves and g_s doubles height and width.  "convolution" is strided
             convolutions; "haar" is Haar transforms with a scale per sub-band and a 1x1 convolution
             (`cmamba_ref.nn.haar`).  The last layer of g_s is a convolution in both.
-        lmbdas: empty for a model of one rate; else one lambda per quality 1, 2, ...: the model has
+        lmbdas: empty for a fixed-rate model; else one lambda per quality 1, 2, ...: the model has
             gain vectors (Cui et al. 2021) and serves every quality between 1 and `len(lmbdas)`.
         feature_gain: whether the features at H/8 have gain vectors too (`cmamba_ref.nn.gain`);
             needs `lmbdas`.
@@ -182,14 +182,14 @@ class CMambaConfig:
         if not 2 <= len(self.lmbdas) <= 655 and self.lmbdas:
             raise InvalidArgumentError(
                 f"`lmbdas` must be empty or 2 to 655 numbers, got {len(self.lmbdas)}; "
-                "a model of one rate has no `lmbdas`"
+                "a fixed-rate model has no `lmbdas`"
             )
         if not all(math.isfinite(value) and value > 0 for value in self.lmbdas):
             raise InvalidArgumentError(f"`lmbdas` must be positive, got {self.lmbdas}")
         if self.feature_gain and not self.lmbdas:
             raise InvalidArgumentError(
                 "`feature_gain` must be false without `lmbdas`, got true; "
-                "a model of one rate has no gains"
+                "a fixed-rate model has no gains"
             )
 
     @property

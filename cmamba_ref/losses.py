@@ -10,19 +10,19 @@ from cmamba_ref.metrics import MS_SSIM_MIN_SIDE
 
 
 def bits(likelihoods: Tensor) -> Tensor:
-    """Information content of each picture of a batch: `[B, ...]` likelihoods to `[B]` bits."""
+    """Information content of each image of a batch: `[B, ...]` likelihoods to `[B]` bits."""
     return -torch.log2(likelihoods.flatten(1)).sum(dim=1)
 
 
 def rate_distortion_loss(
     output: dict, target: Tensor, lmbda: Tensor | float, distortion: str = "mse"
 ) -> dict[str, Tensor]:
-    """`L = R(y_hat) + R(z_hat) + lambda * D(x, x_hat)`, per picture (paper, loss).
+    """`L = R(y_hat) + R(z_hat) + lambda * D(x, x_hat)`, per image (paper, loss).
 
     Args:
         output: what `CMamba.forward` returned.
-        target: the pictures, `[B, 3, H, W]` in 0...1.
-        lmbda: trade-off, a number or one per picture `[B]`.
+        target: the images, `[B, 3, H, W]` in 0...1.
+        lmbda: trade-off, a number or one per image `[B]`.
         distortion: `"mse"`, scaled by 255^2 as in the whole field, or `"ms-ssim"` (1 - MS-SSIM).
 
     Returns:

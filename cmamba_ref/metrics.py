@@ -1,4 +1,4 @@
-"""Rate, PSNR and MS-SSIM as the field reports them: of whole files and on 8-bit pictures.
+"""Rate, PSNR and MS-SSIM as the field reports them: of whole files and on 8-bit images.
 
 Only MS-SSIM needs torch, and imports it itself: a command that prints a rate need not.
 """
@@ -15,7 +15,7 @@ from cmamba_ref.errors import InvalidArgumentError
 if TYPE_CHECKING:
     import torch
 
-# pytorch-msssim halves the picture four times under an 11-pixel window.
+# pytorch-msssim halves the image four times under an 11-pixel window.
 MS_SSIM_MIN_SIDE = 161
 
 
@@ -25,7 +25,7 @@ def bits_per_pixel(file_bytes: int, width: int, height: int) -> float:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures of one shape, in dB (inf if identical)."""
+    """Peak signal-to-noise ratio of two uint8 images of one shape, in dB (inf if identical)."""
     _check_pair(a, b)
     mse = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
     return math.inf if mse == 0 else float(10 * np.log10(255.0**2 / mse))
@@ -56,6 +56,6 @@ def ms_ssim(a: np.ndarray, b: np.ndarray, device: torch.device | str = "cpu") ->
 def _check_pair(a: np.ndarray, b: np.ndarray) -> None:
     if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8:
         raise InvalidArgumentError(
-            f"`a` and `b` must be uint8 pictures of one shape, got {a.dtype}{list(a.shape)} and "
+            f"`a` and `b` must be uint8 images of one shape, got {a.dtype}{list(a.shape)} and "
             f"{b.dtype}{list(b.shape)}; round and clip to 0...255 first"
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from codec_helpers import SMALL, as_input, picture
 from PIL import Image
-from training_helpers import defaults, make_photographs, records
+from training_helpers import defaults, make_images, records
 
 import cmamba_ref
 from cmamba_ref import CMamba, CMambaConfig, InvalidArgumentError, WeightsError, memory
@@ -219,7 +219,7 @@ def test_the_paths_of_a_variant_are_observed(variant, paths):
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """Photographs to train on and to measure on, and a recipe of a few steps."""
-    make_photographs(tmp_path / "photos")
+    make_images(tmp_path / "photos")
     (tmp_path / "test").mkdir()
     Image.fromarray(picture(170, 180)).save(tmp_path / "test" / "a.png")
     (tmp_path / "config.json").write_text(SMALL.to_json())

@@ -4,14 +4,14 @@ import json
 
 import pytest
 from codec_helpers import SMALL
-from training_helpers import make_photographs
+from training_helpers import make_images
 
 from tools import bench_training
 
 
 @pytest.fixture
 def folder(tmp_path):
-    make_photographs(tmp_path / "photos")
+    make_images(tmp_path / "photos")
     (tmp_path / "config.json").write_text(SMALL.to_json())
     return tmp_path
 

@@ -15,7 +15,7 @@ from cmamba_ref import CMamba
 from cmamba_ref.training import data, draws, graphics
 from cmamba_ref.training.schedule import Phase
 from tests.codec_helpers import SMALL
-from tests.training_helpers import make_photographs
+from tests.training_helpers import make_images
 
 
 def drawn(count: int, size: int = 64) -> list[np.ndarray]:
@@ -24,7 +24,7 @@ def drawn(count: int, size: int = 64) -> list[np.ndarray]:
 
 @pytest.fixture
 def paths(tmp_path: Path) -> list[Path]:
-    make_photographs(tmp_path / "photos")
+    make_images(tmp_path / "photos")
     return sorted((tmp_path / "photos").rglob("*.png"))
 
 
@@ -79,7 +79,7 @@ def test_a_graphic_depends_on_its_generator_alone(no_fonts_kept):
     assert not np.array_equal(other, alone[0])
 
 
-def test_graphics_hold_what_photographs_lack():
+def test_graphics_hold_what_natural_images_lack():
     """Pure colours, uniform areas, few colours, and details of one pixel in every direction."""
     crops = drawn(50)
     flat = np.concatenate([crop[::3, ::3].reshape(-1, 3) for crop in crops])

@@ -32,10 +32,10 @@ from cmamba_ref.training.distributed import Group
 from cmamba_ref.training.settings import resolve
 from tests.codec_helpers import ONE_RATE, SMALL
 from tests.training_helpers import (
-    PHOTOGRAPH,
+    IMAGE,
     arguments,
     losses,
-    make_photographs,
+    make_images,
     records,
     settings,
     write_config,
@@ -45,8 +45,8 @@ from tools import train
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with photographs and the configuration of a miniature model."""
-    make_photographs(tmp_path / "photos")
+    """A folder with images and the configuration of a miniature model."""
+    make_images(tmp_path / "photos")
     write_config(tmp_path / "config.json")
     return tmp_path
 
@@ -82,10 +82,10 @@ def test_training_exports_a_model_that_codes(folder):
     assert not list(out.rglob("*.tmp"))
 
     model = cmamba_ref.CMamba.from_pretrained(out / "model")
-    with Image.open(PHOTOGRAPH) as image:
-        picture = np.asarray(image)[:70, :90]
-    decoded = cmamba_ref.decode(cmamba_ref.encode(model, picture, 5), model)
-    assert decoded.shape == picture.shape
+    with Image.open(IMAGE) as file:
+        image = np.asarray(file)[:70, :90]
+    decoded = cmamba_ref.decode(cmamba_ref.encode(model, image, 5), model)
+    assert decoded.shape == image.shape
 
     # The rate is that of files, and the sample is what a decoder makes of one.
     with Image.open(out / "samples" / "000000003" / "0-original.png") as image:
@@ -302,10 +302,10 @@ def test_going_on_with_other_settings_is_refused(folder, changes, message):
     assert (folder / "run" / "log.jsonl").read_bytes() == before
 
 
-def test_going_on_with_other_photographs_is_refused(folder):
+def test_going_on_with_other_images_is_refused(folder):
     assert train.main(arguments(folder, steps=2)) == 0
     (folder / "photos" / "4.png").unlink()
-    with pytest.raises(SystemExit, match="photographs are not the ones"):
+    with pytest.raises(SystemExit, match="images are not the ones"):
         train.main(arguments(folder, steps=2))
 
 
@@ -743,13 +743,13 @@ def test_a_damaged_image_to_train_on_stops_nothing(folder):
     assert np.isfinite(records(folder / "run")[-1]["mean_loss"]["trained_on"])
 
 
-def test_a_folder_without_photographs_is_named(folder):
+def test_a_folder_without_images_is_named(folder):
     (folder / "empty").mkdir()
     with pytest.raises(SystemExit, match="got 0 below .*empty"):
         train.main(arguments(folder, data=folder / "empty"))
 
 
-def test_too_few_photographs_are_refused(folder):
+def test_too_few_images_are_refused(folder):
     with pytest.raises(SystemExit, match="nothing is left"):
         train.main(arguments(folder, validation=6))
 
@@ -799,10 +799,10 @@ def test_command_line_counts_more_than_the_file(folder):
 @pytest.mark.slow
 def test_tiny_learns_in_300_steps(folder):
     """The loss falls to a half or less within 300 steps."""
-    photos = folder / "photographs"
+    photos = folder / "images"
     photos.mkdir()
     for number, side in enumerate((0, 300)):
-        with Image.open(PHOTOGRAPH) as image:
+        with Image.open(IMAGE) as image:
             image.crop((side, 0, side + 300, 400)).save(photos / f"{number}.png")
     changes = {"config": "tiny", "data": photos, "steps": 300, "batch": [4], "lr": 3e-4}
     assert train.main(arguments(folder, **changes, warmup=20, out=folder / "tiny")) == 0

@@ -20,23 +20,23 @@ from cmamba_ref.training.schedule import Phase, learning_rate, phase_at
 from cmamba_ref.training.trainer import Trainer
 from tests import training_helpers
 from tests.codec_helpers import SMALL
-from tests.training_helpers import make_photographs, write_config
+from tests.training_helpers import make_images, write_config
 
 CPU = Group(torch.device("cpu"))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with photographs and the configuration of a miniature model."""
-    make_photographs(tmp_path / "photos")
+    """A folder with images and the configuration of a miniature model."""
+    make_images(tmp_path / "photos")
     write_config(tmp_path / "config.json")
     return tmp_path
 
 
 def make_trainer(folder: Path, **changes) -> Trainer:
     chosen = training_helpers.settings(folder, **changes)
-    photographs = data.find_images(folder / "photos", 64, held_out=1)
-    return Trainer(chosen, photographs, CPU)
+    images = data.find_images(folder / "photos", 64, held_out=1)
+    return Trainer(chosen, images, CPU)
 
 
 def numbers(record: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -175,14 +175,14 @@ def test_a_run_goes_through_its_phases(folder):
 # ---------------------------------------------------------------- draws and data
 
 
-def test_each_photograph_is_visited_before_any_is_again():
-    visits = [draws.photograph(3, sample, 7) for sample in range(21)]
+def test_each_image_is_visited_before_any_is_again():
+    visits = [draws.image(3, sample, 7) for sample in range(21)]
     for visit in range(3):
         of_visit = [number for v, number in visits[7 * visit : 7 * visit + 7] if v == visit]
         assert sorted(of_visit) == list(range(7))
     orders = [[number for _, number in visits[7 * v : 7 * v + 7]] for v in range(3)]
     assert orders[0] != orders[1]
-    assert visits != [draws.photograph(4, sample, 7) for sample in range(21)]
+    assert visits != [draws.image(4, sample, 7) for sample in range(21)]
 
 
 def test_qualities_are_stratified():
@@ -204,7 +204,7 @@ def test_noise_is_uniform_and_of_the_sample_alone():
     assert not np.array_equal(noise["y"], draws.noise(0, 12, shapes)["y"])
 
 
-def test_crops_come_from_the_photograph_at_several_scales(folder):
+def test_crops_come_from_the_image_at_several_scales(folder):
     photo = data.read_rgb(folder / "photos" / "0.png")
     rng = np.random.default_rng(0)
     crops = [data.random_crop(photo, 96, rng) for _ in range(20)]
@@ -212,7 +212,7 @@ def test_crops_come_from_the_photograph_at_several_scales(folder):
     assert len({crop.tobytes() for crop in crops}) == 20
     whole = photo.reshape(-1, 3).mean(0)
     assert np.abs(np.mean([crop.reshape(-1, 3).mean(0) for crop in crops], 0) - whole).max() < 25
-    # Without reduction a crop is a part of the photograph, as it is or mirrored.
+    # Without reduction a crop is a part of the image, as it is or mirrored.
     crop = data.random_crop(photo, 192, rng, scale=1.0)
     parts = np.lib.stride_tricks.sliding_window_view(photo, (192, 192, 3)).reshape(-1, 192, 192, 3)
     assert any(np.array_equal(part, crop) or np.array_equal(part, crop[:, ::-1]) for part in parts)
@@ -262,7 +262,7 @@ def test_processes_make_parts_of_one_batch(folder):
 
 def test_the_fingerprint_is_that_of_the_usable_files(folder, caplog):
     photos = folder / "photos"
-    (photos / "broken.jpg").write_bytes(b"no picture")
+    (photos / "broken.jpg").write_bytes(b"no image")
     Image.new("RGB", (63, 500)).save(photos / "narrow.png")
     found = data.find_images(photos, 64, held_out=2)
     assert "2 of 8 files" in caplog.text
@@ -275,7 +275,7 @@ def test_the_fingerprint_is_that_of_the_usable_files(folder, caplog):
     assert data.find_images(photos, 64, held_out=2).fingerprint != before
 
 
-def test_a_photograph_that_turns_out_damaged_is_replaced(folder, caplog):
+def test_an_image_that_turns_out_damaged_is_replaced(folder, caplog):
     paths = sorted((folder / "photos").glob("*.png"))
     whole = data.CropCache(paths, seed=0, scale=2.0, memory=0)
     paths[0].write_bytes(paths[0].read_bytes()[:1000])
@@ -459,7 +459,7 @@ def test_a_step_reads_nothing_that_a_gpu_computes(folder, optimiser):
 
 
 def test_high_rates_do_not_drown_low_ones(folder):
-    """The loss of a picture is divided by (lambda / centre)^balance."""
+    """The loss of an image is divided by (lambda / centre)^balance."""
     model = CMamba(SMALL).eval()
     x, quality = torch.rand(2, 3, 64, 64), torch.tensor([1.0, 8.0])
     with torch.no_grad():

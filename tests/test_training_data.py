@@ -17,7 +17,7 @@ from cmamba_ref.errors import TrainingError
 from cmamba_ref.training import data, draws
 from cmamba_ref.training.schedule import Phase
 from tests.test_images import profile
-from tests.training_helpers import make_photographs, parts_of_a_photograph
+from tests.training_helpers import make_images, parts_of_an_image
 
 SIDE = 80
 
@@ -25,7 +25,7 @@ SIDE = 80
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder of six images of 200x200 pixels."""
-    make_photographs(tmp_path / "images")
+    make_images(tmp_path / "images")
     return tmp_path / "images"
 
 
@@ -195,7 +195,7 @@ def make_deceptive(path: Path, rgb: np.ndarray, kind: str) -> str:
     if kind == "profile":
         image.save(path, icc_profile=b"no profile")
         return "has a colour profile that cannot be applied"
-    path.write_bytes(parts_of_a_photograph()[0][:5000])
+    path.write_bytes(parts_of_an_image()[0][:5000])
     return "is damaged or truncated"
 
 
@@ -362,5 +362,5 @@ def test_kept_crops_stay_within_the_memory(decoding):
 
 def test_samples_are_found_from_their_images():
     for sample in range(50):
-        visit, number = draws.photograph(3, sample, 7)
+        visit, number = draws.image(3, sample, 7)
         assert draws.sample_of(3, visit, number, 7) == sample

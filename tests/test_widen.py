@@ -7,7 +7,7 @@ import torch
 
 from cmamba_ref import CMamba
 from tests.codec_helpers import ONE_RATE, SMALL, as_input, picture, random_model
-from tests.training_helpers import make_photographs
+from tests.training_helpers import make_images
 from tools import widen
 
 CHANNELS = SMALL.latent_channels + 64
@@ -75,7 +75,7 @@ def test_gains_follow_lambda(old):
 
 
 def test_the_bypass_takes_up_what_was_lost(old, tmp_path, capsys):
-    make_photographs(tmp_path / "photos")
+    make_images(tmp_path / "photos")
     old.save_pretrained(tmp_path / "old")
     arguments = [str(tmp_path / "old"), str(tmp_path / "photos"), "-o", str(tmp_path / "new")]
     original = widen.HELD_OUT

@@ -1,4 +1,4 @@
-"""A miniature model, a folder of photographs, and runs of the trainer on them."""
+"""A miniature model, a folder of images, and runs of the trainer on them."""
 
 import functools
 import io
@@ -13,15 +13,15 @@ from cmamba_ref.config import CMambaConfig
 from cmamba_ref.training.settings import Settings, resolve
 from tests.codec_helpers import SMALL
 
-PHOTOGRAPH = Path(cmamba_ref.__file__).parent / "data" / "coffee.png"
+IMAGE = Path(cmamba_ref.__file__).parent / "data" / "coffee.png"
 LOSSES = ("loss", "bpp", "distortion", "aux", "grad_norm")
 
 
 @functools.cache
-def parts_of_a_photograph() -> list[bytes]:
+def parts_of_an_image() -> list[bytes]:
     """Six PNG files of 200x200 pixels."""
     files = []
-    with Image.open(PHOTOGRAPH) as image:
+    with Image.open(IMAGE) as image:
         for number in range(6):
             left, top = 200 * (number % 3), 200 * (number // 3)
             buffer = io.BytesIO()
@@ -30,10 +30,10 @@ def parts_of_a_photograph() -> list[bytes]:
     return files
 
 
-def make_photographs(folder: Path) -> None:
-    """Six photographs, some in a folder below."""
+def make_images(folder: Path) -> None:
+    """Six images, some in a folder below."""
     (folder / "more").mkdir(parents=True)
-    for number, file in enumerate(parts_of_a_photograph()):
+    for number, file in enumerate(parts_of_an_image()):
         (folder / ("more" if number % 2 else ".") / f"{number}.png").write_bytes(file)
 
 

@@ -1,11 +1,11 @@
 """Initial weights: g_a and g_s start as a Walsh-Hadamard transform and its inverse (our choice).
 
 A fresh codec must first discover that neighbouring pixels are alike, and that takes thousands of
-steps.  Four stages that halve the picture can hold a 16x16 Walsh-Hadamard transform exactly: each
+steps.  Four stages that halve the image can hold a 16x16 Walsh-Hadamard transform exactly: each
 stage splits every channel that carries a coefficient into four, by sums and differences over 2x2
 positions.  Where a stage has too few channels for all of them, the ones with the most energy in
-a picture of strong correlation are kept.  Residual blocks start as the identity, so a fresh model
-reconstructs pictures at once, and training refines it.  The architecture is untouched.
+an image of strong correlation are kept.  Residual blocks start as the identity, so a fresh model
+reconstructs images at once, and training refines it.  The architecture is untouched.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cmamba_ref.nn.haar import HaarDownsample, HaarUpsample, haar
 
-# Orthonormal opponent colours (rows) over RGB, and the energy that each has in photographs.
+# Orthonormal opponent colours (rows) over RGB, and the energy that each has in natural images.
 COLOURS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
 COLOUR_ENERGY = (1.0, 0.05, 0.02)
 # Correlation of neighbouring pixels in the model that decides which coefficients are kept.
@@ -62,7 +62,7 @@ def _energy(signs: tuple[float, ...]) -> float:
 
 @dataclass(frozen=True)
 class Level:
-    """One halving of the picture.  Carriers are always the first channels of a map.
+    """One halving of the image.  Carriers are always the first channels of a map.
 
     Attributes:
         finer, coarser: carriers before and after.

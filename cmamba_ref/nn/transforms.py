@@ -90,7 +90,7 @@ class Transform(nn.Sequential):
 
 
 class Analysis(Transform):
-    """g_a: picture `[B, 3, H, W]` in 0...1 to latent y `[B, M, H/16, W/16]`."""
+    """g_a: image `[B, 3, H, W]` in 0...1 to latent y `[B, M, H/16, W/16]`."""
 
     def __init__(self, config: CMambaConfig) -> None:
         c1, c2, c3 = config.widths
@@ -106,7 +106,7 @@ class Analysis(Transform):
 
 
 class Synthesis(Transform):
-    """g_s: latent y_bar `[B, M, H/16, W/16]` to picture `[B, 3, H, W]`, not yet clipped."""
+    """g_s: latent y_bar `[B, M, H/16, W/16]` to image `[B, 3, H, W]`, not yet clipped."""
 
     def __init__(self, config: CMambaConfig) -> None:
         c1, c2, c3 = config.widths

@@ -12,7 +12,7 @@
     clock         where the time of a step goes
     profiling     which parts of the model the time of a step goes to
     checkpoints   files that survive a kill, and are checked before they are used
-    validation    rate and distortion of held-out photographs
+    validation    rate and distortion of held-out images
     log           a JSON line per record
 
 Nothing here is imported by `import cmamba_ref`.

@@ -273,7 +273,7 @@ class Batch:
 
     Attributes:
         x: crops, uint8 `[B, 3, S, S]`.
-        quality: one per crop `[B]`, None for a model of one rate.
+        quality: one per crop `[B]`, None for a fixed-rate model.
         noise: of each latent, `[B, C, h, w]`.
     """
 
@@ -355,7 +355,7 @@ class Loader:
         if draws.is_graphic(self.seed, sample, self.graphics):
             return graphics.draw(draws.for_graphic(self.seed, sample), size), noise
         count = len(self.crops.paths)
-        visit, number = draws.photograph(self.seed, sample, count)
+        visit, number = draws.image(self.seed, sample, count)
 
         def is_mine(visit: int) -> bool:
             later = draws.sample_of(self.seed, visit, number, count)

@@ -20,7 +20,7 @@ def _generator(seed: int, purpose: int, *place: int) -> np.random.Generator:
     return np.random.default_rng([seed, purpose, *place])
 
 
-def photograph(seed: int, sample: int, count: int) -> tuple[int, int]:
+def image(seed: int, sample: int, count: int) -> tuple[int, int]:
     """Return the visit and the number of the image that a sample is cut from.
 
     Each of `count` images is visited once before any is visited again.
@@ -30,7 +30,7 @@ def photograph(seed: int, sample: int, count: int) -> tuple[int, int]:
 
 
 def sample_of(seed: int, visit: int, number: int, count: int) -> int:
-    """Return the sample that is cut from a visit to image `number`: `photograph` reversed."""
+    """Return the sample that is cut from a visit to image `number`: `image` reversed."""
     (position,) = np.flatnonzero(_order(seed, visit, count) == number)
     return visit * count + int(position)
 

@@ -1,6 +1,6 @@
 """Synthetic graphics to train on: text, flat shapes, lines, patterns, charts and windows.
 
-A model that is trained on photographs alone blurs text and returns pure colours as brown. Each
+A model that is trained on natural images alone blurs text and returns pure colours as brown. Each
 graphic is a function of a generator, so a run that is resumed draws the same ones.
 
 `python -m cmamba_ref.training.graphics FOLDER` writes ten graphics that no training run draws, to

@@ -14,19 +14,19 @@ from cmamba_ref.training.settings import Settings
 def objective(
     model: CMamba, output: dict, x: Tensor, quality: Tensor | None, settings: Settings
 ) -> dict[str, Tensor]:
-    """The loss of each picture.
+    """The loss of each image.
 
-    The loss of one rate grows with its lambda.  For a model of all rates it is divided by
+    The loss of one rate grows with its lambda.  For a variable-rate model it is divided by
     (lambda / geometric mean of all lambdas)^balance: with 0 high rates dominate, with 1 low ones
     do (our choice).
 
     Args:
-        output: what `CMamba.forward` returned for pictures x `[B, 3, H, W]` and qualities `[B]`.
+        output: what `CMamba.forward` returned for images x `[B, 3, H, W]` and qualities `[B]`.
 
     Returns:
         `loss`, weighted; `bpp` and `distortion` as `rate_distortion_loss` gives them, each `[B]`.
     """
-    # A reconstruction under autocast has 16 bits: enough for the picture, not for its error.
+    # A reconstruction under autocast has 16 bits: enough for the image, not for its error.
     output = {**output, "x_hat": output["x_hat"].float()}
     if model.gain is None or quality is None:
         return rate_distortion_loss(output, x, settings.lmbda, settings.distortion)

@@ -70,8 +70,8 @@ class Settings:
     graphics: float = _setting(0.0, "share of crops that are drawn: text, shapes, screenshots")
 
     distortion: str = _setting("mse", "what the loss measures", choices=DISTORTIONS)
-    lmbda: float = _setting(0.013, "trade-off of a model of one rate")
-    balance: float = _setting(0.5, "of a model of all rates: the loss is divided by lambda^BALANCE")
+    lmbda: float = _setting(0.013, "trade-off of a fixed-rate model")
+    balance: float = _setting(0.5, "variable rate: the loss is divided by lambda^BALANCE")
 
     optimiser: str = _setting("adam", "of the weights", choices=OPTIMISERS)
     lr: float = _setting(1e-4, "learning rate after warm-up")

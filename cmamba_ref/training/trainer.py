@@ -44,7 +44,7 @@ class Trainer:
 
     Args:
         settings: of the run.
-        photographs: to train on.
+        images: to train on.
         group: the processes that train together.
 
     Raises:
@@ -52,14 +52,14 @@ class Trainer:
         WeightsError: the weights to start from cannot be read.
     """
 
-    def __init__(self, settings: Settings, photographs: TrainingImages, group: Group) -> None:
+    def __init__(self, settings: Settings, images: TrainingImages, group: Group) -> None:
         parts = group.size * settings.accumulate
         if any(batch % parts for batch in settings.batch):
             raise InvalidArgumentError(
                 f"`batch` must be a multiple of processes x `accumulate` = {parts}, got "
                 f"{settings.batch}; change one of them"
             )
-        self.settings, self.photographs, self.group = settings, photographs, group
+        self.settings, self.images, self.group = settings, images, group
         torch.manual_seed(settings.seed)
         if settings.init:
             self.model = CMamba.from_pretrained(settings.init)
@@ -207,7 +207,7 @@ class Trainer:
 
     def _new_loader(self) -> Loader:
         s, here = self.settings, self.group.size_here
-        crops = CropCache(self.photographs.train, s.seed, s.scale, s.cache_gib * 2**30 / here)
+        crops = CropCache(self.images.train, s.seed, s.scale, s.cache_gib * 2**30 / here)
         return Loader(
             crops,
             s.seed,
@@ -363,7 +363,7 @@ class Trainer:
             "format": FORMAT,
             "settings": self.settings.to_dict(),
             "model": json.loads(self.model.config.to_json()),
-            "photographs": self.photographs.fingerprint,
+            "photographs": self.images.fingerprint,
             "step": self.step,
             "samples": self.samples,
             "pixels": self.pixels,
@@ -438,7 +438,7 @@ class Trainer:
             extend: whether the run may be made longer.
 
         Raises:
-            TrainingError: the checkpoint is of another model, of other settings or photographs.
+            TrainingError: the checkpoint is of another model, of other settings or images.
         """
         state, tensors = checkpoint.state, checkpoint.tensors
         if state.get("format") != FORMAT:
@@ -449,8 +449,8 @@ class Trainer:
         differing = conflicts(state["settings"], self.settings, extend=extend)
         if CMambaConfig.from_json(json.dumps(state["model"])) != self.model.config:
             differing.append("the model's configuration is another")
-        if state["photographs"] != self.photographs.fingerprint:
-            differing.append("the photographs are not the ones it began with")
+        if state["photographs"] != self.images.fingerprint:
+            differing.append("the images are not the ones it began with")
         if differing:
             raise TrainingError(
                 f"the run must go on as it began, but {'; '.join(differing)}. Give the settings it "

@@ -1,4 +1,4 @@
-"""Rate and distortion of held-out photographs."""
+"""Rate and distortion of held-out images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cmamba_ref.training.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# Of a model of all rates, those of these that it has, and its best.
+# Of a variable-rate model, those of these that it has, and its best.
 QUALITIES = (1.0, 3.0, 5.0, 8.0)
 
 
@@ -54,21 +54,21 @@ def validate(
 
     Returns:
         for each quality: `loss` (weighted as in training), `bpp` by the model's own estimate, and
-        `psnr` and, of crops large enough, `ms_ssim` of 8-bit pictures.  If coded, `file_bpp`, the
+        `psnr` and, of crops large enough, `ms_ssim` of 8-bit images.  If coded, `file_bpp`, the
         size of files with their headers, and `file_psnr`, of decoded ones.
     """
     results = {}
     for quality in qualities_of(model):
         rows = []
         for number in range(group.rank, len(crops), group.size):
-            picture = crops[number]
-            row, decoded = _measure(model, picture, quality, settings, coded)
+            image = crops[number]
+            row, decoded = _measure(model, image, quality, settings, coded)
             rows.append(row)
             if samples is not None and number < settings.samples:
                 samples.mkdir(parents=True, exist_ok=True)
                 rate = "" if quality is None else f"-quality-{quality:g}"
                 write_png(samples / f"{number}{rate}.png", decoded)
-                write_png(samples / f"{number}-original.png", picture)
+                write_png(samples / f"{number}-original.png", image)
         results[str(quality)] = _means(rows, group)
     return results
 
@@ -79,11 +79,11 @@ def mean_loss(results: dict[str, dict[str, float]]) -> float:
 
 
 def _measure(
-    model: CMamba, picture: np.ndarray, quality: float | None, settings: Settings, coded: bool
+    model: CMamba, image: np.ndarray, quality: float | None, settings: Settings, coded: bool
 ) -> tuple[dict[str, float], np.ndarray]:
     """All measures of one crop, and the crop as a decoder gives it."""
     device = next(model.parameters()).device
-    x = torch.from_numpy(picture).to(device).permute(2, 0, 1)[None].float() / 255
+    x = torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float() / 255
     qualities = None if quality is None else torch.tensor([quality], device=device)
     output = model(x, qualities)
     levels = (output["x_hat"].clamp(0, 1) * 255).round()  # what is written is what counts
@@ -92,15 +92,15 @@ def _measure(
     row = {
         "loss": float(losses["loss"]),
         "bpp": float(losses["bpp"]),
-        "psnr": psnr(picture, reconstruction),
+        "psnr": psnr(image, reconstruction),
     }
-    if min(picture.shape[:2]) >= MS_SSIM_MIN_SIDE and can_measure_ms_ssim():
-        row["ms_ssim"] = ms_ssim(picture, reconstruction, device)
+    if min(image.shape[:2]) >= MS_SSIM_MIN_SIDE and can_measure_ms_ssim():
+        row["ms_ssim"] = ms_ssim(image, reconstruction, device)
     if coded:
-        data = codec.encode(model, picture, quality)
+        data = codec.encode(model, image, quality)
         reconstruction = codec.decode(data, model)
-        row["file_bpp"] = bits_per_pixel(len(data), picture.shape[1], picture.shape[0])
-        row["file_psnr"] = psnr(picture, reconstruction)
+        row["file_bpp"] = bits_per_pixel(len(data), image.shape[1], image.shape[0])
+        row["file_psnr"] = psnr(image, reconstruction)
     return row, reconstruction
 
 
