@@ -9,7 +9,7 @@ import torch
 
 import cmamba_ref.ops as ops
 from cmamba_ref.errors import BackendUnavailableError, InvalidArgumentError
-from cmamba_ref.ops import compiled, dispatch, selective_scan, selective_scan_2d
+from cmamba_ref.ops import dispatch, selective_scan, selective_scan_2d
 from cmamba_ref.testing import scan_2d_arguments, scan_arguments
 
 
@@ -70,9 +70,11 @@ def test_context_is_left_on_an_exception():
 
 
 def test_unknown_names_list_the_valid_ones(monkeypatch):
-    valid = "'auto', 'reference', 'chunked', 'compiled', 'triton'"
+    valid = "'auto', 'reference', 'chunked', 'triton'"
     with pytest.raises(InvalidArgumentError, match=f"`backend` must be one of {valid}, got 'fast'"):
         selective_scan(**scan_arguments(), backend="fast")
+    with pytest.raises(InvalidArgumentError, match=f"{valid}, got 'compiled'"):
+        selective_scan_2d(**scan_2d_arguments(), backend="compiled")  # there once was one
     with pytest.raises(InvalidArgumentError, match=valid):
         ops.set_default_backend("cuda")
     with pytest.raises(InvalidArgumentError, match=valid), ops.scan_backend(""):
@@ -84,7 +86,6 @@ def test_unknown_names_list_the_valid_ones(monkeypatch):
 
 @pytest.mark.usefixtures("_no_kernels")
 def test_triton_by_name_never_falls_back(monkeypatch):
-    monkeypatch.setattr(compiled, "unavailable_reason", lambda device_type: "no compiler")
     with pytest.raises(BackendUnavailableError, match="lacks its kernels.*backend='auto'"):
         selective_scan(**scan_arguments(), backend="triton")
     with pytest.raises(BackendUnavailableError), ops.scan_backend("triton"):
@@ -114,15 +115,6 @@ def test_auto_on_cuda_only_mentions_what_the_kernels_cannot_do(monkeypatch, capl
     assert [dispatch.choose("auto", "cuda", 64) for _ in range(3)] == ["chunked"] * 3
     (record,) = (r for r in caplog.records if r.name == "cmamba_ref.ops")
     assert record.levelno == logging.INFO and "N = 64 is large" in record.getMessage()
-
-
-def test_compiled_by_name_never_falls_back(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(BackendUnavailableError, match="'no-such-compiler'; use backend='auto'"):
-        selective_scan_2d(**scan_2d_arguments(), backend="compiled")
-    assert "compiled" not in ops.available_backends()
-    with pytest.raises(BackendUnavailableError, match="runs this scan on cuda.*on the CPU"):
-        dispatch.choose("compiled", "cuda")
 
 
 def test_auto_takes_triton_where_the_kernels_run(monkeypatch):

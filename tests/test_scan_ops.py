@@ -310,7 +310,7 @@ def operator_arguments(batch, strided):
         if strided:
             backwards = [x.permute(*reversed(range(x.dim()))) for x in arguments]
             arguments = [x.contiguous().permute(*reversed(range(x.dim()))) for x in backwards]
-        yield operator, (*(x.requires_grad_() for x in arguments), True, False)
+        yield operator, (*(x.requires_grad_() for x in arguments), True)
 
 
 def test_a_scan_without_gradient_gives_the_same_bits():
@@ -334,8 +334,8 @@ def test_operators_return_contiguous_tensors_as_the_compiler_is_told(batch):
     with torch.no_grad():
         y, last, starts = scan(*of_scan)
         y_2d, starts_2d = scan_2d(*of_scan_2d)
-        grads = library.chunked_scan_backward(y, last, *of_scan[:5], starts, False)
-        grads_2d = library.chunked_scan_2d_backward(y_2d, *of_scan_2d[:6], starts_2d, False)
+        grads = library.chunked_scan_backward(y, last, *of_scan[:5], starts)
+        grads_2d = library.chunked_scan_2d_backward(y_2d, *of_scan_2d[:6], starts_2d)
     for x in (y, last, starts, y_2d, starts_2d, *grads, *grads_2d):
         assert x.is_contiguous()
 

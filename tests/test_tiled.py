@@ -25,7 +25,7 @@ def scans(monkeypatch, request):
     scan = tiled.scan_2d_strips
 
     def recorded(*args, **kwargs):
-        calls.append(kwargs["is_compiled"])
+        calls.append(kwargs)
         return scan(*args, **kwargs)
 
     monkeypatch.setattr(tiled, "scan_2d_strips", recorded)
@@ -74,7 +74,7 @@ def test_a_block_in_strips_is_the_block(shape, fusion, scans):
     assert not scans
     with torch.no_grad():
         y = tiled.apply(block, x)
-    assert scans == [False]
+    assert len(scans) == 1
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     assert y.is_contiguous(memory_format=torch.channels_last)
 

@@ -47,7 +47,7 @@ def are_needed(x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and x.dtype in (torch.float32, torch.float64)
-        and dispatch.choose("auto", "cpu") in ("chunked", "compiled")
+        and dispatch.choose("auto", "cpu") == "chunked"
     )
 
 
@@ -127,8 +127,7 @@ def _add_ss2d(ss2d: SS2D, x: Tensor, norm: nn.Module, out: Tensor) -> None:
 
     y = x.new_zeros(batch, height, width, inner)
     read = ReadByRegion(project, batch, height, width)
-    is_compiled = dispatch.choose("auto", "cpu") == "compiled"
-    scan_2d_strips(read, y, A, dt_weight, dt_bias, is_compiled=is_compiled)
+    scan_2d_strips(read, y, A, dt_weight, dt_bias)
     for rows, *_ in cut(height, batch * width, REGION_POSITIONS):
         scanned = y[:, rows].addcmul_(scan_input(1, rows), D.sum(0))
         z = F.linear(norm(x[:, rows]), to_z)

@@ -1,13 +1,10 @@
 """Selective scans: the 1-D scan of Mamba and the four-direction scan of a map.
 
 `selective_scan` takes what `mamba_ssm`'s `selective_scan_fn` takes and returns what it returns;
-`selective_scan_2d` adds the four directions of SS2D in one call. Both run on four backends:
-`reference` (the literal recurrence), `chunked` (fast eager PyTorch), `compiled` (the same with its
-inner loops compiled for the CPU) and `triton`.
+`selective_scan_2d` adds the four directions of SS2D in one call. Both run on three backends:
+`reference` (the literal recurrence), `chunked` (fast eager PyTorch) and `triton`.
 """
 
-from functools import partial
-from types import SimpleNamespace
 from typing import Literal, overload
 
 from torch import Tensor
@@ -31,12 +28,6 @@ __all__ = [
 ]
 
 
-_COMPILED = SimpleNamespace(
-    selective_scan=partial(eager.selective_scan, is_compiled=True),
-    selective_scan_2d=partial(eager.selective_scan_2d, is_compiled=True),
-)
-
-
 def _implementation(name: str):
     """What holds a backend's `selective_scan` and `selective_scan_2d`."""
     if name == "triton":
@@ -44,7 +35,7 @@ def _implementation(name: str):
         from cmamba_ref.kernels import scan  # pyright: ignore[reportMissingImports]
 
         return scan
-    return {"reference": reference, "chunked": eager, "compiled": _COMPILED}[name]
+    return {"reference": reference, "chunked": eager}[name]
 
 
 @overload
@@ -140,8 +131,7 @@ def selective_scan(
         return_last_state: also return the state after the last position; its gradient flows.
         initial_state: state before the first position `[B, D, N]` in A's type; zero when
             None. Our extension: a sequence may be scanned in segments.
-        backend: `auto`, `reference`, `chunked`, `compiled` or `triton`; see
-            `set_default_backend`.
+        backend: `auto`, `reference`, `chunked` or `triton`; see `set_default_backend`.
 
     Returns:
         y `[B, D, L]` in the I/O type; with `return_last_state` the pair (y, last state `[B, D, N]`
@@ -191,8 +181,7 @@ def selective_scan_2d(
         dt_weight: `[4, D, R]` in A's type.
         dt_bias: `[4, D]` in A's type.
         D: skip weights `[4, D]` in A's type, or None for no skip.
-        backend: `auto`, `reference`, `chunked`, `compiled` or `triton`; see
-            `set_default_backend`.
+        backend: `auto`, `reference`, `chunked` or `triton`; see `set_default_backend`.
 
     Returns:
         The sum of the four directions `[B, H, W, D]` in the I/O type.

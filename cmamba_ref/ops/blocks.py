@@ -45,19 +45,19 @@ MATMUL_STATES = 4
 
 
 def block_length(state: Sequence[int]) -> int:
-    """Positions per block for states of that shape `[S, G, N, D]`."""
-    return fitting(BLOCK_FLOATS, math.prod(state), MAX_BLOCK_LENGTH, MIN_BLOCK_LENGTH)
-
-
-def fitting(floats: int, each: int, most: int, least: int) -> int:
-    """`most`, halved until so many times `each` is at most `floats`, but not below `least`.
+    """Positions per block for states of that shape `[S, G, N, D]`: a power of two.
 
     It is found by comparisons only, so that it stays a plain int when the sizes are symbolic.
     """
-    count = most
-    while count > least and count * each > floats:
-        count //= 2
-    return count
+    length = MAX_BLOCK_LENGTH
+    while length > MIN_BLOCK_LENGTH and length * math.prod(state) > BLOCK_FLOATS:
+        length //= 2
+    return length
+
+
+def segment_length(state: Sequence[int]) -> int:
+    """Positions between the states that are kept, for states of that shape `[S, G, N, D]`."""
+    return SEGMENT_BLOCKS * block_length(state)
 
 
 def count_of(size: int, length: int) -> int:
@@ -209,8 +209,8 @@ class Gradients(NamedTuple):
 class Blocks:
     """The blocks of one scan in eager PyTorch.
 
-    The forward takes blocks of `forward_length`, the backward segments of `segment_length`. All
-    lengths are powers of two, so that the longer ones are multiples of the shorter.
+    The forward takes blocks of `block_length`, the backward segments of `segment_length`: both are
+    powers of two.
 
     Args:
         A: `[G, N, D]`.
@@ -219,17 +219,10 @@ class Blocks:
         softplus: whether the time steps that the forward is given are the softplus of `dt`.
     """
 
-    block_length = forward_length = staticmethod(block_length)
-
-    @classmethod
-    def segment_length(cls, state: Sequence[int]) -> int:
-        """Positions between the states that are kept, for states of that shape `[S, G, N, D]`."""
-        return max(SEGMENT_BLOCKS * cls.block_length(state), cls.forward_length(state))
-
     def __init__(self, A: Tensor, state: Tensor, length: int, softplus: bool = False):
         self._A, self._A2, self._softplus = A, A * LOG2_E, softplus
         self._state_floats = state.numel()
-        longest = min(length, self.block_length(state.shape))
+        longest = min(length, block_length(state.shape))
         self._new_scratch = partial(Scratch, state, longest)
         self._scratch: Scratch | None = None
 
@@ -264,7 +257,7 @@ class Blocks:
     ) -> Tensor:
         """Of one segment: fills gradients of u and dt from start to stop and adds to the others;
         gradient of the last state to that of the first."""
-        size = self.block_length(first.shape)
+        size = block_length(first.shape)
         firsts = [first]
         for at in range(start, stop - size, size):
             firsts.append(self._last_state(at, at + size, operands, firsts[-1]))

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 import torch
 
 from cmamba_ref.errors import BackendUnavailableError, InvalidArgumentError
-from cmamba_ref.ops import compiled
 
-BACKENDS = ("reference", "chunked", "compiled", "triton")
+BACKENDS = ("reference", "chunked", "triton")
 ENVIRONMENT_VARIABLE = "CMAMBA_SCAN_BACKEND"
 
 _logger = logging.getLogger("cmamba_ref.ops")
@@ -139,11 +138,8 @@ def _triton_refusal(device_type: str, n: int, rank: int) -> str | None:
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that can run on this machine."""
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    reasons = {
-        "compiled": compiled.unavailable_reason("cpu"),
-        "triton": triton_unavailable_reason(device_type),
-    }
-    return tuple(name for name in BACKENDS if reasons.get(name) is None)
+    missing = () if triton_unavailable_reason(device_type) is None else ("triton",)
+    return tuple(name for name in BACKENDS if name not in missing)
 
 
 def _log_once(reason: str) -> None:
@@ -159,12 +155,11 @@ def choose(backend: str, device_type: str, n: int = 1, rank: int = 0) -> str:
     """The backend that runs a scan of N states and R columns of dt_weight (1-D: 0).
 
     Returns:
-        `reference`, `chunked`, `compiled` or `triton`.
+        `reference`, `chunked` or `triton`.
 
     Raises:
         InvalidArgumentError: unknown name.
-        BackendUnavailableError: `compiled` or `triton` was asked for by name and cannot run on
-            this device.
+        BackendUnavailableError: `triton` was asked for by name and cannot run on this device.
     """
     name = _check_name(backend, "backend")
     if name == "auto":
@@ -172,8 +167,6 @@ def choose(backend: str, device_type: str, n: int = 1, rank: int = 0) -> str:
     reason = None
     if name == "triton":
         reason = _triton_refusal(device_type, n, rank)
-    if name == "compiled":
-        reason = compiled.unavailable_reason(device_type)
     if reason is not None:
         raise BackendUnavailableError(
             f"`backend` must be one that runs this scan on {device_type}, got {name!r}: "

@@ -1,4 +1,4 @@
-"""The backends `chunked` and `compiled`: public shapes in and out, the chunked operator in between.
+"""The backend `chunked`: public shapes in and out, the operator in between.
 
 Everything here is ordinary differentiable PyTorch; only the recurrence is a custom operator.
 """
@@ -53,7 +53,6 @@ def selective_scan(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     initial_state: Tensor | None,
-    is_compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, D, L]` in u's type and last state `[B, D, N]` in the compute type."""
     dtype = compute_dtype(u.dtype)
@@ -80,7 +79,6 @@ def selective_scan(
         _operand(C.to(dtype), groups),
         state,
         torch.is_grad_enabled(),
-        is_compiled,
     )
     y = y.flatten(2)
     if D is not None:
@@ -98,13 +96,12 @@ def selective_scan_2d(
     dt_weight: Tensor,
     dt_bias: Tensor,
     D: Tensor | None,
-    is_compiled: bool = False,
 ) -> Tensor:
     """Sum of the four directions `[B, H, W, D]` in x's type."""
     dtype = compute_dtype(x.dtype)
     inputs = x.to(dtype)
     scan = chunked.scan_2d_forward if _unobserved(x) else chunked_scan_2d
     skip = None if D is None else D.sum(0)
-    flags = torch.is_grad_enabled(), is_compiled
-    y, _ = scan(inputs, proj.to(dtype), A, dt_weight, dt_bias, skip, *flags)
+    keep_starts = torch.is_grad_enabled()
+    y, _ = scan(inputs, proj.to(dtype), A, dt_weight, dt_bias, skip, keep_starts)
     return y.to(x.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cmamba_ref.ops import chunked
-from cmamba_ref.ops.blocks import count_of
+from cmamba_ref.ops.blocks import count_of, segment_length
 
 
 @torch.library.custom_op("cmamba::chunked_scan", mutates_args=())
@@ -23,10 +23,9 @@ def chunked_scan(
     C: Tensor,
     initial_state: Tensor,
     keep_starts: bool,
-    is_compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`chunked.scan_forward` as an operator: (y, last state, segment starts)."""
-    return chunked.scan_forward(u, dt, A, B, C, initial_state, keep_starts, is_compiled)
+    return chunked.scan_forward(u, dt, A, B, C, initial_state, keep_starts)
 
 
 @torch.library.custom_op("cmamba::chunked_scan_backward", mutates_args=())
@@ -39,10 +38,9 @@ def chunked_scan_backward(
     B: Tensor,
     C: Tensor,
     starts: Tensor,
-    is_compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`chunked.scan_backward` as an operator: gradients of u, dt, A, B, C, initial_state."""
-    return chunked.scan_backward(grad_y, grad_last, u, dt, A, B, C, starts, is_compiled)
+    return chunked.scan_backward(grad_y, grad_last, u, dt, A, B, C, starts)
 
 
 @torch.library.custom_op("cmamba::chunked_scan_2d", mutates_args=())
@@ -54,10 +52,9 @@ def chunked_scan_2d(
     dt_bias: Tensor,
     skip: Tensor | None,
     keep_starts: bool,
-    is_compiled: bool,
 ) -> tuple[Tensor, Tensor]:
     """`chunked.scan_2d_forward` as an operator: (y, segment starts)."""
-    return chunked.scan_2d_forward(x, proj, A, dt_weight, dt_bias, skip, keep_starts, is_compiled)
+    return chunked.scan_2d_forward(x, proj, A, dt_weight, dt_bias, skip, keep_starts)
 
 
 @torch.library.custom_op("cmamba::chunked_scan_2d_backward", mutates_args=())
@@ -70,12 +67,9 @@ def chunked_scan_2d_backward(
     dt_bias: Tensor,
     skip: Tensor | None,
     starts: Tensor,
-    is_compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`chunked.scan_2d_backward` as an operator: gradients of the tensors of `chunked_scan_2d`."""
-    return chunked.scan_2d_backward(
-        grad_y, x, proj, A, dt_weight, dt_bias, skip, starts, is_compiled
-    )
+    return chunked.scan_2d_backward(grad_y, x, proj, A, dt_weight, dt_bias, skip, starts)
 
 
 def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -83,40 +77,36 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in tensors)
 
 
-def _starts(
-    length: int, state: Sequence[int], keep_starts: bool, is_compiled: bool
-) -> tuple[int, ...]:
+def _starts(length: int, state: Sequence[int], keep_starts: bool) -> tuple[int, ...]:
     """Shape of the states before each segment."""
-    size = chunked.block_kind(is_compiled).segment_length(state)
-    return count_of(size, length) if keep_starts else 0, *state
+    return count_of(segment_length(state), length) if keep_starts else 0, *state
 
 
 @chunked_scan.register_fake
-def _(u, dt, A, B, C, initial_state, keep_starts, is_compiled):
-    starts = _starts(u.shape[0], initial_state.shape, keep_starts, is_compiled)
+def _(u, dt, A, B, C, initial_state, keep_starts):
+    starts = _starts(u.shape[0], initial_state.shape, keep_starts)
     return *_like(u, initial_state), u.new_empty(starts)
 
 
 @chunked_scan_backward.register_fake
-def _(grad_y, grad_last, u, dt, A, B, C, starts, is_compiled):
+def _(grad_y, grad_last, u, dt, A, B, C, starts):
     return _like(u, dt, A, B, C, grad_last)
 
 
 @chunked_scan_2d.register_fake
-def _(x, proj, A, dt_weight, dt_bias, skip, keep_starts, is_compiled):
+def _(x, proj, A, dt_weight, dt_bias, skip, keep_starts):
     batch, height, width, channels = x.shape
     state = (batch, 4, A.shape[2], channels)
-    return *_like(x), x.new_empty(_starts(height * width, state, keep_starts, is_compiled))
+    return *_like(x), x.new_empty(_starts(height * width, state, keep_starts))
 
 
 @chunked_scan_2d_backward.register_fake
-def _(grad_y, x, proj, A, dt_weight, dt_bias, skip, starts, is_compiled):
+def _(grad_y, x, proj, A, dt_weight, dt_bias, skip, starts):
     return *_like(x, proj, A, dt_weight, dt_bias), x.new_empty(x.shape[3])
 
 
 def _save(ctx, inputs, output):
     starts = output[2]
-    ctx.is_compiled = inputs[-1]
     ctx.mark_non_differentiable(starts)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:5], starts)
@@ -125,18 +115,17 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad_y, grad_last, _):
     u, *_, starts = ctx.saved_tensors
     if grad_y is None and grad_last is None:
-        return (None,) * 8
+        return (None,) * 7
     if grad_y is None:
         grad_y = u.new_zeros(u.shape)
     if grad_last is None:
         grad_last = starts.new_zeros(starts.shape[1:])
-    grads = chunked_scan_backward(grad_y, grad_last, *ctx.saved_tensors, ctx.is_compiled)
-    return *grads, None, None
+    grads = chunked_scan_backward(grad_y, grad_last, *ctx.saved_tensors)
+    return *grads, None
 
 
 def _save_2d(ctx, inputs, output):
     starts = output[1]
-    ctx.is_compiled = inputs[-1]
     ctx.mark_non_differentiable(starts)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:6], starts)
@@ -144,10 +133,10 @@ def _save_2d(ctx, inputs, output):
 
 def _differentiate_2d(ctx, grad_y, _):
     if grad_y is None:
-        return (None,) * 8
-    *grads, grad_skip = chunked_scan_2d_backward(grad_y, *ctx.saved_tensors, ctx.is_compiled)
+        return (None,) * 7
+    *grads, grad_skip = chunked_scan_2d_backward(grad_y, *ctx.saved_tensors)
     has_skip = ctx.needs_input_grad[5]
-    return *grads, grad_skip if has_skip else None, None, None
+    return *grads, grad_skip if has_skip else None, None
 
 
 def _refuse_second_derivative(ctx, *grads):
