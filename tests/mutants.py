@@ -6,6 +6,7 @@ Prints JSON: for every mutation `wrong result`, `crashed` or `passed`. A mutant 
 should not, so each runs in a process of its own. Every defect is one that a hand could make.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -22,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import torch  # noqa: E402
 from scan_helpers import chunks_of  # noqa: E402
 
-from cmamba_ref import ops  # noqa: E402
+from cmamba_ref.ops import dispatch  # noqa: E402
 from cmamba_ref.testing import assert_accurate, guarded, poisoned, scan_2d_arguments  # noqa: E402
 
 PATIENCE_SECONDS = 180  # a check takes ten to thirty
@@ -76,8 +77,9 @@ def check(folder: Path) -> str:
     """Whether the package `mutant` scans one small map as accurately as it should."""
     sys.path.insert(0, str(folder))
     scan = importlib.import_module("mutant.scan")
-    of_backends = {"reference": ops.reference, "triton": scan}
-    ops._implementation = of_backends.__getitem__
+    dispatch.BACKENDS["triton"] = dataclasses.replace(
+        dispatch.BACKENDS["triton"], scan_2d=lambda inputs: scan.selective_scan_2d(*inputs)
+    )
     # With fewer positions the reference may be exact by chance, and the rule fails sound kernels.
     arguments = scan_2d_arguments(
         batch=1, height=3, width=5, channels=4, n=2, rank=2, dtype=torch.float32, skip=False

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scan_helpers import record_backends
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -980,19 +981,11 @@ def chosen(monkeypatch):
     monkeypatch.delenv("CMAMBA_SCAN_BACKEND", raising=False)
     monkeypatch.setattr(dispatch, "_default_backend", None)
     monkeypatch.setattr(dispatch, "_logged_reasons", set())
-    names = []
-    implementation = ops._implementation
-
-    def recorded(name):
-        names.append(name)
-        return implementation(name)
-
-    monkeypatch.setattr(ops, "_implementation", recorded)
-    return names
+    return record_backends(monkeypatch)
 
 
 def test_auto_takes_triton(chosen):
-    assert ops.available_backends() == dispatch.BACKENDS
+    assert ops.available_backends() == tuple(dispatch.BACKENDS)
     assert dispatch.choose("auto", DEVICE, plan.MAX_STATES, plan.MAX_RANK) == "triton"
     selective_scan_2d(**small_map("N2-R4"))
     selective_scan(**small_sequence())

@@ -9,7 +9,7 @@ from cmamba_ref import CASSM, scan_backend
 from cmamba_ref.nn import tiled
 from cmamba_ref.nn.ablations import PlainFusion
 from cmamba_ref.nn.blocks import ResBlock
-from cmamba_ref.ops import blocks, chunked
+from cmamba_ref.ops.chunked import recurrence, scan
 
 
 @pytest.fixture(params=["one strip of the scan", "many strips of the scan"])
@@ -19,14 +19,14 @@ def scans(monkeypatch, request):
     The scan has strips of its own: one over all regions, or many in each, as large maps have.
     """
     if request.param == "many strips of the scan":
-        monkeypatch.setattr(blocks, "MAX_BLOCK_LENGTH", 8)
-        monkeypatch.setattr(chunked, "STRIP_FLOATS", 1)
+        monkeypatch.setattr(recurrence, "MAX_BLOCK_LENGTH", 8)
+        monkeypatch.setattr(scan, "STRIP_FLOATS", 1)
     calls = []
-    scan = tiled.scan_2d_strips
+    strips = tiled.scan_2d_strips
 
     def recorded(*args, **kwargs):
         calls.append(kwargs)
-        return scan(*args, **kwargs)
+        return strips(*args, **kwargs)
 
     monkeypatch.setattr(tiled, "scan_2d_strips", recorded)
     monkeypatch.setattr(tiled, "STRIP_POSITIONS", 70)

@@ -186,7 +186,7 @@ def backend(args: argparse.Namespace) -> dict[str, Any]:
     chosen = dispatch.choose("auto" if is_cuda(args) else "triton", device_of(args).type)
     result: dict[str, Any] = {"auto": chosen, "available": available_backends()}
     if chosen != "triton":
-        result["failed"] = dispatch.triton_unavailable_reason("cuda")
+        result["failed"] = dispatch.BACKENDS["triton"].refusal("cuda", 1, 0)
     return result
 
 

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from cmamba_ref.nn.ablations import PlainFusion
 from cmamba_ref.nn.blocks import CASSM, ResBlock, VSSBlock
 from cmamba_ref.nn.ss2d import DIRECTIONS, SS2D
-from cmamba_ref.ops import chunked, dispatch
-from cmamba_ref.ops.chunked import scan_2d_strips
+from cmamba_ref.ops import dispatch
+from cmamba_ref.ops.chunked.scan import read_direction, scan_2d_strips
 
 # Positions of a strip. A map of no more is not cut.
 STRIP_POSITIONS = 2**17
@@ -179,7 +179,7 @@ def take(x: Tensor, axis: int, lines: slice) -> Tensor:
 
 
 class ReadByRegion:
-    """What the directions of a scan read, computed for a few lines at a time; a `chunked.Read`.
+    """What the directions of a scan read, computed for a few lines at a time; a `Read`.
 
     Every direction holds the region it is in.
 
@@ -205,8 +205,8 @@ class ReadByRegion:
             x, proj = self._region(direction, number)
             end = min(begin + stop - start - done, x.shape[1] * x.shape[2])
             here = slice(done, done + end - begin)
-            chunked.read_direction(x, direction, begin, end, u[here])
-            chunked.read_direction(proj, direction, begin, end, projections[here])
+            read_direction(x, direction, begin, end, u[here])
+            read_direction(proj, direction, begin, end, projections[here])
             done += end - begin
 
     def _region(self, direction: int, number: int) -> tuple[Tensor, Tensor]:

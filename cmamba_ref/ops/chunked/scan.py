@@ -1,4 +1,4 @@
-"""The scans of the backend `chunked`; `blocks.py` explains the method.
+"""The scans of the backend `chunked`; `recurrence.py` explains the method.
 
 `scan_*` takes sequences whose time steps are known. `scan_2d_*` takes a map and its projections.
 It goes through the four directions side by side, one strip of positions after the other: what a
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from cmamba_ref.ops.blocks import (
+from cmamba_ref.ops.chunked.recurrence import (
     Blocks,
     Gradients,
     Operands,
@@ -62,7 +62,7 @@ def scan_forward(
     operands = _operands(u, dt, B, C)
     y = torch.empty_like(operands.u)
     blocks = Blocks(A, initial_state, len(u))
-    starts = _room_for_starts(len(u), initial_state, keep_starts)
+    starts = _alloc_starts(len(u), initial_state, keep_starts)
     state = initial_state.clone(memory_format=torch.contiguous_format)
     last = _run(blocks, operands, state, y, starts)
     return y.squeeze(3), last, starts
@@ -99,8 +99,8 @@ def _operands(u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Operands:
     return Operands(u.contiguous().unsqueeze(3), dt.contiguous().unsqueeze(3), B, C)
 
 
-def _room_for_starts(length: int, state: Tensor, keep: bool) -> Tensor:
-    """For the state before each segment; without any if they are not to be kept."""
+def _alloc_starts(length: int, state: Tensor, keep: bool) -> Tensor:
+    """Allocate the state before each segment, none if they are not to be kept."""
     count = count_of(segment_length(state.shape), length) if keep else 0
     return state.new_empty(count, *state.shape)
 
@@ -236,14 +236,14 @@ def scan_2d_strips(
     state = y.new_zeros(batch, DIRECTIONS, n, channels)
     blocks = Blocks(A.mT.contiguous(), state, length, softplus=True)
     segment = segment_length(state.shape)
-    starts = _room_for_starts(length, state, keep_starts)
+    starts = _alloc_starts(length, state, keep_starts)
 
     features = (channels, rank + 2 * n, channels, channels)
     per_strip = _strip_length(length, segment, batch * DIRECTIONS * sum(features))
-    rooms = [y.new_empty(per_strip, batch, DIRECTIONS, count) for count in features]
+    buffers = [y.new_empty(per_strip, batch, DIRECTIONS, count) for count in features]
     for start in range(0, length, max(per_strip, 1)):
         stop = min(start + per_strip, length)
-        u, projections, dt, output = (room[: stop - start] for room in rooms)
+        u, projections, dt, output = (buffer[: stop - start] for buffer in buffers)
         for k in range(DIRECTIONS):
             read(k, start, stop, u[:, :, k], projections[:, :, k])
         r, B, C = projections.split((rank, n, n), dim=3)
@@ -320,11 +320,11 @@ def scan_2d_backward(
 
     features = (channels, rank + 2 * n, channels, channels) * 2
     per_strip = _strip_length(length, segment, batch * DIRECTIONS * sum(features))
-    rooms = [x.new_empty(per_strip, batch, DIRECTIONS, count) for count in features]
+    buffers = [x.new_empty(per_strip, batch, DIRECTIONS, count) for count in features]
     for start in reversed(range(0, length, max(per_strip, 1))):
         stop = min(start + per_strip, length)
         u, projections, dt, grad_output, grad_u, grads, grad_dt, pre = (
-            room[: stop - start] for room in rooms
+            buffer[: stop - start] for buffer in buffers
         )
         for k in range(DIRECTIONS):
             read(k, start, stop, u[:, :, k], projections[:, :, k])
