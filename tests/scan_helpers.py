@@ -56,10 +56,10 @@ def chunks_of(length, carried_together=32, package="cmamba_ref.kernels"):
     The carry then takes so many chunks at a time.
     """
     launch = importlib.import_module(f"{package}.launch")
-    plan = importlib.import_module(f"{package}.plan")
+    tiling = importlib.import_module(f"{package}.tiling")
     with (
-        mock.patch.object(plan, "MIN_CHUNK", length),
-        mock.patch.object(plan, "PROGRAMS", 2**40),
+        mock.patch.object(tiling, "MIN_CHUNK", length),
+        mock.patch.object(tiling, "PROGRAMS", 2**40),
         mock.patch.object(launch, "CARRY_CHUNKS", carried_together),
     ):
         yield

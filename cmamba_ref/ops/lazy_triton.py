@@ -51,13 +51,13 @@ def refusal(device_type: str, n: int, rank: int) -> str | None:
 
 def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """Output `[B, D, L]` in u's type and last state `[B, D, N]` in the compute type."""
-    from cmamba_ref.kernels import scan  # pyright: ignore[reportMissingImports]
+    from cmamba_ref.kernels import backend  # pyright: ignore[reportMissingImports]
 
-    return scan.selective_scan(*inputs)
+    return backend.selective_scan(*inputs)
 
 
 def selective_scan_2d(inputs: Scan2dInputs) -> Tensor:
     """Sum of the four directions `[B, H, W, D]` in x's type."""
-    from cmamba_ref.kernels import scan  # pyright: ignore[reportMissingImports]
+    from cmamba_ref.kernels import backend  # pyright: ignore[reportMissingImports]
 
-    return scan.selective_scan_2d(*inputs)
+    return backend.selective_scan_2d(*inputs)
