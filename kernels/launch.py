@@ -147,7 +147,7 @@ def _carried(ends: Tensor, sums: Tensor, A: Tensor, first: Tensor, adjoint: bool
 
 
 def forward(scan: Scan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs a scan.
+    """Run a scan.
 
     Args:
         first: state before the first position `[B, K, N, D]`, compute type.

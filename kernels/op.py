@@ -25,7 +25,7 @@ def _scan(*tensors: Tensor | None, softplus: bool, groups: int) -> Scan:
     """The tensors of the operator from x to skip, without `first`, as the kernels take them."""
     x, dt, B, C, *others = (None if t is None else _prepared(t) for t in tensors)
     fields: Any = (x, dt, dt if B is None else B, dt if C is None else C, *others)
-    return Scan(*fields, softplus, groups)
+    return Scan(*fields, softplus=softplus, groups=groups)
 
 
 def _device_of(x: Tensor) -> AbstractContextManager:

@@ -158,7 +158,7 @@ def _chunk_decay(dt: Tensor, A2: Tensor) -> Tensor:
 def run_states(
     dt: Tensor, dtu: Tensor, A2: Tensor, B: Tensor, first: Tensor, decay: Buffer, states: Buffer
 ) -> Tensor:
-    """Fills the buffers decay and states of a block.
+    """Fill the buffers decay and states of a block.
 
     Args:
         dt, dtu: time steps and time steps times inputs, `[steps, chunks, S, G, 1, D]`.
@@ -236,7 +236,7 @@ class Blocks:
     def forward(
         self, start: int, stop: int, operands: Operands, first: Tensor, y: Tensor
     ) -> Tensor:
-        """Fills y `[L, S, G, 1, D]` from start to stop; first state to last `[S, G, N, D]`."""
+        """Fill y `[L, S, G, 1, D]` from start to stop; first state to last `[S, G, N, D]`."""
         block, (decay, states) = self._prepare(start, stop, 2)
         u, dt, B, C = map(block.view, operands)
         if self._softplus:
@@ -255,7 +255,7 @@ class Blocks:
         grad_last: Tensor,
         gradients: Gradients,
     ) -> Tensor:
-        """Of one segment: fills gradients of u and dt from start to stop and adds to the others;
+        """Of one segment: fill gradients of u and dt from start to stop and add to the others;
         gradient of the last state to that of the first."""
         size = block_length(first.shape)
         firsts = [first]

@@ -106,7 +106,7 @@ def _alloc_starts(length: int, state: Tensor, keep: bool) -> Tensor:
 
 
 def _run(blocks: Blocks, operands: Operands, state: Tensor, y: Tensor, starts: Tensor) -> Tensor:
-    """Fills y `[L, S, G, 1, D]`, and starts unless empty, block by block; the last state."""
+    """Fill y `[L, S, G, 1, D]`, and starts unless empty, block by block; the last state."""
     length, size = len(operands.u), block_length(state.shape)
     segment = segment_length(state.shape)
     for start in range(0, length, size):
@@ -124,7 +124,7 @@ def _run_backward(
     grad_last: Tensor,
     gradients: Gradients,
 ) -> Tensor:
-    """Fills the gradients of u and dt and adds to the others, segment by segment from the last to
+    """Fill the gradients of u and dt and add to the others, segment by segment from the last to
     the first; gradient of the state before the first."""
     length, size = len(operands.u), segment_length(grad_last.shape)
     for number in reversed(range(len(starts))):
@@ -170,13 +170,13 @@ def _parts(
 
 
 def read_direction(x: Tensor, direction: int, start: int, stop: int, sequence: Tensor) -> None:
-    """Copies positions start to stop of a direction from the map into `sequence`."""
+    """Copy positions start to stop of a direction from the map into `sequence`."""
     for part, place in _parts(x, direction, start, stop, sequence):
         place.copy_(part.flip(0, 1) if direction >= 2 else part)
 
 
 def _add(x: Tensor, direction: int, start: int, stop: int, sequence: Tensor) -> None:
-    """The adjoint of `read_direction`: adds `sequence` to the map."""
+    """The adjoint of `read_direction`: add `sequence` to the map."""
     for part, place in _parts(x, direction, start, stop, sequence):
         part.add_(place.flip(0, 1) if direction >= 2 else place)
 
@@ -220,7 +220,7 @@ def scan_2d_strips(
     dt_bias: Tensor,
     keep_starts: bool = False,
 ) -> Tensor:
-    """Adds the four directions, without skip, to a map y `[S, H, W, D]`.
+    """Add the four directions, without skip, to a map y `[S, H, W, D]`.
 
     Args:
         read: gives what a direction reads, see `Read`.  Positions are asked for in rising order,
