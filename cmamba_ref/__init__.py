@@ -44,7 +44,7 @@ __version__ = "0.1.0"
 
 # An installation holds `kernels`; in a checkout it lies beside this package.
 _package = Path(__file__).parent
-if not (_package / "kernels").is_dir() and (_package.parent / "kernels" / "plan.py").is_file():
+if not (_package / "kernels").is_dir() and (_package.parent / "kernels" / "tiling.py").is_file():
     __path__.append(str(_package.parent))
 
 __all__ = [

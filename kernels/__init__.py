@@ -2,7 +2,7 @@
 
 The directory lies at the top of the repository and is installed inside the package; no top-level
 module `kernels` is ever installed. Importing this package does not import triton; its module
-`scan` does, which holds the scans. Modules in here import each other relatively.
+`backend` does, which holds the scans. Modules in here import each other relatively.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .plan import MAX_RANK, MAX_STATES
+from .tiling import MAX_RANK, MAX_STATES
 
 __all__ = ["Support", "is_supported", "size_reason", "unavailable_reason"]
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backward import scan_chunk_adjoints, scan_gradients
-from .forward import CARRY_CHUNKS, carry, scan_chunk_states, scan_outputs
-from .plan import CARRY_BLOCK, PIECE, Plan, block_count, plan
+from .chunk_scan_bwd import chunk_scan_bwd, chunk_state_bwd
+from .chunk_scan_fwd import CARRY_CHUNKS, chunk_scan_fwd, chunk_state_fwd, state_passing
+from .tiling import CARRY_BLOCK, RECOMPUTE_STEPS, Plan, block_count, plan
 
 
 class Scan(NamedTuple):
@@ -25,7 +25,7 @@ class Scan(NamedTuple):
     """
 
     x: Tensor  # [B, H, W, D]
-    dt: Tensor  # projections [B, H, W, 4, R + 2N], or delta [B, H, W, D]
+    dt_or_proj: Tensor  # projections [B, H, W, 4, R + 2N], or delta [B, H, W, D]
     B: Tensor  # the projections, [B, H, W, G, N], or constant [N, D] (C)
     C: Tensor  # as B
     z: Tensor | None  # gate [B, H, W, D]
@@ -78,7 +78,7 @@ def _arguments(scan: Scan, plan: Plan, block: int) -> dict[str, Any]:
     _, height, width, channels = scan.x.shape
     per_group = channels // scan.groups
     return {
-        "dt_ptr": scan.dt,
+        "dt_ptr": scan.dt_or_proj,
         "A_ptr": scan.A,
         "weight_ptr": scan.dt_bias if scan.dt_weight is None else scan.dt_weight,
         "bias_ptr": scan.dt_bias,
@@ -91,10 +91,10 @@ def _arguments(scan: Scan, plan: Plan, block: int) -> dict[str, Any]:
         "chunk_length": min(plan.chunk_length, height * width),
         "blocks": block_count(per_group, block),
         "N": scan.A.shape[1],
-        "STATES": plan.states,
+        "BLOCK_N": plan.states,
         "RANK": scan.rank,
-        "RANKS": plan.ranks,
-        "BLOCK": block,
+        "BLOCK_R": plan.ranks,
+        "BLOCK_D": block,
         "SOFTPLUS": scan.softplus,
         **LAUNCH_OPTIONS,
     }
@@ -127,7 +127,7 @@ def _carried(ends: Tensor, sums: Tensor, A: Tensor, first: Tensor, adjoint: bool
     images, directions, chunks, n, channels = ends.shape
     starts = torch.empty_like(ends)
     blocks = block_count(n * channels, CARRY_BLOCK)
-    carry[(images * directions * blocks,)](
+    state_passing[(images * directions * blocks,)](
         ends,
         sums,
         A,
@@ -139,7 +139,7 @@ def _carried(ends: Tensor, sums: Tensor, A: Tensor, first: Tensor, adjoint: bool
         blocks,
         N=n,
         CHUNKS=CARRY_CHUNKS,
-        BLOCK=CARRY_BLOCK,
+        BLOCK_D=CARRY_BLOCK,
         ADJOINT=adjoint,
         **LAUNCH_OPTIONS,
     )
@@ -147,7 +147,7 @@ def _carried(ends: Tensor, sums: Tensor, A: Tensor, first: Tensor, adjoint: bool
 
 
 def forward(scan: Scan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs a scan.
+    """Run a scan.
 
     Args:
         first: state before the first position `[B, K, N, D]`, compute type.
@@ -158,7 +158,7 @@ def forward(scan: Scan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     images, height, width, channels = scan.x.shape
     directions, n = scan.A.shape[:2]
-    real, plan = scan.A.dtype, scan.plan()
+    acc_dtype, plan = scan.A.dtype, scan.plan()
     arguments = _arguments(scan, plan, plan.block)
     programs = images * plan.chunks * scan.groups * arguments["blocks"]
     inputs = {"x_ptr": scan.x, "B_ptr": scan.B, "B_CONSTANT": _constant(scan.B)}
@@ -166,16 +166,16 @@ def forward(scan: Scan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     starts = first.unsqueeze(2)
     if plan.chunks > 1:
         ends, sums = _per_chunk(first, plan.chunks)
-        scan_chunk_states[(programs * directions,)](
+        chunk_state_fwd[(programs * directions,)](
             ends_ptr=ends, sums_ptr=sums, **inputs, **arguments
         )
         starts = _carried(ends, sums, scan.A, first, adjoint=False)
 
     y = torch.empty_like(scan.x)
-    total = y if y.dtype == real else torch.empty_like(y, dtype=real)
+    total = y if y.dtype == acc_dtype else torch.empty_like(y, dtype=acc_dtype)
     last = first.new_zeros(images, n, channels)  # of a map it stays zero
     for first_direction in range(scan.pairs):
-        scan_outputs[(programs,)](
+        chunk_scan_fwd[(programs,)](
             C_ptr=scan.C,
             C_CONSTANT=_constant(scan.C),
             skip_ptr=scan.skip,
@@ -199,7 +199,7 @@ def _entering_adjoints(scan: Scan, plan: Plan, grad_y: Tensor, grad_last: Tensor
     arguments = _arguments(scan, plan, plan.block)
     ends, sums = _per_chunk(grad_last, plan.chunks)
     programs = images * directions * plan.chunks * scan.groups * arguments["blocks"]
-    scan_chunk_adjoints[(programs,)](
+    chunk_state_bwd[(programs,)](
         C_ptr=scan.C,
         C_CONSTANT=_constant(scan.C),
         dy_ptr=grad_y,
@@ -221,15 +221,15 @@ def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> G
     """
     images, height, width, channels = scan.x.shape
     directions, n = scan.A.shape[:2]
-    real, plan = scan.A.dtype, scan.plan()
+    acc_dtype, plan = scan.A.dtype, scan.plan()
     arguments = _arguments(scan, plan, plan.backward_block)
     blocks, position = arguments["blocks"], (images, height, width)
     in_pair = (directions + 1) // 2
-    pieces = block_count(arguments["chunk_length"], PIECE)
+    windows = block_count(arguments["chunk_length"], RECOMPUTE_STEPS)
 
-    checkpoints = starts.new_empty(images, plan.chunks, pieces, n, channels)
+    checkpoints = starts.new_empty(images, plan.chunks, windows, n, channels)
     grad_x = torch.empty_like(scan.x)
-    total = grad_x if grad_x.dtype == real else torch.empty_like(grad_x, dtype=real)
+    total = grad_x if grad_x.dtype == acc_dtype else torch.empty_like(grad_x, dtype=acc_dtype)
     grad_z = None if scan.z is None else torch.empty_like(scan.z)
     A_per_chunk, bias_per_chunk = _per_chunk(grad_last, plan.chunks)
     skip_per_chunk = starts.new_empty(images, plan.chunks, channels)
@@ -238,15 +238,15 @@ def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> G
     of_constant = (images, plan.chunks, n, channels)
     grad_B = starts.new_empty(of_constant if _constant(scan.B) else of_projection)
     grad_C = starts.new_empty(of_constant if _constant(scan.C) else of_projection)
-    grad_before = starts.new_empty(
-        in_pair, *position, channels, dtype=real if scan.rank else scan.dt.dtype
+    grad_dt_raw = starts.new_empty(
+        in_pair, *position, channels, dtype=acc_dtype if scan.rank else scan.dt_or_proj.dtype
     )
-    grad_dt = torch.empty_like(scan.dt) if scan.rank else grad_before[0]
+    grad_dt = torch.empty_like(scan.dt_or_proj) if scan.rank else grad_dt_raw[0]
     grad_weight = None if scan.dt_weight is None else torch.empty_like(scan.dt_weight)
 
     adjoints = _entering_adjoints(scan, plan, grad_y, grad_last)
     for first_direction in range(scan.pairs):
-        scan_gradients[(images * plan.chunks * scan.groups * blocks,)](
+        chunk_scan_bwd[(images * plan.chunks * scan.groups * blocks,)](
             x_ptr=scan.x,
             B_ptr=scan.B,
             C_ptr=scan.C,
@@ -257,7 +257,7 @@ def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> G
             adjoints_ptr=adjoints,
             sum_ptr=total,
             dx_ptr=grad_x,
-            dbefore_ptr=grad_before,
+            ddt_raw_ptr=grad_dt_raw,
             dB_ptr=grad_B,
             dC_ptr=grad_C,
             dz_ptr=scan.x if grad_z is None else grad_z,
@@ -269,7 +269,7 @@ def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> G
             images=images,
             B_CONSTANT=_constant(scan.B),
             C_CONSTANT=_constant(scan.C),
-            PIECE=PIECE,
+            RECOMPUTE_STEPS=RECOMPUTE_STEPS,
             ALIGNED=plan.aligned,
             **_gate(scan),
             **arguments,
@@ -277,7 +277,7 @@ def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> G
         if grad_weight is not None:
             pair = slice(first_direction, None, 2)
             grad_dt[:, :, :, pair], grad_weight[pair] = _projection_gradients(
-                scan, pair, grad_before, grad_B, grad_C
+                scan, pair, grad_dt_raw, grad_B, grad_C
             )
 
     return Gradients(
@@ -300,15 +300,15 @@ def _summed(partial: Tensor, like: Tensor) -> Tensor:
 
 
 def _projection_gradients(
-    scan: Scan, pair: slice, grad_before: Tensor, grad_B: Tensor, grad_C: Tensor
+    scan: Scan, pair: slice, grad_dt_raw: Tensor, grad_B: Tensor, grad_C: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the projections `[B, H, W, P, R + 2N]` and dt_weight `[P, R, D]` of a pair."""
     assert scan.dt_weight is not None
     weight = scan.dt_weight[pair]
-    r = scan.dt[:, :, :, pair, : scan.rank].movedim(3, 0).to(weight.dtype)
-    grad_r = torch.einsum("pbhwd,prd->bhwpr", grad_before, weight)
+    r = scan.dt_or_proj[:, :, :, pair, : scan.rank].movedim(3, 0).to(weight.dtype)
+    grad_r = torch.einsum("pbhwd,prd->bhwpr", grad_dt_raw, weight)
     # One product per line, then a sum: a product over all positions would round more.
-    grad_weight = (r.flatten(1, 2).mT @ grad_before.flatten(1, 2)).sum(1)
+    grad_weight = (r.flatten(1, 2).mT @ grad_dt_raw.flatten(1, 2)).sum(1)
     grad_B = grad_B.sum(0).squeeze(-2).movedim(0, 3)
     grad_C = grad_C.sum(0).squeeze(-2).movedim(0, 3)
-    return torch.cat((grad_r, grad_B, grad_C), dim=-1).to(scan.dt.dtype), grad_weight
+    return torch.cat((grad_r, grad_B, grad_C), dim=-1).to(scan.dt_or_proj.dtype), grad_weight

@@ -6,6 +6,7 @@ Prints JSON: for every mutation `wrong result`, `crashed` or `passed`. A mutant 
 should not, so each runs in a process of its own. Every defect is one that a hand could make.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -22,40 +23,48 @@ sys.path.insert(0, str(ROOT / "tests"))
 import torch  # noqa: E402
 from scan_helpers import chunks_of  # noqa: E402
 
-from cmamba_ref import ops  # noqa: E402
+from cmamba_ref.ops import dispatch  # noqa: E402
 from cmamba_ref.testing import assert_accurate, guarded, poisoned, scan_2d_arguments  # noqa: E402
 
 PATIENCE_SECONDS = 180  # a check takes ten to thirty
 
 # Name: file, text that stands there, defect.
 MUTATIONS = {
-    "nothing": ("plan.py", "MIN_CHUNK", "MIN_CHUNK"),
+    "nothing": ("tiling.py", "MIN_CHUNK", "MIN_CHUNK"),
     "sign of the decay": (
-        "forward.py",
+        "chunk_scan_fwd.py",
         "tl.exp2(dt[None, :] * A) * h",
         "tl.exp2(-dt[None, :] * A) * h",
     ),
-    "chunk one position short": ("forward.py", "tl.range(0, steps)", "tl.range(0, steps - 1)"),
-    "states enter a chunk too late": ("forward.py", "rank + 1)", "rank + 2)"),
-    "lines turn one position late": ("pieces.py", "at_turn = left == 0", "at_turn = left == 1"),
+    "chunk one position short": (
+        "chunk_scan_fwd.py",
+        "tl.range(0, steps)",
+        "tl.range(0, steps - 1)",
+    ),
+    "states enter a chunk too late": ("chunk_scan_fwd.py", "rank + 1)", "rank + 2)"),
+    "lines turn one position late": ("primitives.py", "at_turn = left == 0", "at_turn = left == 1"),
     "missing mask of channels": (
-        "pieces.py",
-        "pointer + row * D + channels, mask=exists, other=0.0",
+        "primitives.py",
+        "pointer + row * D + channels, mask=mask, other=0.0",
         "pointer + row * D + channels",
     ),
     "missing mask of steps": (
-        "backward.py",
-        "dy_ptr, row, channels, exists & inside",
-        "dy_ptr, row, channels, exists",
+        "chunk_scan_bwd.py",
+        "dy_ptr, row, channels, mask & inside",
+        "dy_ptr, row, channels, mask",
     ),
     "softplus without digits": (
-        "pieces.py",
+        "primitives.py",
         "_log1p(tl.exp2(-tl.abs(x) * LOG2_E), TERMS)",
         "tl.log2(1.0 + tl.exp2(-tl.abs(x) * LOG2_E)) * LN_2",
     ),
     "adjoint carried the wrong way": ("launch.py", "adjoint=True", "adjoint=False"),
-    "gradient of B without dt": ("backward.py", "dh * input[None, :], 1", "dh * x[None, :], 1"),
-    "reverse direction not added": ("forward.py", "(direction > 0)", "(direction > 1)"),
+    "gradient of B without dt": (
+        "chunk_scan_bwd.py",
+        "dh * input[None, :], 1",
+        "dh * x[None, :], 1",
+    ),
+    "reverse direction not added": ("chunk_scan_fwd.py", "(direction > 0)", "(direction > 1)"),
 }
 
 
@@ -68,16 +77,17 @@ def mutate(folder: Path, file: str, text: str, defect: str) -> None:
         raise SystemExit(f"{text!r} no longer stands in kernels/{file}")
     path.write_text(source.replace(text, defect))
     # Its operators need names of their own.
-    library = folder / "mutant" / "library.py"
-    library.write_text(library.read_text().replace("cmamba::", "mutant::"))
+    op = folder / "mutant" / "op.py"
+    op.write_text(op.read_text().replace("cmamba::", "mutant::"))
 
 
 def check(folder: Path) -> str:
     """Whether the package `mutant` scans one small map as accurately as it should."""
     sys.path.insert(0, str(folder))
-    scan = importlib.import_module("mutant.scan")
-    of_backends = {"reference": ops.reference, "triton": scan}
-    ops._implementation = of_backends.__getitem__
+    backend = importlib.import_module("mutant.backend")
+    dispatch.BACKENDS["triton"] = dataclasses.replace(
+        dispatch.BACKENDS["triton"], scan_2d=lambda inputs: backend.selective_scan_2d(*inputs)
+    )
     # With fewer positions the reference may be exact by chance, and the rule fails sound kernels.
     arguments = scan_2d_arguments(
         batch=1, height=3, width=5, channels=4, n=2, rank=2, dtype=torch.float32, skip=False

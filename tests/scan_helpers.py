@@ -3,9 +3,12 @@
 import contextlib
 import importlib
 import os
+from dataclasses import replace
 from unittest import mock
 
 import pytest
+
+from cmamba_ref.ops.dispatch import BACKENDS as REGISTERED
 
 
 def kernels_are_interpreted() -> bool:
@@ -13,17 +16,37 @@ def kernels_are_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-# Parameters for tests on CPU tensors. The interpreter is too slow for some.
-EAGER_BACKENDS = ("reference", "chunked")
-BACKENDS = (
-    *EAGER_BACKENDS,
-    pytest.param(
-        "triton",
-        marks=pytest.mark.skipif(
-            not kernels_are_interpreted(), reason="this machine has a GPU: not interpreted"
-        ),
-    ),
-)
+def on_cpu(*left_out):
+    """Parameters for tests on CPU tensors: every registered backend but those left out."""
+    parameters = []
+    for name, backend in REGISTERED.items():
+        if name not in left_out:
+            refusal = backend.refusal("cpu", 1, 0)
+            marks = pytest.mark.skipif(refusal is not None, reason=f"{name}: {refusal}")
+            parameters.append(pytest.param(name, marks=marks, id=name))
+    return parameters
+
+
+BACKENDS = on_cpu()
+EAGER_BACKENDS = on_cpu("triton")  # the interpreter is too slow for some tests
+FUSED_BACKENDS = on_cpu("reference")  # a scan is one operator
+
+
+def record_backends(monkeypatch):
+    """Return a list that takes the name of the backend of every scan from now on."""
+    names = []
+
+    def recorded(name, scan):
+        def run(inputs):
+            names.append(name)
+            return scan(inputs)
+
+        return run
+
+    for name, backend in REGISTERED.items():
+        scans = {field: recorded(name, getattr(backend, field)) for field in ("scan", "scan_2d")}
+        monkeypatch.setitem(REGISTERED, name, replace(backend, **scans))
+    return names
 
 
 @contextlib.contextmanager
@@ -33,10 +56,10 @@ def chunks_of(length, carried_together=32, package="cmamba_ref.kernels"):
     The carry then takes so many chunks at a time.
     """
     launch = importlib.import_module(f"{package}.launch")
-    plan = importlib.import_module(f"{package}.plan")
+    tiling = importlib.import_module(f"{package}.tiling")
     with (
-        mock.patch.object(plan, "MIN_CHUNK", length),
-        mock.patch.object(plan, "PROGRAMS", 2**40),
+        mock.patch.object(tiling, "MIN_CHUNK", length),
+        mock.patch.object(tiling, "PROGRAMS", 2**40),
         mock.patch.object(launch, "CARRY_CHUNKS", carried_together),
     ):
         yield

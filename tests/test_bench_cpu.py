@@ -19,7 +19,6 @@ import cmamba_ref
 from cmamba_ref import CMamba, CMambaConfig
 from cmamba_ref.entropy import rans
 from cmamba_ref.nn import ss2d
-from cmamba_ref.ops import compiled
 
 CPU = torch.device("cpu")
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counted on Linux only")
@@ -27,13 +26,6 @@ on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="coun
 
 def settings(repeats=1):
     return Settings(CPU, "fp32", bench_cpu.MODES, repeats, seconds=0.01)
-
-
-@pytest.fixture(autouse=True)
-def small_programs(monkeypatch):
-    """What is compiled is compiled in seconds."""
-    for name in ("UNROLLED", "MAX_CHUNKS", "MIN_CHUNKS"):
-        monkeypatch.setattr(compiled, name, 2)
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +259,7 @@ def test_sections_are_kept_and_the_page_names_them(monkeypatch, tmp_path, in_thi
     for heading in ("## Goals", "## One scan", "## Growth", "## The codec"):
         assert heading in text
     assert "## Whole commands" not in text and "these figures mean nothing" in text
-    assert "`compiled`" in text or "| compiled |" in text
+    assert "| chunked |" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     for line, following in zip(lines, lines[1:], strict=False):
         if following.startswith("| ---"):
@@ -330,7 +322,6 @@ def test_goals_are_held_against_the_figures():
     assert verdicts["scan, forward and backward: faster than ref-style"] == "missed"
     assert verdicts["scan, forward: memory beyond the inputs"] == "held"
     assert verdicts["scan, forward: faster than mambapy"] == "not measured"
-    assert verdicts["scan, forward: compiled faster than eager"] == "not measured"
 
 
 @pytest.mark.parametrize(

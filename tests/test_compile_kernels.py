@@ -41,9 +41,9 @@ from tools.compile_kernels import (
     traffic,
 )
 
-FORWARD = ("scan_chunk_states", "carry", "scan_outputs", "scan_chunk_adjoints")
+FORWARD = ("chunk_state_fwd", "state_passing", "chunk_scan_fwd", "chunk_state_bwd")
 # Spilled registers, and bytes of stack per lane in use, at most. Outside their loops ptxas parks a
-# register or two of the other kernels, where that lets more warps run; scan_gradients holds more
+# register or two of the other kernels, where that lets more warps run; chunk_scan_bwd holds more
 # than there are registers. By compute type; raise one only with a measured gain.
 FORWARD_SPILL = {"fp32": 0, "fp64": 16}  # loads and stores in the loop
 FORWARD_STACK = {"fp32": 32, "fp64": 128}
@@ -131,7 +131,11 @@ def test_forward_takes_one_exponential_per_state(reports: list[Report]) -> None:
 
     def excess(report: Report) -> str:
         variant, (loop, *_) = report.variant, report.loops
-        if variant.kernel not in FORWARD or variant.kernel == "carry" or variant.real != "fp32":
+        if (
+            variant.kernel not in FORWARD
+            or variant.kernel == "state_passing"
+            or variant.real != "fp32"
+        ):
             return ""
         expected = exps_of_step(variant, TARGETS[report.target].lanes)
         if TARGETS[report.target].backend == "cuda" and report.exps_in_ptx > expected:
@@ -144,7 +148,7 @@ def test_forward_takes_one_exponential_per_state(reports: list[Report]) -> None:
 def test_B_and_C_are_loaded_128_bits_at_a_time(reports: list[Report]) -> None:
     """Where N states fill whole vectors and the projections leave them aligned."""
     sizes = {"fp32": 4, "bf16": 2, "fp64": 8}
-    read = {"scan_chunk_states": "B", "scan_chunk_adjoints": "C", "scan_outputs": "BC"}
+    read = {"chunk_state_fwd": "B", "chunk_state_bwd": "C", "chunk_scan_fwd": "BC"}
 
     def missing(report: Report) -> str:
         variant, (loop, *_) = report.variant, report.loops
@@ -197,7 +201,7 @@ def dispatched(scan: Any, arguments: dict[str, Any]) -> list[Launch]:
     with recording() as launches:
         y = scan(**moved, backend="triton")
         y.sum().backward()
-    assert {launch.variant.kernel for launch in launches} >= {"scan_outputs", "scan_gradients"}
+    assert {launch.variant.kernel for launch in launches} >= {"chunk_scan_fwd", "chunk_scan_bwd"}
     return launches
 
 
@@ -257,13 +261,13 @@ def test_scans_of_many_kinds_are_compiled(known: Known, scan: MapScan | Sequence
 
 def test_a_variant_that_is_not_compiled_is_noticed(known: Known) -> None:
     launch = record(MapScan(16, 12, 192))[-1]
-    assert launch.variant.kernel == "scan_gradients"
-    for change in ({"PIECE": 8}, {"BLOCK": 256}, {"GATE": 1}):
+    assert launch.variant.kernel == "chunk_scan_bwd"
+    for change in ({"RECOMPUTE_STEPS": 8}, {"BLOCK_D": 256}, {"GATE": 1}):
         odd = Launch(launch.variant.replaced(**change), 1, {}, {})
         assert len(known.missing([odd])) == 1
 
 
-@pytest.mark.parametrize("kernel", ["scan_chunk_states", "scan_outputs"])
+@pytest.mark.parametrize("kernel", ["chunk_state_fwd", "chunk_scan_fwd"])
 @pytest.mark.parametrize(
     ("n", "rank", "expected"),
     [(16, 12, (16, 12)), (12, 12, (12, 16)), (5, 3, (8, 8)), (17, 33, (32, 64))],
@@ -274,8 +278,8 @@ def test_sizes_are_represented_by_the_power_of_two_above(
     of_kernel = {launch.variant.kernel: launch.variant for launch in record(MapScan(n, rank, 64))}
     found = representative(of_kernel[kernel])
     assert found.constant("N") == expected[0]
-    assert found.constant("STATES") == of_kernel[kernel].constant("STATES")
-    assert found.constant("BLOCK") == of_kernel[kernel].constant("BLOCK")
+    assert found.constant("BLOCK_N") == of_kernel[kernel].constant("BLOCK_N")
+    assert found.constant("BLOCK_D") == of_kernel[kernel].constant("BLOCK_D")
     assert found.constant("RANK") == expected[1]
 
 
@@ -330,11 +334,11 @@ def test_warps_by_registers(require_triton: ModuleType, registers: int, warps: i
 
 def test_work_and_bytes_of_a_scan(require_triton: ModuleType) -> None:
     scan = MapScan(n=4, rank=12, channels=192)
-    launches = [launch for launch in record(scan) if launch.variant.kernel == "scan_outputs"]
+    launches = [launch for launch in record(scan) if launch.variant.kernel == "chunk_scan_fwd"]
     positions = scan.height * scan.width
     elts = 4 * positions * scan.channels * scan.n
     assert sum(launch.elts for launch in launches) == elts
-    blocks = scan.channels // launches[0].variant.constant("BLOCK")
+    blocks = scan.channels // launches[0].variant.constant("BLOCK_D")
     assert sum(launch.steps for launch in launches) == 4 * positions * blocks
     # x, the sum over directions in and y out, and half of the projections; then what chunks add.
     first, last = map(traffic, launches)

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from codec_helpers import picture, random_model
 from PIL import Image
 
 import cmamba_ref
-from cmamba_ref import CMamba, codec, model, ops, pillow_plugin, scan_backend
+from cmamba_ref import CMamba, codec, model, pillow_plugin, scan_backend, selective_scan_2d
 from cmamba_ref.images import png_bytes
 from cmamba_ref.ops import dispatch
+from cmamba_ref.testing import scan_2d_arguments
 
 THREADS = 8
 ROOT = Path(cmamba_ref.__file__).parents[1]
@@ -89,61 +91,22 @@ def test_a_model_that_ships_is_loaded_once(monkeypatch):
     assert loaded == ["tiny"] and len(set(map(id, models))) == 1
 
 
-def test_each_thread_has_the_backend_of_its_own_block(monkeypatch):
-    """Blocks of two backends, open at the same time; what comes out is what each gives alone."""
-    backends = ["reference", "chunked"]
-    small = [(picture(64, 64, seed=i), 1.0 + i, backends[i % 2]) for i in range(4)]
-    seen: dict[str, set[str]] = {}
-    implementation = ops._implementation
-
-    def recorded(name: str):
-        seen.setdefault(threading.current_thread().name, set()).add(name)
-        return implementation(name)
-
-    def work(item):
-        image, quality, backend = item
-        threading.current_thread().name = f"{backend} {quality}"
-        with scan_backend(backend):
-            return coded(shared, image, quality)
-
-    shared = random_model()
-    alone = [work(item) for item in small]
-    monkeypatch.setattr(ops, "_implementation", recorded)
-    together = at_once(work, small, threads=4)
-    assert together == alone
-    assert seen == {f"{b} {q}": {b} for _, q, b in small}
-
-
-def test_blocks_need_not_close_in_the_order_in_which_they_opened():
-    """Of two threads the first one in is the first one out; nothing of its block stays."""
-    first_is_in, second_is_in, may_end = (threading.Event() for _ in range(3))
-
-    def first():
-        with scan_backend("reference"):
-            first_is_in.set()
-            second_is_in.wait(10)
-            return dispatch.get_default_backend()
-
-    def second():
-        first_is_in.wait(10)
-        with scan_backend("chunked"):
-            second_is_in.set()
-            may_end.wait(10)
-            return dispatch.get_default_backend()
-
-    before = dispatch.get_default_backend()
-    with ThreadPoolExecutor(2) as executor:
-        one, other = executor.submit(first), executor.submit(second)
-        assert one.result() == "reference"
-        assert dispatch.get_default_backend() == "chunked"  # of the block that is still open
-        may_end.set()
-        assert other.result() == "chunked"
-    assert dispatch.get_default_backend() == before
-
-
-def test_a_thread_without_a_block_uses_that_of_another():
+def test_a_block_holds_for_all_threads():
     with scan_backend("reference"), ThreadPoolExecutor(1) as executor:
         assert executor.submit(dispatch.get_default_backend).result() == "reference"
+        with scan_backend("chunked"):
+            assert executor.submit(dispatch.get_default_backend).result() == "chunked"
+        assert executor.submit(dispatch.get_default_backend).result() == "reference"
+
+
+def test_threads_with_backends_of_their_own_name_them():
+    """Scans by several backends at the same time give what each gives alone."""
+    arguments = scan_2d_arguments(height=6, width=7, dtype=torch.float32)
+    backends = ["reference", "chunked"] * 4
+    alone = {name: selective_scan_2d(**arguments, backend=name) for name in backends}
+    together = at_once(lambda name: selective_scan_2d(**arguments, backend=name), backends)
+    for name, y in zip(backends, together, strict=True):
+        assert torch.equal(y, alone[name])
 
 
 def test_pillow_in_threads(tmp_path):

@@ -21,21 +21,14 @@ from codec_helpers import picture, random_model
 from PIL import Image
 
 import cmamba_ref
-from cmamba_ref import BackendUnavailableError, batch, ops
+from cmamba_ref import batch
 from cmamba_ref.cli import main
 from cmamba_ref.images import png_bytes
-from cmamba_ref.ops import compiled
-from cmamba_ref.testing import scan_2d_arguments
 
 ROOT = Path(cmamba_ref.__file__).parents[1]
 PIXELS = picture(70, 90)
 NOT_FOR_ROOT = pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() == 0, reason="modes do not bind the superuser"
-)
-
-
-NEEDS_COMPILER = pytest.mark.skipif(
-    sys.platform != "linux", reason="names a program of Linux as the compiler"
 )
 
 
@@ -318,28 +311,6 @@ def test_a_batch_that_is_ended_leaves_whole_files_and_no_process(tmp_path, model
 
 
 # ---------------------------------------------------------------- what is missing
-
-
-def test_compiled_without_a_compiler_says_so(photo, encoded, model_dir, capsys, monkeypatch):
-    before = contents(photo.parent)
-    monkeypatch.setenv("CMAMBA_SCAN_BACKEND", "compiled")
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert main(["encode", str(photo), "--model", model_dir, "--force"]) == 1
-    assert "'no-such-compiler'; use backend='auto' or 'chunked'" in error_line(capsys)
-    assert contents(photo.parent) == before
-
-
-@pytest.mark.slow
-@NEEDS_COMPILER
-def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", "false")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing was compiled before
-    for name, size in {"UNROLLED": 8, "MAX_CHUNKS": 2, "MIN_CHUNKS": 2}.items():
-        monkeypatch.setattr(compiled, name, size)
-    compiled._compiled.cache_clear()
-    sizes = {"batch": 2, "height": 4, "width": 8, "channels": 4, "n": 2}
-    with pytest.raises(BackendUnavailableError, match="No working C.. compiler.*'chunked'"):
-        ops.selective_scan_2d(**scan_2d_arguments(**sizes, dtype=torch.float32), backend="compiled")
 
 
 def test_triton_that_is_missing_is_told(photo, encoded, model_dir, capsys, monkeypatch):

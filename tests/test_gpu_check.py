@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import gpu_check
 import pytest
@@ -108,9 +109,9 @@ def test_nothing_is_measured_on_another_backend(tmp_path, monkeypatch):
 
 def test_cuda_tensors_on_chunked_fail_the_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check.dispatch, "choose", lambda *_: "chunked")
-    monkeypatch.setattr(
-        gpu_check.dispatch, "triton_unavailable_reason", lambda _: "the module is missing"
-    )
+    backends = gpu_check.dispatch.BACKENDS
+    missing = replace(backends["triton"], refusal=lambda *_: "the module is missing")
+    monkeypatch.setitem(backends, "triton", missing)
     assert gpu_check.run_stage(arguments(tmp_path, stage="backend")) == 1
     failed = json.loads((tmp_path / "backend.json").read_text())["failed"]
     assert failed == "the module is missing"

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scan_helpers import record_backends
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -46,11 +47,11 @@ import triton
 import triton.language as tl
 
 from cmamba_ref.kernels import (  # pyright: ignore[reportMissingImports]
+    backend,
     launch,
-    library,
-    pieces,
-    plan,
-    scan,
+    op,
+    primitives,
+    tiling,
 )
 
 pytestmark = [
@@ -114,10 +115,10 @@ def plan_of(arguments):
     if "proj" in arguments:
         batch, height, width, channels = arguments["x"].shape
         rank = arguments["dt_weight"].shape[2]
-        return plan.plan(batch, height * width, channels, 1, A.shape[2], rank, A.dtype)
+        return tiling.plan(batch, height * width, channels, 1, A.shape[2], rank, A.dtype)
     batch, channels, length = arguments["u"].shape
     groups = max(x.shape[1] if x.dim() == 4 else 1 for x in (arguments["B"], arguments["C"]))
-    return plan.plan(batch, length, channels, groups, A.shape[1], 0, A.dtype)
+    return tiling.plan(batch, length, channels, groups, A.shape[1], 0, A.dtype)
 
 
 # Accuracy on small inputs, against the reference.
@@ -242,8 +243,8 @@ def test_a_large_batch_is_scanned_in_one_chunk():
 def _softplus_and_sigmoid(x_ptr, softplus_ptr, sigmoid_ptr, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     x = tl.load(x_ptr + i)
-    tl.store(softplus_ptr + i, pieces.softplus(x))
-    tl.store(sigmoid_ptr + i, pieces.sigmoid(x))
+    tl.store(softplus_ptr + i, primitives.softplus(x))
+    tl.store(sigmoid_ptr + i, primitives.sigmoid(x))
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
@@ -311,9 +312,10 @@ def buffer_bytes(batch, height, width, channels, n, rank, dtype):
     That is an upper bound of the peak of forward and backward beyond arguments and grad_y.
     """
     real = torch.promote_types(dtype, FLOAT32)
-    cut = plan.plan(batch, height * width, channels, 1, n, rank, real)
-    blocks = plan.block_count(channels, cut.backward_block)
-    checkpoints = plan.block_count(min(cut.chunk_length, height * width), plan.PIECE)  # of a chunk
+    cut = tiling.plan(batch, height * width, channels, 1, n, rank, real)
+    blocks = tiling.block_count(channels, cut.backward_block)
+    chunk = min(cut.chunk_length, height * width)
+    checkpoints = tiling.block_count(chunk, tiling.RECOMPUTE_STEPS)  # of a chunk
     positions = batch * height * width
     elements = positions * channels
     columns = rank + 2 * n
@@ -387,10 +389,9 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_holds_the_states_of_all_positions(sizes=MEASURED):
     arguments = on_device(scan_2d_arguments(**sizes, dtype=FLOAT32))
     x, proj, A, dt_weight, dt_bias, D = (x.detach() for x in arguments.values())
-    prepared = library._scan(
-        x, proj, None, None, None, A.mT, dt_weight.mT, dt_bias, D.sum(0), True, 1
-    )
-    first = library._states(None, prepared.A, len(x))
+    tensors = (x, proj, None, None, None, A.mT, dt_weight.mT, dt_bias, D.sum(0))
+    prepared = op._scan(*tensors, softplus=True, groups=1)
+    first = op._states(None, prepared.A, len(x))
     with Largest() as largest:
         y, _, starts = launch.forward(prepared, first)
         launch.backward(prepared, starts, torch.ones_like(y), first)
@@ -833,9 +834,9 @@ def operator_calls(monkeypatch, arguments):
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(scan, "triton_scan", recorded("forward", library.triton_scan))
-        backward = recorded("backward", library.triton_scan_backward)
-        patch.setattr(library, "triton_scan_backward", backward)
+        patch.setattr(backend, "triton_scan", recorded("forward", op.triton_scan))
+        backward = recorded("backward", op.triton_scan_backward)
+        patch.setattr(op, "triton_scan_backward", backward)
         evaluate(arguments, "triton")
     return calls["forward"], calls["backward"]
 
@@ -859,8 +860,8 @@ def leaves(args, requires_grad):
 )
 def test_opcheck(make, batch, monkeypatch):
     forward, backward = operator_calls(monkeypatch, make(batch=batch))
-    torch.library.opcheck(library.triton_scan, leaves(forward, True))
-    torch.library.opcheck(library.triton_scan_backward, leaves(backward, False))
+    torch.op.opcheck(op.triton_scan, leaves(forward, True))
+    torch.op.opcheck(op.triton_scan_backward, leaves(backward, False))
 
 
 # CUDA graphs and streams.
@@ -980,20 +981,12 @@ def chosen(monkeypatch):
     monkeypatch.delenv("CMAMBA_SCAN_BACKEND", raising=False)
     monkeypatch.setattr(dispatch, "_default_backend", None)
     monkeypatch.setattr(dispatch, "_logged_reasons", set())
-    names = []
-    implementation = ops._implementation
-
-    def recorded(name):
-        names.append(name)
-        return implementation(name)
-
-    monkeypatch.setattr(ops, "_implementation", recorded)
-    return names
+    return record_backends(monkeypatch)
 
 
 def test_auto_takes_triton(chosen):
-    assert ops.available_backends() == dispatch.BACKENDS
-    assert dispatch.choose("auto", DEVICE, plan.MAX_STATES, plan.MAX_RANK) == "triton"
+    assert ops.available_backends() == tuple(dispatch.BACKENDS)
+    assert dispatch.choose("auto", DEVICE, tiling.MAX_STATES, tiling.MAX_RANK) == "triton"
     selective_scan_2d(**small_map("N2-R4"))
     selective_scan(**small_sequence())
     assert chosen == ["triton", "triton"]
@@ -1002,9 +995,9 @@ def test_auto_takes_triton(chosen):
 @pytest.mark.parametrize(
     "make, sizes, reason",
     [
-        (small_map, {"n": plan.MAX_STATES + 1}, f"N <= {plan.MAX_STATES}"),
-        (small_map, {"rank": plan.MAX_RANK + 1}, f"R <= {plan.MAX_RANK}"),
-        (small_sequence, {"n": plan.MAX_STATES + 1}, f"N <= {plan.MAX_STATES}"),
+        (small_map, {"n": tiling.MAX_STATES + 1}, f"N <= {tiling.MAX_STATES}"),
+        (small_map, {"rank": tiling.MAX_RANK + 1}, f"R <= {tiling.MAX_RANK}"),
+        (small_sequence, {"n": tiling.MAX_STATES + 1}, f"N <= {tiling.MAX_STATES}"),
     ],
 )
 def test_auto_takes_chunked_where_the_kernels_cannot(make, sizes, reason, chosen, caplog):

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmamba_ref.kernels import plan as rules
-from cmamba_ref.kernels.plan import block_count, plan
+from cmamba_ref.kernels import tiling as rules
+from cmamba_ref.kernels.tiling import block_count, plan
 
 
 @given(
@@ -21,7 +21,7 @@ from cmamba_ref.kernels.plan import block_count, plan
 def test_programs_cover_everything_once(images, length, per_group, groups, n, rank, dtype):
     p = plan(images, length, groups * per_group, groups, n, rank, dtype)
     assert (p.chunks - 1) * p.chunk_length < length <= p.chunks * p.chunk_length
-    assert p.chunk_length % rules.PIECE == 0 or p.chunks == 1
+    assert p.chunk_length % rules.RECOMPUTE_STEPS == 0 or p.chunks == 1
     assert n <= p.states < 2 * n and p.states & (p.states - 1) == 0
     assert max(rank, 1) <= p.ranks < 2 * max(rank, 1) and p.ranks & (p.ranks - 1) == 0
     for block in (p.block, p.backward_block):

@@ -38,8 +38,8 @@ import triton.language as tl  # noqa: E402
 from cmamba_ref.kernels import (  # noqa: E402  # pyright: ignore[reportMissingImports]
     is_supported,
     launch,
-    library,
-    pieces,
+    op,
+    primitives,
 )
 
 chunk_lengths = st.sampled_from((4, 8, 16, 32))
@@ -163,8 +163,8 @@ def test_softplus_and_sigmoid_are_accurate_relative_to_themselves(dtype):
     def both(x_ptr, softplus_ptr, sigmoid_ptr, SIZE: tl.constexpr):
         i = tl.arange(0, SIZE)
         x = tl.load(x_ptr + i)
-        tl.store(softplus_ptr + i, pieces.softplus(x))
-        tl.store(sigmoid_ptr + i, pieces.sigmoid(x))
+        tl.store(softplus_ptr + i, primitives.softplus(x))
+        tl.store(sigmoid_ptr + i, primitives.sigmoid(x))
 
     x = torch.linspace(-80, 80, 4096, dtype=dtype)
     softplus, sigmoid = torch.empty_like(x), torch.empty_like(x)
@@ -207,7 +207,7 @@ def test_misaligned_arguments_are_copied():
     memory[1:] = a["x"].detach().flatten()
     x = memory[1:].view(a["x"].shape)
     assert x.data_ptr() % 16
-    assert library._prepared(x).data_ptr() % 16 == 0
+    assert op._prepared(x).data_ptr() % 16 == 0
     torch.testing.assert_close(
         selective_scan_2d(**{**a, "x": x}, backend="triton"),
         selective_scan_2d(**a, backend="reference"),

@@ -540,7 +540,7 @@ def test_defaults_that_cannot_run_are_named_and_left_out(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cmamba_ref.kernels", None)
     assert profile_scan.default_names(CPU) == ("reference", "chunked")
     names = profile_scan.default_names(torch.device("cuda"))
-    not_there = {"reference", "ref-style", "chunked", "compiled"}
+    not_there = {"reference", "ref-style", "chunked"}
     assert set(names) == {*profile_scan.BACKENDS, *profile_scan.PEERS} - not_there
     monkeypatch.setattr(profile_scan, "default_names", lambda device: names)
     candidates = profile_scan.find_candidates(None, settings())

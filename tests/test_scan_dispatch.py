@@ -3,18 +3,28 @@
 import logging
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from scan_helpers import record_backends
 
 import cmamba_ref.ops as ops
 from cmamba_ref.errors import BackendUnavailableError, InvalidArgumentError
-from cmamba_ref.ops import compiled, dispatch, selective_scan, selective_scan_2d
-from cmamba_ref.testing import scan_2d_arguments, scan_arguments
+from cmamba_ref.ops import Backend, dispatch, selective_scan, selective_scan_2d
+from cmamba_ref.testing import assert_accurate, scan_2d_arguments, scan_arguments
 
 
+@pytest.fixture
+def registry():
+    """The registered backends, put back as they were after the test."""
+    with mock.patch.dict(dispatch.BACKENDS):
+        yield dispatch.BACKENDS
+
+
+# `registry` first, so that what `monkeypatch` put into it is taken back before.
 @pytest.fixture(autouse=True)
-def _no_default(monkeypatch):
+def _no_default(registry, monkeypatch):
     monkeypatch.delenv("CMAMBA_SCAN_BACKEND", raising=False)
     monkeypatch.setattr(dispatch, "_default_backend", None)
     monkeypatch.setattr(dispatch, "_logged_reasons", set())
@@ -28,15 +38,7 @@ def _no_kernels(monkeypatch):
 @pytest.fixture
 def chosen(monkeypatch):
     """The list of backends that calls went to."""
-    names = []
-    implementation = ops._implementation
-
-    def recorded(name):
-        names.append(name)
-        return implementation(name)
-
-    monkeypatch.setattr(ops, "_implementation", recorded)
-    return names
+    return record_backends(monkeypatch)
 
 
 def test_argument_before_context_before_environment_before_auto(monkeypatch, chosen):
@@ -69,10 +71,24 @@ def test_context_is_left_on_an_exception():
     assert ops.get_default_backend() == "auto"
 
 
+def test_a_block_is_undone_whatever_was_set_in_it():
+    """It restores what was set before it, also where that is nothing and the environment counts."""
+    with ops.scan_backend("reference"):
+        ops.set_default_backend("chunked")
+        assert ops.get_default_backend() == "chunked"
+    assert ops.get_default_backend() == "auto"
+    ops.set_default_backend("reference")
+    with ops.scan_backend("auto"):
+        assert ops.get_default_backend() == "auto"
+    assert ops.get_default_backend() == "reference"
+
+
 def test_unknown_names_list_the_valid_ones(monkeypatch):
-    valid = "'auto', 'reference', 'chunked', 'compiled', 'triton'"
+    valid = "'auto', 'reference', 'chunked', 'triton'"
     with pytest.raises(InvalidArgumentError, match=f"`backend` must be one of {valid}, got 'fast'"):
         selective_scan(**scan_arguments(), backend="fast")
+    with pytest.raises(InvalidArgumentError, match=f"{valid}, got 'compiled'"):
+        selective_scan_2d(**scan_2d_arguments(), backend="compiled")  # there once was one
     with pytest.raises(InvalidArgumentError, match=valid):
         ops.set_default_backend("cuda")
     with pytest.raises(InvalidArgumentError, match=valid), ops.scan_backend(""):
@@ -84,7 +100,6 @@ def test_unknown_names_list_the_valid_ones(monkeypatch):
 
 @pytest.mark.usefixtures("_no_kernels")
 def test_triton_by_name_never_falls_back(monkeypatch):
-    monkeypatch.setattr(compiled, "unavailable_reason", lambda device_type: "no compiler")
     with pytest.raises(BackendUnavailableError, match="lacks its kernels.*backend='auto'"):
         selective_scan(**scan_arguments(), backend="triton")
     with pytest.raises(BackendUnavailableError), ops.scan_backend("triton"):
@@ -116,13 +131,89 @@ def test_auto_on_cuda_only_mentions_what_the_kernels_cannot_do(monkeypatch, capl
     assert record.levelno == logging.INFO and "N = 64 is large" in record.getMessage()
 
 
-def test_compiled_by_name_never_falls_back(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(BackendUnavailableError, match="'no-such-compiler'; use backend='auto'"):
-        selective_scan_2d(**scan_2d_arguments(), backend="compiled")
-    assert "compiled" not in ops.available_backends()
-    with pytest.raises(BackendUnavailableError, match="runs this scan on cuda.*on the CPU"):
-        dispatch.choose("compiled", "cuda")
+def small_backend(**changes):
+    """A backend of one's own: the reference, for at most three states."""
+    reference = dispatch.BACKENDS["reference"]
+
+    def refusal(device_type, n, rank):
+        return f"it holds N <= 3 states, got {n}" if n > 3 else None
+
+    fields = {
+        "name": "mine",
+        "scan": lambda inputs: reference.scan(inputs),
+        "scan_2d": lambda inputs: reference.scan_2d(inputs),
+        "refusal": refusal,
+    }
+    return Backend(**fields | changes)
+
+
+def test_a_backend_of_ones_own_is_used_by_name_in_every_way(registry, monkeypatch):
+    ops.register_backend(small_backend())
+    chosen = record_backends(monkeypatch)
+    a, b = scan_arguments(n=3), scan_2d_arguments(n=3)
+    assert_accurate("mine", a)
+    assert_accurate("mine", b)
+    assert chosen.count("mine") == 2
+    chosen.clear()
+
+    selective_scan(**a, backend="mine")
+    with ops.scan_backend("mine"):
+        selective_scan_2d(**b)
+    ops.set_default_backend("mine")
+    selective_scan(**a)
+    ops.set_default_backend(None)
+    monkeypatch.setenv("CMAMBA_SCAN_BACKEND", "mine")
+    selective_scan_2d(**b)
+    assert chosen == ["mine"] * 4
+    monkeypatch.delenv("CMAMBA_SCAN_BACKEND")
+    selective_scan(**a)
+    assert chosen.pop() == "chunked"  # `auto` does not choose it
+
+    assert ops.available_backends()[-1] == "mine"
+    with pytest.raises(InvalidArgumentError, match="'triton', 'mine', got 'my'; correct the name"):
+        selective_scan(**a, backend="my")
+    with pytest.raises(BackendUnavailableError, match="got 'mine': it holds N <= 3 states, got 4"):
+        selective_scan(**scan_arguments(n=4), backend="mine")
+
+
+def test_a_model_around_a_backend_of_ones_own_compiles(registry):
+    ops.register_backend(small_backend())
+    arguments = scan_2d_arguments(height=1, width=3, dtype=torch.float32)
+
+    def call(x):
+        return selective_scan_2d(**{**arguments, "x": x}, backend="mine")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(arguments["x"]), call(arguments["x"]))
+
+
+def test_a_backend_that_cannot_run_here_is_registered_and_not_available(registry):
+    ops.register_backend(small_backend(refusal=lambda device_type, n, rank: "it needs a TPU"))
+    assert "mine" not in ops.available_backends()
+    with pytest.raises(BackendUnavailableError, match="'mine': it needs a TPU; use backend='auto'"):
+        selective_scan(**scan_arguments(), backend="mine")
+
+
+@pytest.mark.parametrize("name", ["reference", "chunked", "triton"])
+def test_a_name_is_registered_once(name, registry):
+    before = registry[name]
+    with pytest.raises(InvalidArgumentError, match=f"a name of its own, got '{name}'"):
+        ops.register_backend(small_backend(name=name))
+    assert registry[name] is before
+
+
+def test_what_is_no_backend_is_refused(registry):
+    before = dict(registry)
+    with pytest.raises(InvalidArgumentError, match="`backend` must be a Backend, got function"):
+        ops.register_backend(small_backend)
+    for name in ("", " ", "auto", None):
+        with pytest.raises(InvalidArgumentError, match="`name` must be a word other than 'auto'"):
+            small_backend(name=name)
+    for field in ("scan", "scan_2d", "refusal"):
+        with pytest.raises(InvalidArgumentError, match=f"`{field}` must be a function, got None"):
+            small_backend(**{field: None})
+    assert registry == before
 
 
 def test_auto_takes_triton_where_the_kernels_run(monkeypatch):

@@ -402,15 +402,15 @@ def test_bf16_is_for_the_transforms_alone(folder):
     run.model.h_s.register_forward_hook(watch("h_s"))
     scanned = []
     with pytest.MonkeyPatch.context() as patch:
-        from cmamba_ref.ops import chunked
+        from cmamba_ref.ops.chunked import op
 
-        forward = chunked.scan_2d_forward
+        forward = op.chunked_scan_2d
 
         def watched(x, *args):
             scanned.append(x.dtype)
             return forward(x, *args)
 
-        patch.setattr(chunked, "scan_2d_forward", watched)
+        patch.setattr(op, "chunked_scan_2d", watched)
         record = run.train_step()
     assert seen["g_a"][1] == torch.bfloat16
     assert seen["h_s"][0] == seen["context"][0] == seen["context"][1] == torch.float32

@@ -72,7 +72,7 @@ def run(tmp_path, *arguments, status=0, device="cpu"):
 def test_kernels_run_under_other_constants(monkeypatch, tmp_path):
     monkeypatch.setattr(profile_scan, "GATE_MAP", (1, 1, 1))
     nothing_else = {name: (reader, ()) for name, (reader, _) in tune_scan.CONSTANTS.items()}
-    monkeypatch.setattr(tune_scan, "CONSTANTS", nothing_else | {"PROGRAMS": ("plan", (1,))})
+    monkeypatch.setattr(tune_scan, "CONSTANTS", nothing_else | {"PROGRAMS": ("tiling", (1,))})
     device = "cpu" if kernels_are_interpreted() else "cuda"
     with chunks_of(2):
         rows = run(tmp_path, "--shape", "1x1x3x1x1x1", "--mode", "backward", device=device)
@@ -105,7 +105,7 @@ def test_what_has_no_effect_is_not_tried():
     small = Shape(1, 4, 3, 8, 2, 1)
     assert list(tune_scan.one_at_a_time(job(small, FORWARD))) == [tune_scan.FIXED]
     names = list(tune_scan.one_at_a_time(job(small, BOTH)))
-    assert names == [tune_scan.FIXED, "PIECE 2", "PIECE 8"]
+    assert names == [tune_scan.FIXED, "RECOMPUTE_STEPS 2", "RECOMPUTE_STEPS 8"]
     trials = tune_scan.one_at_a_time(job(Shape(1, 128, 128, 192, 16, 6), BACKWARD))
     assert {"PROGRAMS 512", "PROGRAMS 1024", "BACKWARD_TILE 1024"} <= set(trials)
     assert "PROGRAMS 4096" not in trials  # the chunks are the shortest already
@@ -113,11 +113,11 @@ def test_what_has_no_effect_is_not_tried():
 
 def test_constants_are_restored():
     fixed = tune_scan.current_constants()
-    with tune_scan.patched(fixed | {"PROGRAMS": 512, "PIECE": 8}):
-        assert tune_scan.module("launch").PIECE == 8
-        assert tune_scan.module("plan").PROGRAMS == 512
+    with tune_scan.patched(fixed | {"PROGRAMS": 512, "RECOMPUTE_STEPS": 8}):
+        assert tune_scan.module("launch").RECOMPUTE_STEPS == 8
+        assert tune_scan.module("tiling").PROGRAMS == 512
     assert tune_scan.current_constants() == fixed
-    with pytest.raises(ZeroDivisionError), tune_scan.patched(fixed | {"PIECE": 2}):
+    with pytest.raises(ZeroDivisionError), tune_scan.patched(fixed | {"RECOMPUTE_STEPS": 2}):
         raise ZeroDivisionError
     assert tune_scan.current_constants() == fixed
 
@@ -125,18 +125,18 @@ def test_constants_are_restored():
 def test_the_best_of_each_run_together(monkeypatch, tmp_path, capsys):
     def cost(constants):
         slow = 1.0
-        slow *= 0.5 if constants["PIECE"] == 2 else 1
+        slow *= 0.5 if constants["RECOMPUTE_STEPS"] == 2 else 1
         slow *= {8192: 0.8}.get(constants["PROGRAMS"], 1)
         return slow * (2 if constants["BACKWARD_TILE"] != 512 else 1)
 
     meter = replace_kernels(monkeypatch, cost)
     # Chunks of one position, so that a small map has enough for PROGRAMS to matter.
-    monkeypatch.setattr(tune_scan.module("plan"), "MIN_CHUNK", 1)
+    monkeypatch.setattr(tune_scan.module("tiling"), "MIN_CHUNK", 1)
     rows = run(tmp_path, "--shape", "64x16x9x2x1x1", "--mode", "both")
     *single, together = rows
     fixed = tune_scan.current_constants()
     assert together["trial"] == tune_scan.TOGETHER
-    assert together["constants"] == fixed | {"PROGRAMS": 8192, "PIECE": 2}
+    assert together["constants"] == fixed | {"PROGRAMS": 8192, "RECOMPUTE_STEPS": 2}
     assert together["ratio"] == pytest.approx(0.4)
     assert single[0]["constants"] == fixed and single[0]["ratio"] == 1
     lines = capsys.readouterr().out.splitlines()
@@ -156,23 +156,23 @@ def test_the_best_of_each_run_together(monkeypatch, tmp_path, capsys):
 
 def test_a_wrong_alternative_is_reported_and_not_timed(monkeypatch, tmp_path, capsys):
     meter = replace_kernels(
-        monkeypatch, fail=lambda constants, x: 1e-2 if constants["PIECE"] == 8 else 0
+        monkeypatch, fail=lambda constants, x: 1e-2 if constants["RECOMPUTE_STEPS"] == 8 else 0
     )
     rows = run(tmp_path, "--shape", TINY, "--mode", "backward", status=1)
     assert [(row["trial"], row["status"]) for row in rows] == [
         ("fixed rules", "ok"),
-        ("PIECE 2", "ok"),
-        ("PIECE 8", "failed"),
+        ("RECOMPUTE_STEPS 2", "ok"),
+        ("RECOMPUTE_STEPS 8", "failed"),
     ]
     assert rows[2]["reason"].startswith("y: error 0.01")
     assert rows[2]["median_ms"] is rows[2]["ratio"] is None
-    assert [constants["PIECE"] for constants in meter.timed] == [4, 2]
+    assert [constants["RECOMPUTE_STEPS"] for constants in meter.timed] == [4, 2]
     assert "failed: y: error 0.01" in capsys.readouterr().out
 
 
 def test_a_wrong_gradient_is_reported(monkeypatch, tmp_path):
     def fail(constants, x):
-        return 1e-2 * (x - x.detach()) if constants["PIECE"] == 8 else 0
+        return 1e-2 * (x - x.detach()) if constants["RECOMPUTE_STEPS"] == 8 else 0
 
     replace_kernels(monkeypatch, fail=fail)
     rows = run(tmp_path, "--shape", TINY, "--mode", "backward", status=1)
@@ -189,7 +189,7 @@ def test_fixed_rules_that_fail_the_gate_end_the_matter(monkeypatch, tmp_path, ca
 
 def test_an_interruption_keeps_what_was_measured(monkeypatch, tmp_path):
     def fail(constants, x):
-        if constants["PIECE"] == 8:
+        if constants["RECOMPUTE_STEPS"] == 8:
             raise KeyboardInterrupt
 
     replace_kernels(monkeypatch, fail=fail)

@@ -72,7 +72,7 @@ Section = dict[str, Any]  # what JSON holds
 
 TOOLS = Path(__file__).parent
 # Of a scan; those that are not there are reported with the reason.
-OURS, PEERS = ("chunked", "compiled"), ("ref-style", "mambapy")
+OURS, PEERS = ("chunked",), ("ref-style", "mambapy")
 MODES = (FORWARD, BOTH)
 # Peers hold so many tensors of an fp32 number per element of the scan, forward and backward.
 # Without the memory, the system would end this process and perhaps others.

@@ -119,7 +119,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     cuda = torch.cuda.is_available()
-    usual = ["chunked", "triton"] if cuda else ["chunked", "compiled", "reference"]
+    usual = ["chunked", "triton"] if cuda else ["chunked", "reference"]
     add("photographs", type=Path, nargs="?", help="folder to train on")
     add("--config", default="tiny", help="which model (default: tiny)")
     add("--backends", nargs="+", choices=BACKENDS, default=usual, help=f"default: {usual}")

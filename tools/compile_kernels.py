@@ -10,7 +10,7 @@ compiled with the types and options that it asked for.
 
 The unit of all counts is the elt: one position, channel, state and direction. The lanes of a warp
 work on different elts, so that I instructions in a loop body of S steps come to
-I / (S N BLOCK / 32) instructions per elt (with 64 for 32 on gfx942).
+I / (S N BLOCK_D / 32) instructions per elt (with 64 for 32 on gfx942).
 """
 
 from __future__ import annotations
@@ -45,7 +45,13 @@ from cmamba_ref.config import CONFIGS
 from cmamba_ref.files import write_atomically
 from cmamba_ref.nn.ss2d import DIRECTIONS
 
-KERNELS = ("scan_chunk_states", "carry", "scan_outputs", "scan_chunk_adjoints", "scan_gradients")
+KERNELS = (
+    "chunk_state_fwd",
+    "state_passing",
+    "chunk_scan_fwd",
+    "chunk_state_bwd",
+    "chunk_scan_bwd",
+)
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -237,7 +243,7 @@ class Launch:
     @property
     def steps(self) -> int:
         """Steps of the inner loop that all warps (programs) of the launch take together."""
-        if self.variant.kernel == "carry":
+        if self.variant.kernel == "state_passing":
             passes = math.ceil(self.integers["chunks"] / self.variant.constant("CHUNKS"))
             return self.programs * passes
         positions = self.integers["H"] * self.integers["W"]
@@ -246,7 +252,7 @@ class Launch:
     @property
     def elts(self) -> int:
         """(position, channel, state, direction) that the launch does; of the carry, chunks."""
-        if self.variant.kernel == "carry":
+        if self.variant.kernel == "state_passing":
             per_image = self.integers["blocks"]
             features = self.variant.constant("N") * self.integers["D"]
             return self.programs // per_image * self.integers["chunks"] * features
@@ -396,13 +402,13 @@ def representative(variant: Variant) -> Variant:
 
     - N and R: themselves if listed in STATES and RANKS, else the power of two above, in the forward
       of maps in fp32, R only with N = 16; else in COARSE_STATES and COARSE_RANKS. In
-      scan_gradients, where R has a part only in the first of two loops, always the largest R.
+      chunk_scan_bwd, where R has a part only in the first of two loops, always the largest R.
     - fp16 is represented by bf16, which is converted at the same places.
     - Sequences: with unusual flags (B or C constant, or no softplus) all types are represented by
       fp32. With these, and in other types than fp32, all blocks are represented by the largest, and
       channels in multiples of 16 by others, of which the compiler knows less.
     """
-    if variant.kernel == "carry":
+    if variant.kernel == "state_passing":
         listed = STATES if variant.real == "fp32" else COARSE_STATES
         return variant.replaced(N=_bucket(variant.constant("N"), listed))
     variant = variant.replaced({"*fp16": "*bf16"})
@@ -414,21 +420,23 @@ def representative(variant: Variant) -> Variant:
     fine = variant.is_map and variant.io == "fp32"
     n = _bucket(variant.constant("N"), STATES if fine else COARSE_STATES)
     if variant.is_map:
-        fine = fine and variant.kernel != "scan_chunk_adjoints" and n == USUAL_STATES
+        fine = fine and variant.kernel != "chunk_state_bwd" and n == USUAL_STATES
         r = _bucket(variant.constant("RANK"), RANKS if fine else COARSE_RANKS)
-        if variant.kernel == "scan_gradients":
+        if variant.kernel == "chunk_scan_bwd":
             r = COARSE_RANKS[-1]
-        return variant.replaced(N=n, STATES=_next_power_of_2(n), RANK=r, RANKS=_next_power_of_2(r))
-    variant = variant.replaced(N=n, STATES=n)
+        return variant.replaced(
+            N=n, BLOCK_N=_next_power_of_2(n), RANK=r, BLOCK_R=_next_power_of_2(r)
+        )
+    variant = variant.replaced(N=n, BLOCK_N=n)
     if usual and variant.io == "fp32":
         return variant
-    return variant.replaced(BLOCK=_widest_block(variant), ALIGNED=False)
+    return variant.replaced(BLOCK_D=_widest_block(variant), ALIGNED=False)
 
 
 def _widest_block(variant: Variant) -> int:
     """The largest block of a kernel of a sequence."""
     plan = _launch_module().plan(1, 1, WIDEST, 1, variant.constant("N"), 0, DTYPES[variant.real])
-    return plan.backward_block if variant.kernel == "scan_gradients" else plan.block
+    return plan.backward_block if variant.kernel == "chunk_scan_bwd" else plan.block
 
 
 def _bucket(value: int, listed: Sequence[int]) -> int:
@@ -496,7 +504,7 @@ class Report:
         spilled: vector registers that gfx942 spills; on cuda, instructions that use the stack.
         shared: bytes of shared memory.
         exps_in_ptx: exponentials of the whole kernel before ptxas unrolls loops; cuda only.
-        loops: over positions, in the order of the code; of scan_gradients the sweep forward and
+        loops: over positions, in the order of the code; of chunk_scan_bwd the sweep forward and
             the main loop, of the other kernels one.
     """
 
@@ -526,21 +534,21 @@ class Report:
 
 def _elts_of_lane(variant: Variant, lanes: int) -> float:
     """Elts of a step per lane; of the carry, pairs of a chunk and a feature."""
-    rows = variant.constant("CHUNKS" if variant.kernel == "carry" else "N")
-    return rows * variant.constant("BLOCK") / lanes
+    rows = variant.constant("CHUNKS" if variant.kernel == "state_passing" else "N")
+    return rows * variant.constant("BLOCK_D") / lanes
 
 
 def exps_of_step(variant: Variant, lanes: int) -> float:
     """Exponentials per lane in one step: one per state, and those of softplus and gate.
 
-    In scan_gradients: of its loop forward.
+    In chunk_scan_bwd: of its loop forward.
     """
-    block = variant.constant("BLOCK")
+    block = variant.constant("BLOCK_D")
     per_channel = variant.constant("SOFTPLUS")
-    if variant.kernel != "scan_gradients":
+    if variant.kernel != "chunk_scan_bwd":
         per_channel += variant.constant("GATE")
     channels = max(1, block // lanes)
-    return variant.constant("STATES") * block / lanes + per_channel * channels
+    return variant.constant("BLOCK_N") * block / lanes + per_channel * channels
 
 
 def compile_variant(variant: Variant, target: str) -> Report:
@@ -594,7 +602,7 @@ def compiled(variant: Variant, target: Target) -> Any:
     )
 
 
-_KERNEL_MODULES = ("cmamba_ref.kernels.forward", "cmamba_ref.kernels.backward")
+_KERNEL_MODULES = ("cmamba_ref.kernels.chunk_scan_fwd", "cmamba_ref.kernels.chunk_scan_bwd")
 
 
 # Reading machine code.
@@ -733,10 +741,10 @@ def _step_loops(variant: Variant, lanes: int, text: str, dialect: Dialect) -> tu
     """
     bodies = innermost_loops(text, dialect)
     main = ()
-    if variant.kernel == "scan_gradients":
+    if variant.kernel == "chunk_scan_bwd":
         main_body = max(bodies, key=len)
         bodies.remove(main_body)
-        main = (loop_of(main_body, variant.constant("PIECE"), dialect),)
+        main = (loop_of(main_body, variant.constant("RECOMPUTE_STEPS"), dialect),)
     loops = [loop_of(body, _steps(variant, lanes, body, dialect), dialect) for body in bodies]
     return (max(loops, key=lambda loop: (loop.steps, loop.instructions)), *main)
 
@@ -746,7 +754,7 @@ def _steps(variant: Variant, lanes: int, body: list[str], dialect: Dialect) -> i
 
     In fp64 these are long software; such loops are not unrolled, nor is that of the carry.
     """
-    if variant.kernel == "carry" or variant.real == "fp64":
+    if variant.kernel == "state_passing" or variant.real == "fp64":
         return 1
     return max(1, round(_matching(body, dialect.exp) / exps_of_step(variant, lanes)))
 
@@ -787,7 +795,7 @@ def traffic(launch: Launch) -> int:
 
     Every tensor that a kernel reads or writes counts once per launch, or its share of the
     directions that the launch does: all else hits a cache. Checkpoints count as written and read
-    once per direction; the time steps before softplus, which scan_gradients keeps where it later
+    once per direction; the time steps before softplus, which chunk_scan_bwd keeps where it later
     puts their gradients, as written, read and written.
     """
     kernel, constant = launch.variant.kernel, launch.variant.constant
@@ -798,12 +806,12 @@ def traffic(launch: Launch) -> int:
     gate, is_map = constant("GATE"), launch.variant.is_map
     reads = {"x_ptr", "dt_ptr", "B_ptr", "C_ptr", "dy_ptr", "A_ptr", "weight_ptr", "bias_ptr"}
     reads |= {"skip_ptr", "first_ptr", "adjoints_ptr"}
-    reads |= set() if kernel == "carry" else {"starts_ptr"}
-    reads |= {"ends_ptr", "sums_ptr"} if kernel == "carry" else set()
+    reads |= set() if kernel == "state_passing" else {"starts_ptr"}
+    reads |= {"ends_ptr", "sums_ptr"} if kernel == "state_passing" else set()
     reads |= {"z_ptr"} if gate else set()
     reads |= set() if first else {"sum_ptr"}
-    writes = {"dB_ptr", "dC_ptr", "dA_ptr", "dbias_ptr", "dbefore_ptr"}
-    writes |= {"starts_ptr"} if kernel == "carry" else {"ends_ptr", "sums_ptr"}
+    writes = {"dB_ptr", "dC_ptr", "dA_ptr", "dbias_ptr", "ddt_raw_ptr"}
+    writes |= {"starts_ptr"} if kernel == "state_passing" else {"ends_ptr", "sums_ptr"}
     writes |= {"dz_ptr"} if gate else set()
     writes |= {"dskip_ptr"} if first else set()
     writes |= {"y_ptr", "dx_ptr"} if last else {"sum_ptr"}
@@ -815,7 +823,7 @@ def traffic(launch: Launch) -> int:
 
     again = 2 * launch.directions_per_program * launch.tensors.get("checkpoints_ptr", (0, 0))[1]
     if is_map:
-        again += 2 * launch.tensors.get("dbefore_ptr", (0, 0))[1]
+        again += 2 * launch.tensors.get("ddt_raw_ptr", (0, 0))[1]
     return round(total(reads) + total(writes) + again)
 
 
@@ -894,7 +902,7 @@ def report_row(report: Report) -> list[str]:
         report.variant.io,
         str(constant("N")),
         str(constant("RANK") or "-"),
-        str(constant("BLOCK")),
+        str(constant("BLOCK_D")),
         report.target,
         str(report.registers),
         str(report.stack),
@@ -913,7 +921,7 @@ def _flags(variant: Variant) -> str:
     shown = [letter for flag, letter in letters.items() if variant.constant(flag)]
     if not variant.is_map and variant.constant("SOFTPLUS"):
         shown.append("softplus")
-    if variant.kernel == "scan_gradients" and not variant.constant("ALIGNED"):
+    if variant.kernel == "chunk_scan_bwd" and not variant.constant("ALIGNED"):
         shown.append("unaligned")
     return f" ({', '.join(shown)})" if shown else ""
 
@@ -972,7 +980,7 @@ Made by `{command}` with triton {triton}, ptxas of {ptxas}. \
 Do not edit: run the command again.
 
 An elt is one position, channel, state and direction. Instructions per elt are those of the loop \
-over positions (of `scan_gradients` its two loops, forward and main), per lane; exp are \
+over positions (of `chunk_scan_bwd` its two loops, forward and main), per lane; exp are \
 `MUFU.EX2`. "In loop" are loads and stores of spilled registers in those loops, "stack" bytes per \
 lane. \
 "128-bit loads" are instructions in the loops. "Warps/SM" is how many programs, one warp each, the \
@@ -998,8 +1006,9 @@ special function unit at 16 per clock and SM, bytes at {bandwidth:.1f} TB/s; lau
 The bytes are those of the arguments: each tensor once per launch, checkpoints once written and \
 once read per direction. Not in the model: waiting for memory where few warps run, what stands \
 outside the loops, the time of a launch, and the products and sums in PyTorch that follow the \
-backward kernels. "Fill" is how many times the programs of a launch of `scan_outputs` (forward) or \
-`scan_gradients` (backward) fill all SMs; the further below 1, the further the time is out of reach.
+backward kernels. "Fill" is how many times the programs of a launch of `chunk_scan_fwd` \
+(forward) or `chunk_scan_bwd` (backward) fill all SMs; the further below 1, the further the time \
+is out of reach.
 
 The floor is that of any fused kernel: exponentials 4E(N+2) forward, 4E(2N+6) with backward; fp32 \
 operations 4E(4N+R+8) and 4E(17N+3R+30), at 128 per clock and SM; bytes of input and output, three \
@@ -1051,7 +1060,7 @@ def _microseconds(seconds: float) -> str:
 def _halves(scan: Scan) -> tuple[list[Launch], list[Launch]]:
     """Launches of the forward and of the backward."""
     launches = record(scan)
-    outputs = [launch.variant.kernel == "scan_outputs" for launch in launches]
+    outputs = [launch.variant.kernel == "chunk_scan_fwd" for launch in launches]
     begin = len(outputs) - outputs[::-1].index(True)
     return launches[:begin], launches[begin:]
 

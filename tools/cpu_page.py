@@ -27,12 +27,7 @@ WHY_ABOVE_THE_LIMIT = (
     "recurrence and the sum over states are calls of their own, each of which reads and writes the "
     "states of a block through the cache, and the recurrence is a call per step, which has its "
     "price whatever it computes. Blocks keep that traffic in the cache and chunks give each call "
-    "enough to do; what is left of the gap is the price of needing no compiler. The backend "
-    "`compiled` keeps the states of its forward in registers, but TorchInductor has no loop that "
-    "carries a state from step to step: it goes through a block in chunks, twice, and so computes "
-    "all decays twice; and about half of its time goes to what surrounds the blocks, as it does "
-    "with `chunked`: reading the map in four orders, time steps, adding up the directions. Its "
-    "backward is that of `chunked`."
+    "enough to do; what is left of the gap is the price of needing no compiler."
 )
 
 
@@ -85,8 +80,6 @@ def goals(sections: Section) -> list[Goal]:
     ):
         name = f"scan, {MODE_NAMES[mode]}: faster than {peer}"
         found.append(Goal(name, speedup(scan, mode, peer, "chunked"), bound, " times", False))
-    compiled = speedup(scan, FORWARD, "chunked", "compiled")
-    found.append(Goal("scan, forward: compiled faster than eager", compiled, 2, " times", False))
     for mode in (FORWARD, BOTH):
         name = f"scan, {MODE_NAMES[mode]}: memory beyond the inputs"
         found.append(Goal(name, extra_of_inputs(scan, mode), 3, " times the inputs", True))

@@ -6,7 +6,7 @@ Every picture is encoded once. From its symbols the entropy parameters (from z_h
 are computed again under every combination of
 
     threads 1, 2    oneDNN on, off    layout contiguous, channels_last    batch 1, 4
-    scans chunked, compiled, reference, triton    weights float32, bfloat16
+    scans chunked, reference, triton    weights float32, bfloat16
 
 and compared with those of the first one. Not one scale index may differ: a decoder loses the rest
 of the stream with it. How far log-scales differ is what the margin of the format (docs/format.md)
@@ -17,8 +17,7 @@ gets a small model of random weights and 64x64 pixels.
 Then files: 16 pairs of a setting that encodes and one that decodes, each in a process of its own,
 such that every two settings of either side meet in all their values (tools/covering.py). The
 decoder compares the symbols with their check; pixels are compared with what the encoder's side
-decodes. Each pair codes the central 192x128 pixels of four pictures, and `compiled` has smaller
-programs there, of which many are needed.
+decodes. Each pair codes the central 192x128 pixels of four pictures.
 
 With -o, what has been measured is kept beside the output as it comes (FILE.partial): after Ctrl-C
 or a failure the same command goes on where it stopped. The exit status is 1 if symbols depend on a
@@ -63,7 +62,7 @@ AXES: dict[str, tuple] = {
     "batch": (1, 4),
     "weights": tuple(work.WEIGHTS),
 }
-BACKENDS = ("chunked", "compiled", "reference", "triton")
+BACKENDS = ("chunked", "reference", "triton")
 PAIRS = 16
 PER_PAIR = 4
 CROP_OF_PAIRS = (128, 192)
@@ -403,7 +402,7 @@ def main(argv: list[str] | None = None) -> int:
         "reduced": {
             "pictures": f"every {args.every}th per combination, beginning with each in turn",
             "triton": f"small model, {CROP_OF_TRITON} pixels of one picture per combination",
-            "pairs": f"{CROP_OF_PAIRS} pixels of {PER_PAIR} pictures each; small programs compiled",
+            "pairs": f"{CROP_OF_PAIRS} pixels of {PER_PAIR} pictures each",
         },
         "all_promises_kept": is_kept(report),
     }

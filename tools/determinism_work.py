@@ -24,7 +24,6 @@ from cmamba_ref.entropy import rans
 from cmamba_ref.entropy.gaussian import scale_index
 from cmamba_ref.images import read_image
 from cmamba_ref.model import pad
-from cmamba_ref.ops import compiled
 from cmamba_ref.ops.autocast import without_autocast
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -128,23 +127,6 @@ def under(setting: Setting) -> Iterator[None]:
             yield
     finally:
         torch._C._set_mkldnn_enabled(True)
-
-
-@contextmanager
-def small_programs() -> Iterator[None]:
-    """Blocks of `compiled` that compile in seconds instead of a minute.
-
-    A program is of the same kind as those of full size, with fewer chunks of fewer steps.
-    """
-    sizes = {"UNROLLED": 8, "MAX_CHUNKS": 2, "MIN_CHUNKS": 2}
-    before = {name: getattr(compiled, name) for name in sizes}
-    for name, size in sizes.items():
-        setattr(compiled, name, size)
-    try:
-        yield
-    finally:
-        for name, size in before.items():
-            setattr(compiled, name, size)
 
 
 def read_pixels(picture: Picture) -> np.ndarray:
@@ -334,7 +316,7 @@ def write_half(half: Half) -> int:
     """
     size, files = half.setting.batch, []
     model = load_model(half.model, half.setting.layout, half.setting.weights)
-    with under(half.setting), small_programs():
+    with under(half.setting):
         for start in range(0, len(half.pictures), size):
             files += encode(model, half.pictures[start : start + size])
         model = load_model(half.model, half.setting.layout, half.other.weights)
@@ -358,7 +340,7 @@ def read_half(half: Half) -> dict[str, int]:
     found |= {"values": 0, "differing_values": 0, "largest_difference": 0}
     model = load_model(half.model, half.setting.layout, half.setting.weights)
     size = half.setting.batch
-    with under(half.setting), small_programs():
+    with under(half.setting):
         for start in range(0, len(files), size):
             try:
                 decoded = decode(model, files[start : start + size])

@@ -157,9 +157,9 @@ def _compile(variant: Variant, target: Target) -> tuple[float, str]:
 def compile_all(args: argparse.Namespace) -> dict[str, Any]:
     """Compile in parallel, ahead of the launches, into the cache that they look into."""
     found = compile_kernels.variants(scans_to_compile())
-    found.sort(key=lambda variant: variant.kernel != "scan_gradients")  # the slowest first
+    found.sort(key=lambda variant: variant.kernel != "chunk_scan_bwd")  # the slowest first
     if args.rehearse:
-        found = [variant for variant in found if variant.kernel == "carry"][:2]
+        found = [variant for variant in found if variant.kernel == "state_passing"][:2]
     target = compile_kernels.TARGETS["sm_90"]
     if is_cuda(args):
         major, minor = torch.cuda.get_device_capability()
@@ -186,7 +186,7 @@ def backend(args: argparse.Namespace) -> dict[str, Any]:
     chosen = dispatch.choose("auto" if is_cuda(args) else "triton", device_of(args).type)
     result: dict[str, Any] = {"auto": chosen, "available": available_backends()}
     if chosen != "triton":
-        result["failed"] = dispatch.triton_unavailable_reason("cuda")
+        result["failed"] = dispatch.BACKENDS["triton"].refusal("cuda", 1, 0)
     return result
 
 

@@ -531,8 +531,8 @@ def default_names(device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
         return ("reference", "chunked")
     # Not position by position: on these maps that takes minutes, and in backward all of the memory.
-    # `chunked` is hundreds of launches there, and `compiled` is for CPUs.
-    left_out = ("reference", "ref-style", "chunked", "compiled")
+    # `chunked` is hundreds of launches there.
+    left_out = ("reference", "ref-style", "chunked")
     return tuple(name for name in (*BACKENDS, *PEERS) if name not in left_out)
 
 

@@ -50,7 +50,6 @@ BLOCK = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 OURS, JPEG, VTM = "cmamba", "jpeg420", "VTM-9.1"
 SCANS = {
     "chunked": "`chunked`, eager PyTorch",
-    "compiled": "`compiled`, on request",
     "mambapy": "mamba.py's parallel scan",
     "ref-style": "the scheme of `selective_scan_ref`",
 }

@@ -3,9 +3,9 @@
     python tools/tune_scan.py
     python tools/tune_scan.py --shape 1x128x128x192x16x6 --mode both --json tune.json
 
-The kernels follow fixed rules (kernels/plan.py) with a few constants in them. On each shape and in
-each mode, this command changes one constant at a time, then all together to the best of each. What
-would run the same kernels with the same sizes is left out.
+The kernels follow fixed rules (kernels/tiling.py) with a few constants in them. On each shape and
+in each mode, this command changes one constant at a time, then all together to the best of each.
+What would run the same kernels with the same sizes is left out.
 
 The fixed rules pass the gate of profile_scan.py; every alternative is then held against them on
 the shape itself, in output and gradients. What fails is reported and not timed, and the exit status
@@ -64,10 +64,10 @@ from cmamba_ref.testing import worst
 
 # Constant: module of the kernels that reads it, and values to try.
 CONSTANTS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "PROGRAMS": ("plan", (512, 1024, 2048, 4096, 8192)),
-    "FORWARD_REGISTERS": ("plan", (64, 128, 192)),
-    "BACKWARD_TILE": ("plan", (256, 512, 1024)),
-    "PIECE": ("launch", (2, 4, 8)),
+    "PROGRAMS": ("tiling", (512, 1024, 2048, 4096, 8192)),
+    "FORWARD_REGISTERS": ("tiling", (64, 128, 192)),
+    "BACKWARD_TILE": ("tiling", (256, 512, 1024)),
+    "RECOMPUTE_STEPS": ("launch", (2, 4, 8)),
 }
 FIXED, TOGETHER = "fixed rules", "best of each"
 # Other chunks and blocks add in another order. A sum over all positions of a large map has been
@@ -158,7 +158,7 @@ def sizes_of(constants: Constants, job: Job) -> Sizes:
     shape = job.case.shape
     length = shape.height * shape.width
     with patched(constants):
-        plan = module("plan").plan(
+        plan = module("tiling").plan(
             shape.batch, length, shape.channels, 1, shape.states, shape.rank, job.compute_type
         )
     return Sizes(
@@ -166,7 +166,7 @@ def sizes_of(constants: Constants, job: Job) -> Sizes:
         plan.chunks,
         plan.block,
         plan.backward_block if job.gradients else None,
-        constants["PIECE"] if job.gradients else None,
+        constants["RECOMPUTE_STEPS"] if job.gradients else None,
     )
 
 
@@ -349,7 +349,7 @@ def table_line(row: Row) -> str:
     """A row as text, aligned with `HEADING`; "-" where a value has no effect."""
     constants: dict[str, int | None] = {**row.constants}
     if row.mode == FORWARD:
-        constants |= {"BACKWARD_TILE": None, "PIECE": None}
+        constants |= {"BACKWARD_TILE": None, "RECOMPUTE_STEPS": None}
     line = (
         f"{row.trial:<{TRIAL_WIDTH}}"
         + "".join(f"{as_text(constants[name]):>{width}}" for name, width in WIDTHS.items())

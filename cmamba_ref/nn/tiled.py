@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from cmamba_ref.nn.ablations import PlainFusion
 from cmamba_ref.nn.blocks import CASSM, ResBlock, VSSBlock
 from cmamba_ref.nn.ss2d import DIRECTIONS, SS2D
-from cmamba_ref.ops import chunked, dispatch
-from cmamba_ref.ops.chunked import scan_2d_strips
+from cmamba_ref.ops import dispatch
+from cmamba_ref.ops.chunked.scan import read_direction, scan_2d_strips
 
 # Positions of a strip. A map of no more is not cut.
 STRIP_POSITIONS = 2**17
@@ -47,7 +47,7 @@ def are_needed(x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and x.dtype in (torch.float32, torch.float64)
-        and dispatch.choose("auto", "cpu") in ("chunked", "compiled")
+        and dispatch.choose("auto", "cpu") == "chunked"
     )
 
 
@@ -127,8 +127,7 @@ def _add_ss2d(ss2d: SS2D, x: Tensor, norm: nn.Module, out: Tensor) -> None:
 
     y = x.new_zeros(batch, height, width, inner)
     read = ReadByRegion(project, batch, height, width)
-    is_compiled = dispatch.choose("auto", "cpu") == "compiled"
-    scan_2d_strips(read, y, A, dt_weight, dt_bias, is_compiled=is_compiled)
+    scan_2d_strips(read, y, A, dt_weight, dt_bias)
     for rows, *_ in cut(height, batch * width, REGION_POSITIONS):
         scanned = y[:, rows].addcmul_(scan_input(1, rows), D.sum(0))
         z = F.linear(norm(x[:, rows]), to_z)
@@ -180,7 +179,7 @@ def take(x: Tensor, axis: int, lines: slice) -> Tensor:
 
 
 class ReadByRegion:
-    """What the directions of a scan read, computed for a few lines at a time; a `chunked.Read`.
+    """What the directions of a scan read, computed for a few lines at a time; a `Read`.
 
     Every direction holds the region it is in.
 
@@ -206,8 +205,8 @@ class ReadByRegion:
             x, proj = self._region(direction, number)
             end = min(begin + stop - start - done, x.shape[1] * x.shape[2])
             here = slice(done, done + end - begin)
-            chunked.read_direction(x, direction, begin, end, u[here])
-            chunked.read_direction(proj, direction, begin, end, projections[here])
+            read_direction(x, direction, begin, end, u[here])
+            read_direction(proj, direction, begin, end, projections[here])
             done += end - begin
 
     def _region(self, direction: int, number: int) -> tuple[Tensor, Tensor]:

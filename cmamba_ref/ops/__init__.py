@@ -1,207 +1,31 @@
 """Selective scans: the 1-D scan of Mamba and the four-direction scan of a map.
 
 `selective_scan` takes what `mamba_ssm`'s `selective_scan_fn` takes and returns what it returns;
-`selective_scan_2d` adds the four directions of SS2D in one call. Both run on four backends:
-`reference` (the literal recurrence), `chunked` (fast eager PyTorch), `compiled` (the same with its
-inner loops compiled for the CPU) and `triton`.
+`selective_scan_2d` adds the four directions of SS2D in one call. Both run on any registered
+backend: `reference` (the literal recurrence), `chunked` (fast eager PyTorch), `triton`, and those
+that `register_backend` adds.
 """
 
-from functools import partial
-from types import SimpleNamespace
-from typing import Literal, overload
-
-from torch import Tensor
-
-from cmamba_ref.ops import dispatch, eager, reference, validation
-from cmamba_ref.ops.autocast import without_autocast
+from cmamba_ref.ops.api import selective_scan, selective_scan_2d
 from cmamba_ref.ops.dispatch import (
+    Backend,
     available_backends,
     get_default_backend,
+    register_backend,
     scan_backend,
     set_default_backend,
 )
+from cmamba_ref.ops.validation import Scan2dInputs, ScanInputs
 
 __all__ = [
+    "Backend",
+    "Scan2dInputs",
+    "ScanInputs",
     "available_backends",
     "get_default_backend",
+    "register_backend",
     "scan_backend",
     "selective_scan",
     "selective_scan_2d",
     "set_default_backend",
 ]
-
-
-_COMPILED = SimpleNamespace(
-    selective_scan=partial(eager.selective_scan, is_compiled=True),
-    selective_scan_2d=partial(eager.selective_scan_2d, is_compiled=True),
-)
-
-
-def _implementation(name: str):
-    """What holds a backend's `selective_scan` and `selective_scan_2d`."""
-    if name == "triton":
-        # Not at the top: this imports triton. A compiler can follow it, unlike import_module.
-        from cmamba_ref.kernels import scan  # pyright: ignore[reportMissingImports]
-
-        return scan
-    return {"reference": reference, "chunked": eager, "compiled": _COMPILED}[name]
-
-
-@overload
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: Literal[False] = False,
-    *,
-    initial_state: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor: ...
-
-
-@overload
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    *,
-    return_last_state: Literal[True],
-    initial_state: Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
-    *,
-    initial_state: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]: ...
-
-
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
-    *,
-    initial_state: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Selective state-space scan along one axis (Gu and Dao 2023, arXiv:2312.00752, eq. 2).
-
-        h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t
-        y_t = (<C_t, h_t> + D u_t) * silu(z_t)
-
-    The first ten arguments, their shapes and types and the results are those of `mamba_ssm`'s
-    `selective_scan_fn` for real A. State and arithmetic are fp32, fp64 for fp64 inputs; autocast
-    has no effect.
-
-    Args:
-        u: input `[B, D, L]`; fp16, bf16, fp32 or fp64, called the I/O type below.
-        delta: time steps `[B, D, L]`, I/O type, before bias and softplus.
-        A: real state matrix, diagonal, `[D, N]`, fp32 (fp64 for fp64 inputs); A itself, negative in
-            a stable system, not its logarithm.
-        B: `[D, N]` constant, in A's type, or `[B, N, L]` or `[B, G, N, L]` with D divisible
-            by G, in the I/O type; group g serves channels g*D/G to (g+1)*D/G - 1.
-        C: as B.
-        D: skip weights `[D]` in A's type, or None for no skip.
-        z: gate `[B, D, L]`, I/O type, or None for no gate.
-        delta_bias: `[D]` in A's type, added to delta, or None.
-        delta_softplus: apply softplus to delta after the bias.
-        return_last_state: also return the state after the last position; its gradient flows.
-        initial_state: state before the first position `[B, D, N]` in A's type; zero when
-            None. Our extension: a sequence may be scanned in segments.
-        backend: `auto`, `reference`, `chunked`, `compiled` or `triton`; see
-            `set_default_backend`.
-
-    Returns:
-        y `[B, D, L]` in the I/O type; with `return_last_state` the pair (y, last state `[B, D, N]`
-        in A's type).
-
-    Raises:
-        InvalidArgumentError: a shape, type, device or backend name is wrong.
-        BackendUnavailableError: the backend asked for by name cannot run here.
-    """
-    validation.check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    name = dispatch.choose(backend, u.device.type, A.shape[1])
-    with without_autocast(u.device):
-        y, last_state = _implementation(name).selective_scan(
-            u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state
-        )
-    return (y, last_state) if return_last_state else y
-
-
-def selective_scan_2d(
-    x: Tensor,
-    proj: Tensor,
-    A: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    D: Tensor | None = None,
-    *,
-    backend: str = "auto",
-) -> Tensor:
-    """Sum of four selective scans over a map (SS2D of VMamba, Liu et al. 2024, arXiv:2401.10166).
-
-    Direction 0 visits the positions row by row, 1 column by column, 2 and 3 are their reverses.
-    Direction k has its own projections and parameters:
-
-        dt_t = softplus(dt_weight_k r_t + dt_bias_k)
-        h_t = exp(dt_t A_k) h_{t-1} + dt_t B_t x_t
-        y_t = <C_t, h_t> + D_k x_t
-
-    State, arithmetic and the sum over directions are fp32, fp64 for fp64 inputs; autocast has no
-    effect. Projections are taken in raster order for every direction, because they act on
-    single positions and so commute with the order of the scan (our choice).
-
-    Args:
-        x: map `[B, H, W, D]`, channels last; fp16, bf16, fp32 or fp64, the I/O type.
-        proj: `[B, H, W, 4, R + 2N]` in the I/O type: r (R), B (N) and C (N) of each direction.
-        A: real state matrices, diagonal, `[4, D, N]`, fp32 (fp64 for fp64 inputs); A itself,
-            negative in a stable system, not its logarithm.
-        dt_weight: `[4, D, R]` in A's type.
-        dt_bias: `[4, D]` in A's type.
-        D: skip weights `[4, D]` in A's type, or None for no skip.
-        backend: `auto`, `reference`, `chunked`, `compiled` or `triton`; see
-            `set_default_backend`.
-
-    Returns:
-        The sum of the four directions `[B, H, W, D]` in the I/O type.
-
-    Raises:
-        InvalidArgumentError: a shape, type, device or backend name is wrong.
-        BackendUnavailableError: the backend asked for by name cannot run here.
-    """
-    validation.check_scan_2d(x, proj, A, dt_weight, dt_bias, D)
-    name = dispatch.choose(backend, x.device.type, A.shape[2], dt_weight.shape[2])
-    with without_autocast(x.device):
-        return _implementation(name).selective_scan_2d(x, proj, A, dt_weight, dt_bias, D)

@@ -1,54 +1,95 @@
-"""Which backend runs a scan: argument, `with` block, default, environment, `auto`, in order."""
+"""The registry of backends, and which of them runs a scan.
 
-from __future__ import annotations
+In this order: the argument `backend`, `scan_backend` or `set_default_backend`, whichever came
+last, the environment variable CMAMBA_SCAN_BACKEND, `auto`.
+"""
 
 import contextlib
-import importlib
-import importlib.util
 import logging
 import os
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from cmamba_ref.errors import BackendUnavailableError, InvalidArgumentError
-from cmamba_ref.ops import compiled
+from cmamba_ref.ops import lazy_triton
+from cmamba_ref.ops.validation import Scan2dInputs, ScanInputs
 
-BACKENDS = ("reference", "chunked", "compiled", "triton")
 ENVIRONMENT_VARIABLE = "CMAMBA_SCAN_BACKEND"
 
 _logger = logging.getLogger("cmamba_ref.ops")
 _logged_reasons: set[str] = set()
 
-# Plain globals: a ContextVar would break torch.compile(fullgraph=True). None: not set.
+# A plain global: a ContextVar would break torch.compile(fullgraph=True). None: not set.
 _default_backend: str | None = None
-# Of all `with` blocks that are open, in any thread: the last one entered counts where a thread has
-# none of its own. Blocks of several threads need not close in the order in which they opened.
-_open_blocks: list[_Block] = []
 
 
-class _Block:
-    """One `with scan_backend(name)`; equal to itself only."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
+def _runs_everywhere(device_type: str, n: int, rank: int) -> str | None:
+    return None
 
 
-class _OfThread(threading.local):
-    """The backend of the innermost `with` block of a thread.
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of both scans, see `register_backend`.
 
-    A compiler does not look here, since it cannot guard on what differs from thread to thread.
+    Attributes:
+        name: what calls ask for.
+        scan: a `ScanInputs` to the output `[B, D, L]` in u's type and the last state `[B, D, N]` in
+            A's type.
+        scan_2d: a `Scan2dInputs` to the sum of the four directions `[B, H, W, D]` in x's type.
+        refusal: `refusal(device_type, n, rank)`: why it cannot scan N states and R columns of
+            dt_weight (0 for the 1-D scan) on this kind of device (`cpu`, `cuda`, ...), or None when
+            it can. Default: it runs everywhere.
+
+    Raises:
+        InvalidArgumentError: the name is no name of its own, or one of the others is no function.
     """
 
-    name: str | None = None
+    name: str
+    scan: Callable[[ScanInputs], tuple[Tensor, Tensor]]
+    scan_2d: Callable[[Scan2dInputs], Tensor]
+    refusal: Callable[[str, int, int], str | None] = _runs_everywhere
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip() or self.name == "auto":
+            raise InvalidArgumentError(
+                f"`name` must be a word other than 'auto', got {self.name!r}; choose another name"
+            )
+        for field in ("scan", "scan_2d", "refusal"):
+            value = getattr(self, field)
+            if not callable(value):
+                raise InvalidArgumentError(
+                    f"`{field}` must be a function, got {value!r}; see cmamba_ref.ops.Backend"
+                )
 
 
-_of_thread = _OfThread()
+# By name, in the order in which they were registered.
+BACKENDS: dict[str, Backend] = {}
+
+
+def register_backend(backend: Backend) -> None:
+    """Add a backend, which every scan may then ask for by its name.
+
+    `auto` never chooses it.
+
+    Raises:
+        InvalidArgumentError: it is no `Backend`, or there is one of that name.
+    """
+    if not isinstance(backend, Backend):
+        raise InvalidArgumentError(
+            f"`backend` must be a Backend, got {type(backend).__name__}; see cmamba_ref.ops.Backend"
+        )
+    if backend.name in BACKENDS:
+        raise InvalidArgumentError(
+            f"`backend` must have a name of its own, got {backend.name!r}; choose another name"
+        )
+    BACKENDS[backend.name] = backend
 
 
 def _check_name(name: str, argument: str) -> str:
-    if name not in (*BACKENDS, "auto"):
+    if name != "auto" and name not in BACKENDS:
         valid = ", ".join(repr(known) for known in ("auto", *BACKENDS))
         raise InvalidArgumentError(
             f"`{argument}` must be one of {valid}, got {name!r}; correct the name"
@@ -57,23 +98,18 @@ def _check_name(name: str, argument: str) -> str:
 
 
 def get_default_backend() -> str:
-    """The backend of calls that name none: `scan_backend`, else `set_default_backend`, else
-    CMAMBA_SCAN_BACKEND, else `auto`.
+    """Return the backend of calls that name none.
 
     Raises:
         InvalidArgumentError: the environment variable holds an unknown name.
     """
-    if not torch.compiler.is_compiling() and _of_thread.name is not None:
-        return _of_thread.name
-    if _open_blocks:
-        return _open_blocks[-1].name
     if _default_backend is not None:
         return _default_backend
     return _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
 def set_default_backend(name: str | None) -> None:
-    """Sets the backend of calls that name none, in all threads; None goes back to the environment.
+    """Set the backend of calls that name none, in all threads; None goes back to the environment.
 
     Raises:
         InvalidArgumentError: unknown name.
@@ -86,105 +122,62 @@ def set_default_backend(name: str | None) -> None:
 def scan_backend(name: str) -> Iterator[None]:
     """Within the `with` block, calls that name no backend use this one.
 
-    That holds for all threads but those that are in such a block themselves.
+    It is process-wide: it sets the default backend of all threads, and restores on leaving what was
+    set before. Blocks that several threads open at a time do not know of each other; such threads
+    pass `backend` to the scans instead.
 
     Raises:
         InvalidArgumentError: unknown name.
     """
-    block = _Block(_check_name(name, "name"))
-    outer = _of_thread.name
-    _open_blocks.append(block)
-    _of_thread.name = name
+    global _default_backend
+    before = _default_backend
+    set_default_backend(name)
     try:
         yield
     finally:
-        _of_thread.name = outer
-        _open_blocks.remove(block)
-
-
-def _import_failure() -> str | None:
-    """Why the package of the Triton kernels cannot be imported, or None when it can."""
-    try:
-        importlib.import_module("cmamba_ref.kernels")
-    except ModuleNotFoundError as error:
-        if error.name == "cmamba_ref.kernels":
-            return "this installation of cmamba_ref lacks its kernels; install it again"
-        return f"the Triton kernels need the module {error.name!r}, which is not installed"
-    except ImportError as error:
-        return f"the Triton kernels cannot be imported ({error})"
-    return None
-
-
-def triton_unavailable_reason(device_type: str) -> str | None:
-    """Why the Triton kernels cannot run on this kind of device, or None when they can."""
-    failure = _import_failure()
-    return failure or importlib.import_module("cmamba_ref.kernels").unavailable_reason(device_type)
-
-
-# What torch.compiler.assume_constant_result does: a compiler asks once and does not trace into it.
-# That decorator would import torch._dynamo, and with it triton, at `import cmamba_ref`.
-triton_unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _triton_refusal(device_type: str, n: int, rank: int) -> str | None:
-    """Why the Triton kernels cannot run a scan of these sizes here, or None when they can."""
-    reason = triton_unavailable_reason(device_type)
-    if reason is not None:
-        return reason
-    from cmamba_ref.kernels import size_reason  # pyright: ignore[reportMissingImports]
-
-    return size_reason(n, rank)
+        _default_backend = before
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names of the backends that can run on this machine."""
+    """Return the names of the backends that can run on this machine."""
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    reasons = {
-        "compiled": compiled.unavailable_reason("cpu"),
-        "triton": triton_unavailable_reason(device_type),
-    }
-    return tuple(name for name in BACKENDS if reasons.get(name) is None)
+    return tuple(
+        name for name, backend in BACKENDS.items() if backend.refusal(device_type, 1, 0) is None
+    )
 
 
 def _log_once(reason: str) -> None:
     """Log why CUDA tensors get `chunked`: a warning where only an installation is missing."""
     if reason not in _logged_reasons and not torch.compiler.is_compiling():
         _logged_reasons.add(reason)
-        is_missing = _import_failure() or importlib.util.find_spec("triton") is None
-        level = logging.WARNING if is_missing else logging.INFO
+        level = logging.INFO if lazy_triton.is_installed() else logging.WARNING
         _logger.log(level, "scans on CUDA tensors use the slower backend 'chunked': %s", reason)
 
 
 def choose(backend: str, device_type: str, n: int = 1, rank: int = 0) -> str:
-    """The backend that runs a scan of N states and R columns of dt_weight (1-D: 0).
+    """Return the backend that runs a scan of N states and R columns of dt_weight (1-D: 0).
 
-    Returns:
-        `reference`, `chunked`, `compiled` or `triton`.
+    `auto` is `triton` for CUDA tensors where it can run, and `chunked` for all others.
 
     Raises:
         InvalidArgumentError: unknown name.
-        BackendUnavailableError: `compiled` or `triton` was asked for by name and cannot run on
-            this device.
+        BackendUnavailableError: a backend was asked for by name and cannot run this scan.
     """
     name = _check_name(backend, "backend")
     if name == "auto":
         name = get_default_backend()
-    reason = None
-    if name == "triton":
-        reason = _triton_refusal(device_type, n, rank)
-    if name == "compiled":
-        reason = compiled.unavailable_reason(device_type)
+    if name == "auto":
+        if device_type != "cuda":
+            return "chunked"
+        reason = BACKENDS["triton"].refusal(device_type, n, rank)
+        if reason is None:
+            return "triton"
+        _log_once(reason)
+        return "chunked"
+    reason = BACKENDS[name].refusal(device_type, n, rank)
     if reason is not None:
         raise BackendUnavailableError(
             f"`backend` must be one that runs this scan on {device_type}, got {name!r}: "
             f"{reason}; use backend='auto' or 'chunked'"
         )
-    if name == "auto":
-        if device_type != "cuda":
-            return "chunked"
-        reason = _triton_refusal(device_type, n, rank)
-        if reason is None:
-            return "triton"
-        _log_once(reason)
-        return "chunked"
     return name

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmamba_ref.ops.validation import Scan2dInputs, ScanInputs
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type a scan computes in: fp64 for fp64, fp32 for everything else."""
@@ -26,19 +28,9 @@ def _per_channel(x: Tensor, channels: int) -> Tensor:
     return x.repeat_interleave(channels // x.shape[1], dim=1)
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """Output `[B, D, L]` in u's type and last state `[B, D, N]` in the compute type."""
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state = inputs
     dtype = compute_dtype(u.dtype)
     batch, channels, length = u.shape
     io_dtype = u.dtype
@@ -68,10 +60,9 @@ def selective_scan(
     return y.to(io_dtype), state
 
 
-def selective_scan_2d(
-    x: Tensor, proj: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor, D: Tensor | None
-) -> Tensor:
+def selective_scan_2d(inputs: Scan2dInputs) -> Tensor:
     """Sum of four 1-D scans over the map, each over an explicitly permuted sequence."""
+    x, proj, A, dt_weight, dt_bias, D = inputs
     dtype = compute_dtype(x.dtype)
     batch, height, width, channels = x.shape
     rank, n = dt_weight.shape[-1], A.shape[-1]
@@ -87,7 +78,7 @@ def selective_scan_2d(
         r, B, C = projections[:, order, k].split((rank, n, n), dim=-1)
         # W r as products and a sum: autocast would run the backward of a matmul in 16 bits.
         delta = (r.unsqueeze(2) * dt_weight[k].to(dtype)).sum(-1)
-        y, _ = selective_scan(
+        of_direction = ScanInputs(
             u=positions[:, order].mT,
             delta=delta.mT,
             A=A[k],
@@ -99,6 +90,7 @@ def selective_scan_2d(
             delta_softplus=True,
             initial_state=None,
         )
+        y, _ = selective_scan(of_direction)
         # Position order[i] of the map is step i of the scan, so its inverse puts y back.
         total = total + y.mT[:, order.argsort()]
     return total.view(x.shape).to(x.dtype)

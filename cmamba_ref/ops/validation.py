@@ -1,4 +1,6 @@
-"""The rules for arguments of the scans, checked before a backend sees them."""
+"""The arguments of the scans as every backend takes them, and the rules that hold for them."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -6,6 +8,32 @@ from torch import Tensor
 from cmamba_ref.errors import InvalidArgumentError
 
 IO_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class ScanInputs(NamedTuple):
+    """The arguments of `selective_scan`, which has their shapes and types."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+    delta_softplus: bool
+    initial_state: Tensor | None
+
+
+class Scan2dInputs(NamedTuple):
+    """The arguments of `selective_scan_2d`, which has their shapes and types."""
+
+    x: Tensor
+    proj: Tensor
+    A: Tensor
+    dt_weight: Tensor
+    dt_bias: Tensor
+    D: Tensor | None
 
 
 def _fail(name: str, rule: str, value: object, fix: str) -> None:
@@ -74,18 +102,9 @@ def _check_projection(name: str, x: Tensor, u: Tensor, A: Tensor) -> None:
         _fail(name, "[D, N], [B, N, L] or [B, G, N, L]", list(x.shape), "add or remove axes")
 
 
-def check_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-) -> None:
-    """Raises InvalidArgumentError unless these are arguments of `selective_scan`."""
+def check_scan(inputs: ScanInputs) -> None:
+    """Raise InvalidArgumentError unless these are arguments of `selective_scan`."""
+    u, delta, A, B, C, D, z, delta_bias, _, initial_state = inputs
     _check_tensor("u", u)
     _check_io_dtype("u", u)
     _check_rank("u", u, "[B, D, L]", 3, first_positive=1)
@@ -116,10 +135,9 @@ def check_scan(
         _check_shape("initial_state", initial_state, "[B, D, N]", (batch, channels, A.shape[1]))
 
 
-def check_scan_2d(
-    x: Tensor, proj: Tensor, A: Tensor, dt_weight: Tensor, dt_bias: Tensor, D: Tensor | None
-) -> None:
-    """Raises InvalidArgumentError unless these are arguments of `selective_scan_2d`."""
+def check_scan_2d(inputs: Scan2dInputs) -> None:
+    """Raise InvalidArgumentError unless these are arguments of `selective_scan_2d`."""
+    x, proj, A, dt_weight, dt_bias, D = inputs
     _check_tensor("x", x)
     _check_io_dtype("x", x)
     _check_rank("x", x, "[B, H, W, D]", 4, first_positive=1)

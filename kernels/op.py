@@ -6,12 +6,13 @@ backward only the state before each chunk.
 
 import contextlib
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .launch import Scan, backward, forward
-from .plan import plan
+from .tiling import plan
 
 
 def _prepared(x: Tensor) -> Tensor:
@@ -20,34 +21,11 @@ def _prepared(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _scan(
-    x: Tensor,
-    dt: Tensor,
-    B: Tensor | None,
-    C: Tensor | None,
-    z: Tensor | None,
-    A: Tensor,
-    dt_weight: Tensor | None,
-    dt_bias: Tensor,
-    skip: Tensor,
-    softplus: bool,
-    groups: int,
-) -> Scan:
-    """The arguments of the operator as the kernels take them."""
-    dt = _prepared(dt)
-    return Scan(
-        _prepared(x),
-        dt,
-        dt if B is None else _prepared(B),
-        dt if C is None else _prepared(C),
-        None if z is None else _prepared(z),
-        _prepared(A),
-        None if dt_weight is None else _prepared(dt_weight),
-        _prepared(dt_bias),
-        _prepared(skip),
-        softplus,
-        groups,
-    )
+def _scan(*tensors: Tensor | None, softplus: bool, groups: int) -> Scan:
+    """The tensors of the operator from x to skip, without `first`, as the kernels take them."""
+    x, dt, B, C, *others = (None if t is None else _prepared(t) for t in tensors)
+    fields: Any = (x, dt, dt if B is None else B, dt if C is None else C, *others)
+    return Scan(*fields, softplus=softplus, groups=groups)
 
 
 def _device_of(x: Tensor) -> AbstractContextManager:
@@ -88,7 +66,8 @@ def triton_scan(
     """
     if len(x) == 0:
         return _results(x, A, dt_weight, groups)
-    scan = _scan(x, dt, B, C, z, A, dt_weight, dt_bias, skip, softplus, groups)
+    tensors = (x, dt, B, C, z, A, dt_weight, dt_bias, skip)
+    scan = _scan(*tensors, softplus=softplus, groups=groups)
     with _device_of(x):
         return forward(scan, _states(first, A, len(x)))
 
@@ -111,10 +90,10 @@ def triton_scan_backward(
     groups: int,
 ) -> list[Tensor]:
     """Gradients of the tensors from x to skip that are given, in this order, and of `first`."""
+    tensors = (x, dt, B, C, z, A, dt_weight, dt_bias, skip)
     if len(x) == 0:
-        likes = _gradients(x, dt, B, C, z, A, dt_weight, dt_bias, skip)
-        return [torch.zeros_like(like) for like in likes]
-    scan = _scan(x, dt, B, C, z, A, dt_weight, dt_bias, skip, softplus, groups)
+        return [torch.zeros_like(like) for like in _gradients(*tensors)]
+    scan = _scan(*tensors, softplus=softplus, groups=groups)
     # Autocast would run the products around the kernels in 16 bits.
     with torch.autocast(x.device.type, enabled=False), _device_of(x):
         gradients = backward(scan, starts, _prepared(grad_y), _states(grad_last, A, len(x)))

@@ -27,8 +27,8 @@ BACKWARD_TILE = 512
 # By so much both shrink in fp64: a number takes two registers, and its functions as many again.
 FP64_FACTOR = 4
 # Steps that the backward repeats with their states in registers. The scratch memory for
-# checkpoints is 1 / PIECE of all states of one direction.
-PIECE = 4
+# checkpoints is 1 / RECOMPUTE_STEPS of all states of one direction.
+RECOMPUTE_STEPS = 4
 # Features (states times channels) of a program of the carry.
 CARRY_BLOCK = 32
 
@@ -39,8 +39,8 @@ class Plan(NamedTuple):
     states: int  # N rounded up to a power of two
     ranks: int  # R rounded up likewise; 1 where delta is given
     block: int  # channels of a program
-    backward_block: int  # channels of a program of scan_gradients
-    aligned: bool  # lanes of scan_gradients own four neighbouring channels
+    backward_block: int  # channels of a program of chunk_scan_bwd
+    aligned: bool  # lanes of chunk_scan_bwd own four neighbouring channels
     chunk_length: int  # positions of a chunk; the last one may be shorter
     chunks: int
 
@@ -92,7 +92,7 @@ def plan(
 
 
 def _backward_block(per_group: int, states: int, tile: int) -> tuple[int, bool]:
-    """Channels of a program of scan_gradients, and whether a lane owns four neighbours of them.
+    """Channels of a program of chunk_scan_bwd, and whether a lane owns four neighbours of them.
 
     That makes sums over channels cheaper, where a lane has states enough to share with no other
     lane, or only with few. It needs channels that come in multiples of 16; without, the arrays

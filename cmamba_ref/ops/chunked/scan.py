@@ -1,4 +1,4 @@
-"""The scans of the backends `chunked` and `compiled`; `blocks.py` explains the method.
+"""The scans of the backend `chunked`; `recurrence.py` explains the method.
 
 `scan_*` takes sequences whose time steps are known. `scan_2d_*` takes a map and its projections.
 It goes through the four directions side by side, one strip of positions after the other: what a
@@ -14,8 +14,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from cmamba_ref.ops.blocks import Blocks, Gradients, Operands, count_of
-from cmamba_ref.ops.compiled import CompiledBlocks
+from cmamba_ref.ops.chunked.recurrence import (
+    Blocks,
+    Gradients,
+    Operands,
+    block_length,
+    count_of,
+    segment_length,
+)
 
 DIRECTIONS = 4
 # Floats of the memory of a strip, about: few enough to stay in cache, enough to be worth the calls.
@@ -26,11 +32,6 @@ PRODUCT_LENGTH = 32
 # read(k, start, stop, u, projections) writes what direction k reads at positions start to stop of
 # its order into u [positions, S, D] and projections [positions, S, R + 2N].
 Read = Callable[[int, int, int, Tensor, Tensor], None]
-
-
-def block_kind(is_compiled: bool) -> type[Blocks]:
-    """The blocks of the backend `compiled`, or those of `chunked`."""
-    return CompiledBlocks if is_compiled else Blocks
 
 
 # ---------------------------------------------------------------- sequences
@@ -44,7 +45,6 @@ def scan_forward(
     C: Tensor,
     initial_state: Tensor,
     keep_starts: bool,
-    is_compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence without skip, gate and bias.
 
@@ -54,16 +54,15 @@ def scan_forward(
         B, C: `[L, S, G, N, 1]` varying or `[1, 1, G, N, D]` constant.
         initial_state: `[S, G, N, D]`.
         keep_starts: whether to keep what the backward needs.
-        is_compiled: whether the blocks are compiled.
 
     Returns:
         y `[L, S, G, D]`, last state `[S, G, N, D]` and, if kept, the state before each segment
         `[segments, S, G, N, D]`.
     """
-    operands = _operands(u, dt, B, C, is_compiled)
+    operands = _operands(u, dt, B, C)
     y = torch.empty_like(operands.u)
-    blocks = block_kind(is_compiled)(A, initial_state, len(u))
-    starts = _room_for_starts(blocks, len(u), initial_state, keep_starts)
+    blocks = Blocks(A, initial_state, len(u))
+    starts = _alloc_starts(len(u), initial_state, keep_starts)
     state = initial_state.clone(memory_format=torch.contiguous_format)
     last = _run(blocks, operands, state, y, starts)
     return y.squeeze(3), last, starts
@@ -78,16 +77,15 @@ def scan_backward(
     B: Tensor,
     C: Tensor,
     starts: Tensor,
-    is_compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B, C and initial_state of `scan_forward`."""
-    operands = _operands(u, dt, B, C, is_compiled)
+    operands = _operands(u, dt, B, C)
     gradients = Gradients(
         *(torch.empty_like(operands.u), torch.empty_like(operands.dt)),
         # Not zeros_like: results are contiguous whatever the strides of the arguments.
         *(B.new_zeros(B.shape), C.new_zeros(C.shape), grad_last.new_zeros(grad_last.shape)),
     )
-    blocks = block_kind(is_compiled)(A, grad_last, len(u))
+    blocks = Blocks(A, grad_last, len(u))
     grad_y = grad_y.contiguous().unsqueeze(3)
     grad_last = grad_last.clone(memory_format=torch.contiguous_format)
     grad_first = _run_backward(blocks, operands, starts, grad_y, grad_last, gradients)
@@ -97,22 +95,20 @@ def scan_backward(
     )
 
 
-def _operands(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, is_compiled: bool) -> Operands:
-    if is_compiled:  # strides that hold the length would make a program for each length
-        B, C = B.contiguous(), C.contiguous()
+def _operands(u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Operands:
     return Operands(u.contiguous().unsqueeze(3), dt.contiguous().unsqueeze(3), B, C)
 
 
-def _room_for_starts(blocks: Blocks, length: int, state: Tensor, keep: bool) -> Tensor:
-    """For the state before each segment; without any if they are not to be kept."""
-    count = count_of(blocks.segment_length(state.shape), length) if keep else 0
+def _alloc_starts(length: int, state: Tensor, keep: bool) -> Tensor:
+    """Allocate the state before each segment, none if they are not to be kept."""
+    count = count_of(segment_length(state.shape), length) if keep else 0
     return state.new_empty(count, *state.shape)
 
 
 def _run(blocks: Blocks, operands: Operands, state: Tensor, y: Tensor, starts: Tensor) -> Tensor:
-    """Fills y `[L, S, G, 1, D]`, and starts unless empty, block by block; the last state."""
-    length, size = len(operands.u), blocks.forward_length(state.shape)
-    segment = blocks.segment_length(state.shape)
+    """Fill y `[L, S, G, 1, D]`, and starts unless empty, block by block; the last state."""
+    length, size = len(operands.u), block_length(state.shape)
+    segment = segment_length(state.shape)
     for start in range(0, length, size):
         if len(starts) and start % segment == 0:
             starts[start // segment] = state
@@ -128,9 +124,9 @@ def _run_backward(
     grad_last: Tensor,
     gradients: Gradients,
 ) -> Tensor:
-    """Fills the gradients of u and dt and adds to the others, segment by segment from the last to
+    """Fill the gradients of u and dt and add to the others, segment by segment from the last to
     the first; gradient of the state before the first."""
-    length, size = len(operands.u), blocks.segment_length(grad_last.shape)
+    length, size = len(operands.u), segment_length(grad_last.shape)
     for number in reversed(range(len(starts))):
         at = number * size, min((number + 1) * size, length)
         grad_last = blocks.backward(*at, operands, starts[number], grad_y, grad_last, gradients)
@@ -174,13 +170,13 @@ def _parts(
 
 
 def read_direction(x: Tensor, direction: int, start: int, stop: int, sequence: Tensor) -> None:
-    """Copies positions start to stop of a direction from the map into `sequence`."""
+    """Copy positions start to stop of a direction from the map into `sequence`."""
     for part, place in _parts(x, direction, start, stop, sequence):
         place.copy_(part.flip(0, 1) if direction >= 2 else part)
 
 
 def _add(x: Tensor, direction: int, start: int, stop: int, sequence: Tensor) -> None:
-    """The adjoint of `read_direction`: adds `sequence` to the map."""
+    """The adjoint of `read_direction`: add `sequence` to the map."""
     for part, place in _parts(x, direction, start, stop, sequence):
         part.add_(place.flip(0, 1) if direction >= 2 else place)
 
@@ -223,16 +219,14 @@ def scan_2d_strips(
     dt_weight: Tensor,
     dt_bias: Tensor,
     keep_starts: bool = False,
-    is_compiled: bool = False,
 ) -> Tensor:
-    """Adds the four directions, without skip, to a map y `[S, H, W, D]`.
+    """Add the four directions, without skip, to a map y `[S, H, W, D]`.
 
     Args:
         read: gives what a direction reads, see `Read`.  Positions are asked for in rising order,
             of all four directions in turn.
         A, dt_weight, dt_bias: `[4, D, N]`, `[4, D, R]`, `[4, D]`.
         keep_starts: whether to keep what the backward needs.
-        is_compiled: whether the blocks are compiled.
 
     Returns:
         If kept, the state before each segment `[segments, S, 4, N, D]`.
@@ -240,16 +234,16 @@ def scan_2d_strips(
     batch, height, width, channels = y.shape
     length, n, rank = height * width, A.shape[2], dt_weight.shape[2]
     state = y.new_zeros(batch, DIRECTIONS, n, channels)
-    blocks = block_kind(is_compiled)(A.mT.contiguous(), state, length, softplus=True)
-    segment = blocks.segment_length(state.shape)
-    starts = _room_for_starts(blocks, length, state, keep_starts)
+    blocks = Blocks(A.mT.contiguous(), state, length, softplus=True)
+    segment = segment_length(state.shape)
+    starts = _alloc_starts(length, state, keep_starts)
 
     features = (channels, rank + 2 * n, channels, channels)
     per_strip = _strip_length(length, segment, batch * DIRECTIONS * sum(features))
-    rooms = [y.new_empty(per_strip, batch, DIRECTIONS, count) for count in features]
+    buffers = [y.new_empty(per_strip, batch, DIRECTIONS, count) for count in features]
     for start in range(0, length, max(per_strip, 1)):
         stop = min(start + per_strip, length)
-        u, projections, dt, output = (room[: stop - start] for room in rooms)
+        u, projections, dt, output = (buffer[: stop - start] for buffer in buffers)
         for k in range(DIRECTIONS):
             read(k, start, stop, u[:, :, k], projections[:, :, k])
         r, B, C = projections.split((rank, n, n), dim=3)
@@ -279,7 +273,6 @@ def scan_2d_forward(
     dt_bias: Tensor,
     skip: Tensor | None,
     keep_starts: bool,
-    is_compiled: bool,
 ) -> tuple[Tensor, Tensor]:
     """The sum of four directions and of the map times `skip`.
 
@@ -287,14 +280,14 @@ def scan_2d_forward(
         x: `[S, H, W, D]`.
         proj: `[S, H, W, 4, R + 2N]`.
         skip: `[D]`; none is 0.
-        A, dt_weight, dt_bias, keep_starts, is_compiled: as in `scan_2d_strips`.
+        A, dt_weight, dt_bias, keep_starts: as in `scan_2d_strips`.
 
     Returns:
         y `[S, H, W, D]` and, if kept, the state before each segment `[segments, S, 4, N, D]`.
     """
     y = _skipped(x, skip)
     read = _reading(x, proj)
-    return y, scan_2d_strips(read, y, A, dt_weight, dt_bias, keep_starts, is_compiled)
+    return y, scan_2d_strips(read, y, A, dt_weight, dt_bias, keep_starts)
 
 
 def _skipped(x: Tensor, skip: Tensor | None) -> Tensor:
@@ -312,7 +305,6 @@ def scan_2d_backward(
     dt_bias: Tensor,
     skip: Tensor | None,
     starts: Tensor,
-    is_compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, proj, A, dt_weight, dt_bias and skip (0 of none) of `scan_2d_forward`."""
     batch, height, width, channels = x.shape
@@ -322,17 +314,17 @@ def scan_2d_backward(
     grad_skip = x.new_zeros(channels)
     grad_state = starts.new_zeros(starts.shape[1:])
     grad_A = torch.zeros_like(grad_state)
-    blocks = block_kind(is_compiled)(A.mT.contiguous(), grad_state, length)
-    segment = blocks.segment_length(grad_state.shape)
+    blocks = Blocks(A.mT.contiguous(), grad_state, length)
+    segment = segment_length(grad_state.shape)
     read = _reading(x, proj)
 
     features = (channels, rank + 2 * n, channels, channels) * 2
     per_strip = _strip_length(length, segment, batch * DIRECTIONS * sum(features))
-    rooms = [x.new_empty(per_strip, batch, DIRECTIONS, count) for count in features]
+    buffers = [x.new_empty(per_strip, batch, DIRECTIONS, count) for count in features]
     for start in reversed(range(0, length, max(per_strip, 1))):
         stop = min(start + per_strip, length)
         u, projections, dt, grad_output, grad_u, grads, grad_dt, pre = (
-            room[: stop - start] for room in rooms
+            buffer[: stop - start] for buffer in buffers
         )
         for k in range(DIRECTIONS):
             read(k, start, stop, u[:, :, k], projections[:, :, k])

@@ -45,19 +45,19 @@ MATMUL_STATES = 4
 
 
 def block_length(state: Sequence[int]) -> int:
-    """Positions per block for states of that shape `[S, G, N, D]`."""
-    return fitting(BLOCK_FLOATS, math.prod(state), MAX_BLOCK_LENGTH, MIN_BLOCK_LENGTH)
-
-
-def fitting(floats: int, each: int, most: int, least: int) -> int:
-    """`most`, halved until so many times `each` is at most `floats`, but not below `least`.
+    """Positions per block for states of that shape `[S, G, N, D]`: a power of two.
 
     It is found by comparisons only, so that it stays a plain int when the sizes are symbolic.
     """
-    count = most
-    while count > least and count * each > floats:
-        count //= 2
-    return count
+    length = MAX_BLOCK_LENGTH
+    while length > MIN_BLOCK_LENGTH and length * math.prod(state) > BLOCK_FLOATS:
+        length //= 2
+    return length
+
+
+def segment_length(state: Sequence[int]) -> int:
+    """Positions between the states that are kept, for states of that shape `[S, G, N, D]`."""
+    return SEGMENT_BLOCKS * block_length(state)
 
 
 def count_of(size: int, length: int) -> int:
@@ -158,7 +158,7 @@ def _chunk_decay(dt: Tensor, A2: Tensor) -> Tensor:
 def run_states(
     dt: Tensor, dtu: Tensor, A2: Tensor, B: Tensor, first: Tensor, decay: Buffer, states: Buffer
 ) -> Tensor:
-    """Fills the buffers decay and states of a block.
+    """Fill the buffers decay and states of a block.
 
     Args:
         dt, dtu: time steps and time steps times inputs, `[steps, chunks, S, G, 1, D]`.
@@ -209,8 +209,8 @@ class Gradients(NamedTuple):
 class Blocks:
     """The blocks of one scan in eager PyTorch.
 
-    The forward takes blocks of `forward_length`, the backward segments of `segment_length`. All
-    lengths are powers of two, so that the longer ones are multiples of the shorter.
+    The forward takes blocks of `block_length`, the backward segments of `segment_length`: both are
+    powers of two.
 
     Args:
         A: `[G, N, D]`.
@@ -219,17 +219,10 @@ class Blocks:
         softplus: whether the time steps that the forward is given are the softplus of `dt`.
     """
 
-    block_length = forward_length = staticmethod(block_length)
-
-    @classmethod
-    def segment_length(cls, state: Sequence[int]) -> int:
-        """Positions between the states that are kept, for states of that shape `[S, G, N, D]`."""
-        return max(SEGMENT_BLOCKS * cls.block_length(state), cls.forward_length(state))
-
     def __init__(self, A: Tensor, state: Tensor, length: int, softplus: bool = False):
         self._A, self._A2, self._softplus = A, A * LOG2_E, softplus
         self._state_floats = state.numel()
-        longest = min(length, self.block_length(state.shape))
+        longest = min(length, block_length(state.shape))
         self._new_scratch = partial(Scratch, state, longest)
         self._scratch: Scratch | None = None
 
@@ -243,7 +236,7 @@ class Blocks:
     def forward(
         self, start: int, stop: int, operands: Operands, first: Tensor, y: Tensor
     ) -> Tensor:
-        """Fills y `[L, S, G, 1, D]` from start to stop; first state to last `[S, G, N, D]`."""
+        """Fill y `[L, S, G, 1, D]` from start to stop; first state to last `[S, G, N, D]`."""
         block, (decay, states) = self._prepare(start, stop, 2)
         u, dt, B, C = map(block.view, operands)
         if self._softplus:
@@ -262,9 +255,9 @@ class Blocks:
         grad_last: Tensor,
         gradients: Gradients,
     ) -> Tensor:
-        """Of one segment: fills gradients of u and dt from start to stop and adds to the others;
+        """Of one segment: fill gradients of u and dt from start to stop and add to the others;
         gradient of the last state to that of the first."""
-        size = self.block_length(first.shape)
+        size = block_length(first.shape)
         firsts = [first]
         for at in range(start, stop - size, size):
             firsts.append(self._last_state(at, at + size, operands, firsts[-1]))

@@ -4,11 +4,11 @@ With g the adjoint that arrives from the steps after t, the recurrence is read b
 
     dh_t = g + C_t dy_t            g <- exp(dt_t A) dh_t
 
-`scan_chunk_adjoints` and `carry` (with ADJOINT) find the adjoint that enters each chunk.
-`scan_gradients` repeats the forward of a chunk and keeps the state at every PIECE-th step, then
-goes through the pieces last to first, repeats each with its states in registers and reads it
-backwards. Sums over channels and over chunks are left in partial results, one per program, that the
-caller adds: no atomics, so two runs give the same bits.
+`chunk_state_bwd` and `state_passing` (with ADJOINT) find the adjoint that enters each chunk.
+`chunk_scan_bwd` repeats the forward of a chunk in windows of RECOMPUTE_STEPS steps and keeps the
+state before each, then goes through the windows last to first, repeats each with its states in
+registers and reads it backwards. Sums over channels and over chunks are left in partial results,
+one per program, that the caller adds: no atomics, so two runs give the same bits.
 """
 
 # The checker knows Python, not Triton's language.
@@ -17,11 +17,12 @@ caller adds: no atomics, so two runs give the same bits.
 import triton
 import triton.language as tl
 
-from .forward import SIZES
-from .pieces import (
+from .chunk_scan_fwd import SIZES
+from .primitives import (
     LN_2,
     channels_of,
     load_channels,
+    load_dt_raw,
     load_parameters,
     load_projection,
     load_states,
@@ -30,13 +31,12 @@ from .pieces import (
     start_walk,
     store_states,
     time_step,
-    time_step_before_softplus,
     walk,
 )
 
 
 @triton.jit(do_not_specialize=SIZES)
-def scan_chunk_adjoints(
+def chunk_state_bwd(
     dt_ptr,  # projections [images, H, W, 4, RANK + 2N], or delta [images, H, W, D]
     C_ptr,  # projections, [images, H, W, groups, N], or with C_CONSTANT [N, D]
     z_ptr,  # gate [images, H, W, D], read with GATE
@@ -55,57 +55,57 @@ def scan_chunk_adjoints(
     chunk_length,
     blocks,
     N: tl.constexpr,
-    STATES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     RANK: tl.constexpr,
-    RANKS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     GATE: tl.constexpr,
     C_CONSTANT: tl.constexpr,
 ):
     """The adjoint that each chunk passes to the one before it when none arrives, and sum of dt."""
-    real: tl.constexpr = A_ptr.dtype.element_ty
+    acc_dtype: tl.constexpr = A_ptr.dtype.element_ty
     image_direction, chunk, group, block = split_program(chunks, groups, blocks)
     image, direction = image_direction // directions, image_direction % directions
     D = groups * per_group
-    channels, exists = channels_of(group, block, per_group, BLOCK)
+    channels, mask = channels_of(group, block, per_group, BLOCK_D)
     base = image.to(tl.int64) * H * W
 
     A, bias, weight = load_parameters(
-        A_ptr, weight_ptr, bias_ptr, direction, channels, exists, D, N, STATES, RANK, RANKS
+        A_ptr, weight_ptr, bias_ptr, direction, channels, mask, D, N, BLOCK_N, RANK, BLOCK_R
     )
     if C_CONSTANT:
-        C = load_states(C_ptr, 0, channels, exists, D, N, STATES)
+        C = load_states(C_ptr, 0, channels, mask, D, N, BLOCK_N)
 
-    g = tl.zeros((STATES, BLOCK), real)
-    total = tl.zeros((BLOCK,), real)
+    g = tl.zeros((BLOCK_N, BLOCK_D), acc_dtype)
+    total = tl.zeros((BLOCK_D,), acc_dtype)
     steps = tl.minimum(chunk_length, H * W - chunk * chunk_length)
     position, left = start_walk(steps - 1, chunk, chunk_length, H, W, direction)
     for _ in tl.range(0, steps):
         row = base + position
-        dy = load_channels(dy_ptr, row, channels, exists, D, real)
+        dy = load_channels(dy_ptr, row, channels, mask, D, acc_dtype)
         if GATE:
-            z = load_channels(z_ptr, row, channels, exists, D, real)
+            z = load_channels(z_ptr, row, channels, mask, D, acc_dtype)
             dy = dy * z * sigmoid(z)
-        before = time_step_before_softplus(
-            dt_ptr, row, direction, channels, exists, D, weight, bias, RANK, RANKS, N
+        dt_raw = load_dt_raw(
+            dt_ptr, row, direction, channels, mask, D, weight, bias, RANK, BLOCK_R, N
         )
-        dt = time_step(before, SOFTPLUS)
+        dt = time_step(dt_raw, SOFTPLUS)
         if not C_CONSTANT:
             C = load_projection(
-                C_ptr, row, direction, group, groups, RANK + N, RANK, N, STATES, real
+                C_ptr, row, direction, group, groups, RANK + N, RANK, N, BLOCK_N, acc_dtype
             )[:, None]
         g = tl.exp2(dt[None, :] * A) * (g + dy[None, :] * C)
         total += dt
         position, left = walk(position, left, H, W, direction, True)
 
     index = image_direction * chunks + chunk
-    store_states(ends_ptr, index, g, channels, exists, D, N, STATES)
-    tl.store(sums_ptr + index.to(tl.int64) * D + channels, total, mask=exists)
+    store_states(ends_ptr, index, g, channels, mask, D, N, BLOCK_N)
+    tl.store(sums_ptr + index.to(tl.int64) * D + channels, total, mask=mask)
 
 
 @triton.jit(do_not_specialize=(*SIZES, "first_direction", "images"))
-def scan_gradients(
+def chunk_scan_bwd(
     x_ptr,  # [images, H, W, D]
     dt_ptr,  # projections [images, H, W, 4, RANK + 2N], or delta [images, H, W, D]
     B_ptr,  # projections, [images, H, W, groups, N], or with B_CONSTANT [N, D]
@@ -117,11 +117,11 @@ def scan_gradients(
     bias_ptr,  # [directions, D]
     skip_ptr,  # [D]
     starts_ptr,  # [images, directions, chunks, N, D]
-    checkpoints_ptr,  # scratch [images, chunks, pieces, N, D]
+    checkpoints_ptr,  # scratch [images, chunks, windows, N, D]
     adjoints_ptr,  # entering each chunk [images, directions, chunks, N, D]
     sum_ptr,  # in and out: sum of dx over directions [images, H, W, D] in A's type
     dx_ptr,  # out: [images, H, W, D], written by the last direction
-    dbefore_ptr,  # out: gradient before softplus [pair, images, H, W, D]
+    ddt_raw_ptr,  # out: gradient before softplus [pair, images, H, W, D]
     dB_ptr,  # out: [blocks, pair, images, H, W, groups, N], or [images, chunks, N, D]
     dC_ptr,  # out: as dB
     dz_ptr,  # out: [images, H, W, D], with GATE
@@ -140,11 +140,11 @@ def scan_gradients(
     first_direction,
     images,
     N: tl.constexpr,
-    STATES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     RANK: tl.constexpr,
-    RANKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PIECE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RECOMPUTE_STEPS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     GATE: tl.constexpr,
     B_CONSTANT: tl.constexpr,
@@ -152,23 +152,23 @@ def scan_gradients(
     ALIGNED: tl.constexpr,
 ):
     """All gradients of a direction and of its reverse, over the same chunk, one after the other."""
-    real: tl.constexpr = A_ptr.dtype.element_ty
+    acc_dtype: tl.constexpr = A_ptr.dtype.element_ty
     if ALIGNED:
         # Lets the compiler see a multiple of 16. A lane may then own four neighbouring channels,
         # and fewer lanes take part in a sum over channels.
         per_group = per_group // 16 * 16
     image, chunk, group, block = split_program(chunks, groups, blocks)
     D = groups * per_group
-    channels, exists = channels_of(group, block, per_group, BLOCK)
-    n = tl.arange(0, STATES)
+    channels, mask = channels_of(group, block, per_group, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
     base = image.to(tl.int64) * H * W
-    skip = load_channels(skip_ptr, 0, channels, exists, D, real)
+    skip = load_channels(skip_ptr, 0, channels, mask, D, acc_dtype)
     if B_CONSTANT:
-        B = load_states(B_ptr, 0, channels, exists, D, N, STATES)
-        dB_sum = tl.zeros((STATES, BLOCK), real)
+        B = load_states(B_ptr, 0, channels, mask, D, N, BLOCK_N)
+        dB_sum = tl.zeros((BLOCK_N, BLOCK_D), acc_dtype)
     if C_CONSTANT:
-        C = load_states(C_ptr, 0, channels, exists, D, N, STATES)
-        dC_sum = tl.zeros((STATES, BLOCK), real)
+        C = load_states(C_ptr, 0, channels, mask, D, N, BLOCK_N)
+        dC_sum = tl.zeros((BLOCK_N, BLOCK_D), acc_dtype)
 
     for direction in tl.range(first_direction, directions, 2):
         is_first = direction == 0
@@ -176,106 +176,106 @@ def scan_gradients(
         pair_base = pair_image.to(tl.int64) * H * W
         shares = ((block * ((directions + 1) // 2 * images)) + pair_image).to(tl.int64) * H * W
         A, bias, weight = load_parameters(
-            A_ptr, weight_ptr, bias_ptr, direction, channels, exists, D, N, STATES, RANK, RANKS
+            A_ptr, weight_ptr, bias_ptr, direction, channels, mask, D, N, BLOCK_N, RANK, BLOCK_R
         )
         index = (image * directions + direction) * chunks + chunk
         steps = tl.minimum(chunk_length, H * W - chunk * chunk_length)
 
-        # Forward once more: the state before every PIECE-th step, and time steps before softplus.
-        h = load_states(starts_ptr, index, channels, exists, D, N, STATES)
-        checkpoint = (image * chunks + chunk) * tl.cdiv(chunk_length, PIECE)
+        # Forward once more: the state before every window, and time steps before softplus.
+        h = load_states(starts_ptr, index, channels, mask, D, N, BLOCK_N)
+        checkpoint = (image * chunks + chunk) * tl.cdiv(chunk_length, RECOMPUTE_STEPS)
         position, left = start_walk(0, chunk, chunk_length, H, W, direction)
-        for first in tl.range(0, steps, PIECE):
-            store_states(checkpoints_ptr, checkpoint, h, channels, exists, D, N, STATES)
+        for first in tl.range(0, steps, RECOMPUTE_STEPS):
+            store_states(checkpoints_ptr, checkpoint, h, channels, mask, D, N, BLOCK_N)
             checkpoint += 1
-            for _ in tl.range(0, tl.minimum(PIECE, steps - first)):
+            for _ in tl.range(0, tl.minimum(RECOMPUTE_STEPS, steps - first)):
                 row = base + position
-                x = load_channels(x_ptr, row, channels, exists, D, real)
-                before = time_step_before_softplus(
-                    dt_ptr, row, direction, channels, exists, D, weight, bias, RANK, RANKS, N
+                x = load_channels(x_ptr, row, channels, mask, D, acc_dtype)
+                dt_raw = load_dt_raw(
+                    dt_ptr, row, direction, channels, mask, D, weight, bias, RANK, BLOCK_R, N
                 )
                 if RANK > 0:
-                    tl.store(
-                        dbefore_ptr + (pair_base + position) * D + channels, before, mask=exists
-                    )
-                dt = time_step(before, SOFTPLUS)
+                    tl.store(ddt_raw_ptr + (pair_base + position) * D + channels, dt_raw, mask=mask)
+                dt = time_step(dt_raw, SOFTPLUS)
                 if not B_CONSTANT:
                     B = load_projection(
-                        B_ptr, row, direction, group, groups, RANK, RANK, N, STATES, real
+                        B_ptr, row, direction, group, groups, RANK, RANK, N, BLOCK_N, acc_dtype
                     )[:, None]
                 h = tl.exp2(dt[None, :] * A) * h + (dt * x)[None, :] * B
                 position, left = walk(position, left, H, W, direction, False)
 
         # What follows reads what other lanes may have written: these results, and sums of dx.
         tl.debug_barrier()
-        g = load_states(adjoints_ptr, index, channels, exists, D, N, STATES)
-        dA = tl.zeros((STATES, BLOCK), real)
-        dbias = tl.zeros((BLOCK,), real)
-        dskip = tl.zeros((BLOCK,), real)
-        pieces = tl.cdiv(steps, PIECE)
-        for i in tl.range(0, pieces):
-            piece = pieces - 1 - i
+        g = load_states(adjoints_ptr, index, channels, mask, D, N, BLOCK_N)
+        dA = tl.zeros((BLOCK_N, BLOCK_D), acc_dtype)
+        dbias = tl.zeros((BLOCK_D,), acc_dtype)
+        dskip = tl.zeros((BLOCK_D,), acc_dtype)
+        windows = tl.cdiv(steps, RECOMPUTE_STEPS)
+        for i in tl.range(0, windows):
+            window = windows - 1 - i
             checkpoint -= 1
-            h = load_states(checkpoints_ptr, checkpoint, channels, exists, D, N, STATES)
-            position, left = start_walk(piece * PIECE, chunk, chunk_length, H, W, direction)
+            h = load_states(checkpoints_ptr, checkpoint, channels, mask, D, N, BLOCK_N)
+            position, left = start_walk(
+                window * RECOMPUTE_STEPS, chunk, chunk_length, H, W, direction
+            )
             positions = ()
-            befores = ()
+            dt_raws = ()
             time_steps = ()
             states = ()
-            for j in tl.static_range(PIECE):
+            for j in tl.static_range(RECOMPUTE_STEPS):
                 # Steps beyond the end of the chunk stand at its last position, with dt and dy 0.
-                inside = piece * PIECE + j < steps
+                inside = window * RECOMPUTE_STEPS + j < steps
                 row = base + position
                 if RANK > 0:
-                    before = load_channels(
-                        dbefore_ptr, pair_base + position, channels, exists, D, real
+                    dt_raw = load_channels(
+                        ddt_raw_ptr, pair_base + position, channels, mask, D, acc_dtype
                     )
                 else:
-                    before = load_channels(dt_ptr, row, channels, exists, D, real) + bias
-                dt = tl.where(inside, time_step(before, SOFTPLUS), 0.0)
+                    dt_raw = load_channels(dt_ptr, row, channels, mask, D, acc_dtype) + bias
+                dt = tl.where(inside, time_step(dt_raw, SOFTPLUS), 0.0)
                 positions = positions + (position,)
-                befores = befores + (before,)
+                dt_raws = dt_raws + (dt_raw,)
                 time_steps = time_steps + (dt,)
                 states = states + (h,)
-                if j < PIECE - 1:
-                    x = load_channels(x_ptr, row, channels, exists, D, real)
+                if j < RECOMPUTE_STEPS - 1:
+                    x = load_channels(x_ptr, row, channels, mask, D, acc_dtype)
                     if not B_CONSTANT:
                         B = load_projection(
-                            B_ptr, row, direction, group, groups, RANK, RANK, N, STATES, real
+                            B_ptr, row, direction, group, groups, RANK, RANK, N, BLOCK_N, acc_dtype
                         )[:, None]
                     h = tl.exp2(dt[None, :] * A) * h + (dt * x)[None, :] * B
                     next_position, next_left = walk(position, left, H, W, direction, False)
-                    goes_on = piece * PIECE + j + 1 < steps
+                    goes_on = window * RECOMPUTE_STEPS + j + 1 < steps
                     position = tl.where(goes_on, next_position, position)
                     left = tl.where(goes_on, next_left, left)
 
-            for j in tl.static_range(PIECE - 1, -1, -1):
-                inside = piece * PIECE + j < steps
+            for j in tl.static_range(RECOMPUTE_STEPS - 1, -1, -1):
+                inside = window * RECOMPUTE_STEPS + j < steps
                 position, dt = positions[j], time_steps[j]
                 row = base + position
-                x = load_channels(x_ptr, row, channels, exists, D, real)
-                dy = load_channels(dy_ptr, row, channels, exists & inside, D, real)
+                x = load_channels(x_ptr, row, channels, mask, D, acc_dtype)
+                dy = load_channels(dy_ptr, row, channels, mask & inside, D, acc_dtype)
                 if not B_CONSTANT:
                     B = load_projection(
-                        B_ptr, row, direction, group, groups, RANK, RANK, N, STATES, real
+                        B_ptr, row, direction, group, groups, RANK, RANK, N, BLOCK_N, acc_dtype
                     )[:, None]
                 if not C_CONSTANT:
                     C = load_projection(
-                        C_ptr, row, direction, group, groups, RANK + N, RANK, N, STATES, real
+                        C_ptr, row, direction, group, groups, RANK + N, RANK, N, BLOCK_N, acc_dtype
                     )[:, None]
                 decay = tl.exp2(dt[None, :] * A)
                 decayed = decay * states[j]
                 input = dt * x
                 h = decayed + input[None, :] * B
                 if GATE:
-                    z = load_channels(z_ptr, row, channels, exists, D, real)
+                    z = load_channels(z_ptr, row, channels, mask, D, acc_dtype)
                     gate = sigmoid(z)
                     y = tl.sum(h * C, 0) + skip * x
                     dz = dy * y * gate * (1.0 + z * (1.0 - gate))
                     tl.store(
                         dz_ptr + row * D + channels,
                         dz.to(dz_ptr.dtype.element_ty),
-                        mask=exists & inside,
+                        mask=mask & inside,
                     )
                     dy = dy * z * gate
 
@@ -285,27 +285,27 @@ def scan_gradients(
                 dA += ddecay * dt[None, :]
                 ddt = dinput * x + tl.sum(ddecay * A, 0) * LN_2
                 if SOFTPLUS:
-                    ddt *= sigmoid(befores[j])
+                    ddt *= sigmoid(dt_raws[j])
                 ddt = tl.where(inside, ddt, 0.0)
                 dbias += ddt
                 tl.store(
-                    dbefore_ptr + (pair_base + position) * D + channels,
-                    ddt.to(dbefore_ptr.dtype.element_ty),
-                    mask=exists & inside,
+                    ddt_raw_ptr + (pair_base + position) * D + channels,
+                    ddt.to(ddt_raw_ptr.dtype.element_ty),
+                    mask=mask & inside,
                 )
 
                 dx = dinput * dt + tl.where(is_first, skip, 0.0) * dy
                 dskip += dy * x
                 dx += load_channels(
-                    sum_ptr, row, channels, exists & inside & (direction > 0), D, real
+                    sum_ptr, row, channels, mask & inside & (direction > 0), D, acc_dtype
                 )
                 not_last = inside & (direction < directions - 1)
-                tl.store(sum_ptr + row * D + channels, dx, mask=exists & not_last)
+                tl.store(sum_ptr + row * D + channels, dx, mask=mask & not_last)
                 last = inside & (direction == directions - 1)
                 tl.store(
                     dx_ptr + row * D + channels,
                     dx.to(dx_ptr.dtype.element_ty),
-                    mask=exists & last,
+                    mask=mask & last,
                 )
 
                 if B_CONSTANT:
@@ -326,16 +326,16 @@ def scan_gradients(
                     )
                 g = decay * dh
 
-        store_states(dA_ptr, index, dA, channels, exists, D, N, STATES)
-        tl.store(dbias_ptr + index.to(tl.int64) * D + channels, dbias, mask=exists)
+        store_states(dA_ptr, index, dA, channels, mask, D, N, BLOCK_N)
+        tl.store(dbias_ptr + index.to(tl.int64) * D + channels, dbias, mask=mask)
         tl.store(
             dskip_ptr + (image * chunks + chunk).to(tl.int64) * D + channels,
             dskip,
-            mask=exists & is_first,
+            mask=mask & is_first,
         )
         if RANK == 0:
-            store_states(dfirst_ptr, image, g, channels, exists & (chunk == 0), D, N, STATES)
+            store_states(dfirst_ptr, image, g, channels, mask & (chunk == 0), D, N, BLOCK_N)
     if B_CONSTANT:
-        store_states(dB_ptr, image * chunks + chunk, dB_sum, channels, exists, D, N, STATES)
+        store_states(dB_ptr, image * chunks + chunk, dB_sum, channels, mask, D, N, BLOCK_N)
     if C_CONSTANT:
-        store_states(dC_ptr, image * chunks + chunk, dC_sum, channels, exists, D, N, STATES)
+        store_states(dC_ptr, image * chunks + chunk, dC_sum, channels, mask, D, N, BLOCK_N)

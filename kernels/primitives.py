@@ -1,9 +1,10 @@
 """What the kernels are made of: softplus, the walk over a map, and the loads of one position.
 
 Conventions of all kernels. A program is one warp (one wavefront) and serves one image b, one chunk
-c of the scan order and one block of channels; its state is `[N, BLOCK]`, channels across lanes, so
-that the sums over N need no exchange between lanes. Exponentials have base 2. Directions 0 and 2
-visit the map row by row, 1 and 3 column by column; 2 and 3 walk backwards.
+c of the scan order and one block of channels; its state is `[N, BLOCK_D]`, channels across lanes,
+so that the sums over N need no exchange between lanes. Exponentials have base 2. Directions 0 and 2
+visit the map row by row, 1 and 3 column by column; 2 and 3 walk backwards. `mask` says which
+channels of the block exist; dt before the softplus is `dt_raw`.
 """
 
 # The checker knows Python, not Triton's language.
@@ -61,9 +62,9 @@ def split_program(chunks, groups, blocks):
 
 
 @triton.jit
-def channels_of(group, block, per_group, BLOCK: tl.constexpr):
-    """Channels `[BLOCK]` of a block, and which of them exist. A block lies within one group."""
-    within = block * BLOCK + tl.arange(0, BLOCK)
+def channels_of(group, block, per_group, BLOCK_D: tl.constexpr):
+    """Channels `[BLOCK_D]` of a block, and which of them exist. A block lies within one group."""
+    within = block * BLOCK_D + tl.arange(0, BLOCK_D)
     return group * per_group + within, within < per_group
 
 
@@ -103,25 +104,25 @@ def walk(position, left, H, W, direction, BACK: tl.constexpr):
 
 
 @triton.jit
-def load_states(pointer, index, channels, exists, D, N: tl.constexpr, STATES: tl.constexpr):
-    """Row `index` of a tensor `[rows, N, D]` as `[STATES, BLOCK]`, zero where nothing is."""
-    n = tl.arange(0, STATES)
+def load_states(pointer, index, channels, mask, D, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Row `index` of a tensor `[rows, N, D]` as `[BLOCK_N, BLOCK_D]`, zero where nothing is."""
+    n = tl.arange(0, BLOCK_N)
     offsets = (tl.cast(index, tl.int64) * N + n[:, None]) * D + channels[None, :]
-    return tl.load(pointer + offsets, mask=(n < N)[:, None] & exists[None, :], other=0.0)
+    return tl.load(pointer + offsets, mask=(n < N)[:, None] & mask[None, :], other=0.0)
 
 
 @triton.jit
-def store_states(pointer, index, x, channels, exists, D, N: tl.constexpr, STATES: tl.constexpr):
+def store_states(pointer, index, x, channels, mask, D, N: tl.constexpr, BLOCK_N: tl.constexpr):
     """The inverse of `load_states`."""
-    n = tl.arange(0, STATES)
+    n = tl.arange(0, BLOCK_N)
     offsets = (tl.cast(index, tl.int64) * N + n[:, None]) * D + channels[None, :]
-    tl.store(pointer + offsets, x, mask=(n < N)[:, None] & exists[None, :])
+    tl.store(pointer + offsets, x, mask=(n < N)[:, None] & mask[None, :])
 
 
 @triton.jit
-def load_channels(pointer, row, channels, exists, D, real: tl.constexpr):
-    """One position `[BLOCK]` of a tensor `[rows, D]`."""
-    return tl.load(pointer + row * D + channels, mask=exists, other=0.0).to(real)
+def load_channels(pointer, row, channels, mask, D, acc_dtype: tl.constexpr):
+    """One position `[BLOCK_D]` of a tensor `[rows, D]`."""
+    return tl.load(pointer + row * D + channels, mask=mask, other=0.0).to(acc_dtype)
 
 
 @triton.jit
@@ -134,33 +135,33 @@ def load_projection(
     OFFSET: tl.constexpr,
     RANK: tl.constexpr,
     N: tl.constexpr,
-    STATES: tl.constexpr,
-    real: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    acc_dtype: tl.constexpr,
 ):
-    """B or C of one position `[STATES]`.
+    """B or C of one position `[BLOCK_N]`.
 
     They lie in the projections `[rows, 4, RANK + 2N]`, from OFFSET on, where dt is formed from
     those (RANK > 0), else in a tensor of their own `[rows, groups, N]`.
     """
-    n = tl.arange(0, STATES)
+    n = tl.arange(0, BLOCK_N)
     if RANK > 0:
         WIDTH: tl.constexpr = RANK + 2 * N
         begin = row * (4 * WIDTH) + direction * WIDTH + OFFSET
     else:
         begin = row * (groups * N) + group * N
-    if N == STATES:
-        return tl.load(pointer + begin + n).to(real)
-    return tl.load(pointer + begin + n, mask=n < N, other=0.0).to(real)
+    if N == BLOCK_N:
+        return tl.load(pointer + begin + n).to(acc_dtype)
+    return tl.load(pointer + begin + n, mask=n < N, other=0.0).to(acc_dtype)
 
 
 @triton.jit
 def load_dt_weight(
-    pointer, direction, channels, exists, D, RANK: tl.constexpr, RANKS: tl.constexpr
+    pointer, direction, channels, mask, D, RANK: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """dt_weight `[4, RANK, D]` of a direction as `[RANKS, BLOCK]`."""
-    r = tl.arange(0, RANKS)
+    """dt_weight `[4, RANK, D]` of a direction as `[BLOCK_R, BLOCK_D]`."""
+    r = tl.arange(0, BLOCK_R)
     offsets = (direction * RANK + r[:, None]).to(tl.int64) * D + channels[None, :]
-    return tl.load(pointer + offsets, mask=(r < RANK)[:, None] & exists[None, :], other=0.0)
+    return tl.load(pointer + offsets, mask=(r < RANK)[:, None] & mask[None, :], other=0.0)
 
 
 @triton.jit
@@ -170,56 +171,56 @@ def load_parameters(
     bias_ptr,
     direction,
     channels,
-    exists,
+    mask,
     D,
     N: tl.constexpr,
-    STATES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     RANK: tl.constexpr,
-    RANKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
-    """A for base 2 `[STATES, BLOCK]`, dt_bias `[BLOCK]` and dt_weight `[RANKS, BLOCK]`.
+    """A for base 2 `[BLOCK_N, BLOCK_D]`, dt_bias `[BLOCK_D]` and dt_weight `[BLOCK_R, BLOCK_D]`.
 
     With RANK 0 there is no dt_weight, and something that nobody reads stands for it.
     """
-    real: tl.constexpr = A_ptr.dtype.element_ty
-    A = load_states(A_ptr, direction, channels, exists, D, N, STATES) * LOG2_E
-    bias = load_channels(bias_ptr, direction, channels, exists, D, real)
+    acc_dtype: tl.constexpr = A_ptr.dtype.element_ty
+    A = load_states(A_ptr, direction, channels, mask, D, N, BLOCK_N) * LOG2_E
+    bias = load_channels(bias_ptr, direction, channels, mask, D, acc_dtype)
     weight = bias
     if RANK > 0:
-        weight = load_dt_weight(weight_ptr, direction, channels, exists, D, RANK, RANKS)
+        weight = load_dt_weight(weight_ptr, direction, channels, mask, D, RANK, BLOCK_R)
     return A, bias, weight
 
 
 @triton.jit
-def time_step_before_softplus(
+def load_dt_raw(
     pointer,
     row,
     direction,
     channels,
-    exists,
+    mask,
     D,
     weight,
     bias,
     RANK: tl.constexpr,
-    RANKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     N: tl.constexpr,
 ):
-    """weight r + bias `[BLOCK]` from projections `[rows, 4, RANK + 2N]`, or delta + bias.
+    """weight r + bias `[BLOCK_D]` from projections `[rows, 4, RANK + 2N]`, or delta + bias.
 
     With RANK 0 the pointer is that of delta `[rows, D]`.
     """
     if RANK > 0:
         WIDTH: tl.constexpr = RANK + 2 * N
-        r = tl.arange(0, RANKS)
+        r = tl.arange(0, BLOCK_R)
         begin = row * (4 * WIDTH) + direction * WIDTH
         values = tl.load(pointer + begin + r, mask=r < RANK, other=0.0).to(bias.dtype)
         return tl.sum(values[:, None] * weight, 0) + bias
-    return load_channels(pointer, row, channels, exists, D, bias.dtype) + bias
+    return load_channels(pointer, row, channels, mask, D, bias.dtype) + bias
 
 
 @triton.jit
-def time_step(before, SOFTPLUS: tl.constexpr):
-    """dt from what stands before the softplus."""
+def time_step(dt_raw, SOFTPLUS: tl.constexpr):
+    """dt from `dt_raw`."""
     if SOFTPLUS:
-        return softplus(before)
-    return before
+        return softplus(dt_raw)
+    return dt_raw

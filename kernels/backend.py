@@ -7,7 +7,7 @@ not copied; a 1-D scan of `[B, D, L]` that is contiguous in L is turned around o
 import torch
 from torch import Tensor
 
-from .library import triton_scan
+from .op import triton_scan
 
 
 def _sequence(x: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""The backend `chunked`, fast eager PyTorch: `op` (its operators), `scan`, `recurrence`."""
