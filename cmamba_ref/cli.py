@@ -356,18 +356,15 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
 def _describe(path: Path) -> str:
     """What stands in a file, as lines of text; its checksum is verified on the way."""
     from cmamba_ref import bitstream
+    from cmamba_ref.entropy.latent_prefix import QUALITY_UNITS, unpack_latent
     from cmamba_ref.entropy.rans import lane_count
     from cmamba_ref.identity import name_of
     from cmamba_ref.metrics import bits_per_pixel
 
     data = streams.read_input(path)
     container = bitstream.Container.unpack(data)
-    prefix, y_stream = bitstream.unpack_latent(container.y)
-    quality = (
-        f"{prefix.quality / bitstream.QUALITY_UNITS:g}"
-        if prefix.quality
-        else "the model has one rate"
-    )
+    prefix, y_stream = unpack_latent(container.y)
+    quality = f"{prefix.quality / QUALITY_UNITS:g}" if prefix.quality else "the model has one rate"
     colours = "grey" if container.grey else "colour"
     bpp = bits_per_pixel(len(data), container.width, container.height)
     model_id = container.model_id.hex()

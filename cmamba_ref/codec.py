@@ -12,8 +12,9 @@ from torch import Tensor
 
 from cmamba_ref import identity, memory
 from cmamba_ref.bitstream import Container
+from cmamba_ref.entropy.latent_coder import MULTIPLE, hyper_latent_shape
 from cmamba_ref.errors import BitstreamError, InvalidArgumentError, OtherModelError
-from cmamba_ref.model import MULTIPLE, CMamba
+from cmamba_ref.model import CMamba
 
 DEFAULT_MODEL = "tiny"
 # Larger pictures are refused, when encoding and before anything is allocated when decoding.  What
@@ -95,7 +96,7 @@ def encode(
             "convert it to 8-bit RGB first"
         )
     height, width = image.shape[:2]
-    rows, columns = latent_shape(height, width)
+    rows, columns = hyper_latent_shape(height, width)
     if not 0 < rows * columns * MULTIPLE**2 <= max_pixels:
         raise InvalidArgumentError(
             f"`image` must have 1 to {max_pixels} pixels when its sides are padded to multiples of "
@@ -155,11 +156,6 @@ def check_symbols(
     _decode_latent(container, model, max_pixels, max_memory)
 
 
-def latent_shape(height: int, width: int) -> tuple[int, int]:
-    """The shape of z for a picture of that size."""
-    return -(-height // MULTIPLE), -(-width // MULTIPLE)
-
-
 def _decode_latent(
     container: Container, model: CMamba, max_pixels: int, max_memory: int | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -169,7 +165,7 @@ def _decode_latent(
             f"the file was made by model {container.model_id.hex()}, this is "
             f"{model.config.name!r} {model.model_id.hex()}; decode with the model it was made by"
         )
-    rows, columns = latent_shape(container.height, container.width)
+    rows, columns = hyper_latent_shape(container.height, container.width)
     if rows * columns * MULTIPLE**2 > max_pixels:
         raise BitstreamError(
             f"the file declares {container.width}x{container.height} pixels, with sides padded to "

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cmamba_ref.bitstream import QUALITY_UNITS, Container, unpack_latent
+from cmamba_ref.bitstream import Container
 from cmamba_ref.codec import decode, encode
+from cmamba_ref.entropy.latent_prefix import QUALITY_UNITS, unpack_latent
 from cmamba_ref.files import write_atomically
 from cmamba_ref.images import read_image, write_png
 from cmamba_ref.metrics import bits_per_pixel, ms_ssim, psnr

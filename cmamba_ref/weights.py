@@ -183,5 +183,5 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WeightsError(f"{str(directory)!r}: {name} holds NaN or infinity")
     model.load_state_dict(state, assign=True)
-    model.check_tables()
+    model.latent_coder.check_tables()
     return model

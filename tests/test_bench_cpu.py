@@ -93,7 +93,7 @@ def test_time_goes_to_the_stage_that_takes_it(monkeypatch, model):
         return encode(*args, **kwargs)
 
     picture = bench_cpu.photograph(64, 64)
-    coding, _ = model._coding()
+    coding = model.latent_coder.float64_modules()
     handle = coding["context"].lrp[1].register_forward_hook(lambda *_: time.sleep(pause))
     monkeypatch.setattr(rans, "encode", slow)
     try:
@@ -119,7 +119,7 @@ def test_nothing_stays_behind(model):
     with pytest.raises(ZeroDivisionError):
         stage_clock.time_by_stage(model, broken)
     assert patched() == before
-    modules = [*model.modules(), *model._coding()[0].modules()]
+    modules = [*model.modules(), *model.latent_coder.float64_modules().modules()]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 

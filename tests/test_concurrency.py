@@ -16,7 +16,8 @@ from codec_helpers import picture, random_model
 from PIL import Image
 
 import cmamba_ref
-from cmamba_ref import CMamba, codec, model, ops, pillow_plugin, scan_backend
+from cmamba_ref import CMamba, codec, ops, pillow_plugin, scan_backend
+from cmamba_ref.entropy import latent_coder
 from cmamba_ref.images import png_bytes
 from cmamba_ref.ops import dispatch
 
@@ -59,16 +60,16 @@ def test_one_model_in_many_threads():
 
 def test_the_coding_path_is_copied_once(monkeypatch):
     copies = []
-    original = model.float64_copy
+    original = latent_coder.float64_copy
 
     def copy_slowly(module, device):
         copies.append(module)
         time.sleep(0.02)
         return original(module, device)
 
-    monkeypatch.setattr(model, "float64_copy", copy_slowly)
+    monkeypatch.setattr(latent_coder, "float64_copy", copy_slowly)
     shared = random_model()
-    at_once(lambda _: shared._coding(), [0] * THREADS)
+    at_once(lambda _: shared.latent_coder.float64_modules(), [0] * THREADS)
     assert len(copies) == 2  # h_s and the context model
 
 

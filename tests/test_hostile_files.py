@@ -181,7 +181,7 @@ def test_sizes_that_the_payload_cannot_hold_are_refused_at_once():
     for width, height in ((9_900, 9_900), (1, 1_500_000), (1_500_000, 1)):
         data = with_field(with_field(small_file(), "width", width), "height", height)
         start = time.perf_counter()
-        with pytest.raises(BitstreamError, match="cannot hold a picture of"):
+        with pytest.raises(BitstreamError, match="cannot hold an image of"):
             decode(data)
         assert time.perf_counter() - start < 2
 

@@ -206,7 +206,7 @@ def test_room_is_made_only_for_what_decodes(
     for width, height, reason in (
         (1, 134_217_729, "more than the limit"),
         (134_217_729, 1, "more than the limit"),
-        (2000, 2000, "cannot hold a picture of 2048x2048"),
+        (2000, 2000, "cannot hold an image of 2048x2048"),
     ):
         hostile = with_field(with_field(data, "width", width), "height", height)
         with pytest.warns() if width * height > 10**8 else contextlib.nullcontext():
