@@ -3,7 +3,7 @@
 A picture is a uint8 array `[H, W, 3]`, a file is bytes:
 
     model = cmamba_ref.CMamba.from_pretrained("tiny")
-    data = cmamba_ref.encode(model, picture, quality=4)
+    data = cmamba_ref.encode(picture, model, quality=4)
     picture = cmamba_ref.decode(data, model)
 
 What needs torch is imported when it is first asked for: torch takes a second, and `cmamba --help`,

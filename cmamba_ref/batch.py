@@ -277,7 +277,7 @@ def _encode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
 
     limits = {"max_pixels": job.pixel_limit(), "max_memory": job.max_memory}
     picture = read_image(source, max_pixels=job.pixel_limit())
-    data = encode(model, picture, job.quality, **limits)
+    data = encode(picture, model, job.quality, **limits)
 
     def check(written: Path) -> None:
         verify_encoded(written.read_bytes(), data, picture, model, **limits)

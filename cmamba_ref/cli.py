@@ -110,7 +110,7 @@ def _encode(args: argparse.Namespace) -> int:
         model = load_model(args.model, args.device)
         begin("encoding")
         start = time.perf_counter()
-        data = encode(model, picture, args.quality, **limits)
+        data = encode(picture, model, args.quality, **limits)
         seconds = time.perf_counter() - start
         begin("writing and verifying" if args.verify else "writing")
 

@@ -1,9 +1,11 @@
-"""Pictures to bytes and back: what a file of this codec is made of."""
+"""The codec: image to `.cmb` bytes and back."""
 
 from __future__ import annotations
 
 import functools
+import os
 import threading
+import warnings
 from collections.abc import Iterable
 
 import numpy as np
@@ -17,7 +19,7 @@ from cmamba_ref.errors import BitstreamError, InvalidArgumentError, OtherModelEr
 from cmamba_ref.model import CMamba
 
 DEFAULT_MODEL = "tiny"
-# Larger pictures are refused, when encoding and before anything is allocated when decoding.  What
+# Larger images are refused, when encoding and before anything is allocated when decoding.  What
 # counts is the size after padding: a line of 1x100,000 pixels takes the memory of 64x100,032.
 DEFAULT_MAX_PIXELS = 100_000_000
 
@@ -26,7 +28,7 @@ _loading = threading.Lock()
 
 
 def shipped_model(name: str) -> CMamba:
-    """A model that ships with the package, loaded once, on the CPU."""
+    """Return a bundled model, loaded once, on the CPU."""
     with _loading:  # a cache by itself lets threads load one each
         return _load_shipped(name)
 
@@ -37,12 +39,12 @@ def _load_shipped(name: str) -> CMamba:
 
 
 def default_model() -> CMamba:
-    """The model that ships with the package and is used where none is named."""
+    """Return the bundled model that is used where none is named."""
     return shipped_model(DEFAULT_MODEL)
 
 
 def model_for(model_id: bytes, given: Iterable[CMamba]) -> CMamba:
-    """The model of that id, among those `given` and then among those that ship.
+    """Return the model of that id, from those `given` or else from the bundled ones.
 
     Raises:
         OtherModelError: it is none of them.
@@ -60,41 +62,42 @@ def model_for(model_id: bytes, given: Iterable[CMamba]) -> CMamba:
 
 
 def encode(
-    model: CMamba | None,
     image: np.ndarray,
+    model: CMamba | None = None,
     quality: float | None = None,
     *,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     max_memory: int | None = None,
 ) -> bytes:
-    """Encode a picture.
+    """Encode an image.
+
+    The earlier order, `encode(model, image, ...)`, still works, with a DeprecationWarning.
 
     Args:
-        model: `None` for the model that ships.
         image: uint8 `[H, W, 3]` in sRGB, or `[H, W]` grey; any size up to `max_pixels`.
-        quality: 1 (small) to 8 (good), any number in between in steps of 0.01; `None` for the
-            default of 4, and for a model of one rate.
-        max_pixels: refuse larger pictures; sides count as padded to multiples of 64.
-        max_memory: refuse pictures that will take more bytes than this on the CPU; None for what is
+        model: None for the bundled model "tiny".
+        quality: 1 (small) to 8 (good), any number in between in steps of 0.01; None for the
+            default of 4, and for a fixed-rate model.
+        max_pixels: refuse larger images; sides count as padded to multiples of 64.
+        max_memory: refuse images that will take more bytes than this on the CPU; None for what is
             available there, as far as the system tells.
 
     Returns:
-        the bytes of a `.cmb` file, see docs/format.md.
+        The bytes of a `.cmb` file, see docs/format.md.
 
     Raises:
-        InvalidArgumentError: wrong shape, type, size or quality.
+        InvalidArgumentError: wrong type, shape, size or quality.
         MemoryLimitError: more memory is needed than there is or than is allowed.
     """
-    model = model or default_model()
-    if not isinstance(image, np.ndarray):
-        raise InvalidArgumentError(
-            f"`image` must be a NumPy array, got {type(image).__name__}; convert it first"
+    if _is_model(image) or (image is None and not (model is None or _is_model(model))):
+        warnings.warn(
+            "encode(model, image, ...) is deprecated; write encode(image, model, ...)",
+            DeprecationWarning,
+            stacklevel=2,
         )
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-        raise InvalidArgumentError(
-            f"`image` must be uint8 [H, W, 3] or [H, W], got {image.dtype}{list(image.shape)}; "
-            "convert it to 8-bit RGB first"
-        )
+        image, model = model, image  # type: ignore[assignment]
+    _check_image(image)
+    model = _checked_model(model)
     height, width = image.shape[:2]
     rows, columns = hyper_latent_shape(height, width)
     if not 0 < rows * columns * MULTIPLE**2 <= max_pixels:
@@ -111,29 +114,30 @@ def encode(
 
 
 def decode(
-    data: bytes,
+    data: bytes | bytearray | memoryview,
     model: CMamba | None = None,
     *,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     max_memory: int | None = None,
 ) -> np.ndarray:
-    """Decode a picture.
+    """Decode an image.
 
     Args:
         data: the bytes of a `.cmb` file.
-        model: the model it was encoded with; `None` for the one that ships.
+        model: the model it was encoded with; None for the bundled model "tiny".
         max_pixels: refuse files that declare more; sides count as padded to multiples of 64.
         max_memory: as in `encode`.
 
     Returns:
-        uint8 `[H, W, 3]`, or `[H, W]` where the encoded picture was grey.
+        uint8 `[H, W, 3]`, or `[H, W]` where the encoded image was grey.
 
     Raises:
+        InvalidArgumentError: `data` is not bytes, or `model` is no model.
         BitstreamError: damaged, truncated, of another model, or too large.
         MemoryLimitError: more memory is needed than there is or than is allowed.
     """
-    container = Container.unpack(data)
-    model = model or default_model()
+    container = Container.unpack(_as_bytes(data))
+    model = _checked_model(model)
     y_bar, quality = _decode_latent(container, model, max_pixels, max_memory)
     x_hat = model.reconstruct(y_bar, quality)[0, :, : container.height, : container.width]
     rgb = (x_hat.float() * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
@@ -149,17 +153,76 @@ def check_symbols(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     max_memory: int | None = None,
 ) -> None:
-    """Decode a file as far as its symbols, which are compared with their check; no picture is made.
+    """Decode a file as far as its symbols and check their CRC, without making an image.
 
     Limits and errors are those of `decode`.
     """
     _decode_latent(container, model, max_pixels, max_memory)
 
 
+def _is_model(value: object) -> bool:
+    # `torch.compile` wraps a model in a module that passes its methods through.
+    return isinstance(getattr(value, "_orig_mod", value), CMamba)
+
+
+def _checked_model(model: CMamba | None) -> CMamba:
+    if model is None:
+        return default_model()
+    if not _is_model(model):
+        raise InvalidArgumentError(
+            f"`model` must be a CMamba or None, got {_described(model)}; "
+            "load one with CMamba.from_pretrained"
+        )
+    return model
+
+
+def _check_image(image: np.ndarray) -> None:
+    if not isinstance(image, np.ndarray):
+        raise InvalidArgumentError(
+            "`image` must be a NumPy array, uint8 [H, W, 3] or [H, W], "
+            f"got {_described(image)}; {_to_array_hint(image)}"
+        )
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise InvalidArgumentError(
+            f"`image` must be uint8 [H, W, 3] or [H, W], got {image.dtype}{list(image.shape)}; "
+            "convert it to 8-bit RGB first"
+        )
+
+
+def _to_array_hint(value: object) -> str:
+    if isinstance(value, str | bytes | os.PathLike):
+        return "read the file first, with cmamba_ref.images.read_image"
+    if isinstance(value, Tensor):
+        return "convert it to 8 bits with the channels last, then call .numpy()"
+    return "convert it first"
+
+
+def _as_bytes(data: bytes | bytearray | memoryview) -> bytes:
+    if isinstance(data, bytes):
+        return data
+    try:
+        return bytes(memoryview(data))
+    except TypeError as error:
+        raise InvalidArgumentError(
+            f"`data` must be the bytes of a .cmb file, got {_described(data)}; "
+            "read the file first, for instance with pathlib.Path.read_bytes"
+        ) from error
+
+
+def _described(value: object) -> str:
+    """The type of a wrong argument, with its value where that is short."""
+    name = type(value).__name__
+    if isinstance(value, Tensor):
+        return f"{name} {value.dtype}{list(value.shape)}"
+    if isinstance(value, str | os.PathLike | bool | int | float):
+        return f"{name} {value!r}"
+    return name
+
+
 def _decode_latent(
     container: Container, model: CMamba, max_pixels: int, max_memory: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """y_bar and quality as `CMamba.decode_latent` returns them, after all that is refused."""
+    """Return y_bar and quality as `CMamba.decode_latent` does, after all checks of the header."""
     if container.model_id != model.model_id:
         raise OtherModelError(
             f"the file was made by model {container.model_id.hex()}, this is "

@@ -73,7 +73,7 @@ def run(
 
     begin("encoding")
     start = time.perf_counter()
-    data = encode(model, original, quality)
+    data = encode(original, model, quality)
     encoding = time.perf_counter() - start
     write_atomically(encoded, data)
 

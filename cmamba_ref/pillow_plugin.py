@@ -166,8 +166,8 @@ def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
     with _told_as_pillow_does("cannot save: the picture"):
         picture = to_array(im)
     data = encode(
-        model if isinstance(model, CMamba) else use_model(model),
         picture,
+        model if isinstance(model, CMamba) else use_model(model),
         options.get("quality"),
         max_pixels=options.get("max_pixels") or DEFAULT_MAX_PIXELS,
         max_memory=options.get("max_memory"),

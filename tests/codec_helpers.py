@@ -172,7 +172,7 @@ class RoundTrip:
 
 def round_trip(model: CMamba, image: np.ndarray, quality: float | None, path: Path) -> RoundTrip:
     with recording() as at_encoder:
-        path.write_bytes(cmamba_ref.encode(model, image, quality))
+        path.write_bytes(cmamba_ref.encode(image, model, quality))
     data = path.read_bytes()
     with recording() as at_decoder:
         decoded = cmamba_ref.decode(data, model)

@@ -47,7 +47,7 @@ def test_a_variant_trains_and_codes(variant):
     assert not without
     model.eval()
     model.update()
-    data = cmamba_ref.encode(model, image, 3)
+    data = cmamba_ref.encode(image, model, 3)
     with torch.no_grad():
         expected = model(x, 3.0)["x_hat"].clamp(0, 1)[0].permute(1, 2, 0) * 255
     decoded = cmamba_ref.decode(data, model).astype(np.float64)
@@ -184,7 +184,7 @@ def test_a_block_of_ones_own_is_saved_loaded_and_codes(tmp_path, monkeypatch):
     assert loaded.model_id == model.model_id
     image = picture(70, 90)
     decoded = [
-        cmamba_ref.decode(cmamba_ref.encode(m, image, 4), other)
+        cmamba_ref.decode(cmamba_ref.encode(image, m, 4), other)
         for m, other in ((model, loaded), (loaded, model))
     ]
     assert np.array_equal(*decoded)

@@ -86,7 +86,7 @@ def test_a_folder_is_encoded_and_decoded_as_its_files_are_alone(
     printed, errors = capsys.readouterr()
     sources = [album / "a.png", album / "x" / "c.d.jpg", album / "x" / "y" / "b.PNG"]
     assert contents(out) == {
-        name: cmamba_ref.encode(model, read_image(source), 2.5)
+        name: cmamba_ref.encode(read_image(source), model, 2.5)
         for name, source in zip(["a.cmb", "x/c.d.cmb", "x/y/b.cmb"], sources, strict=True)
     }
     assert errors == ""
@@ -273,10 +273,10 @@ def test_a_mistake_in_this_package_is_told_in_full(
 ) -> None:
     right = codec.encode
 
-    def encode(model: CMamba, image: np.ndarray, *args: float, **options: int) -> bytes:
+    def encode(image: np.ndarray, model: CMamba, *args: float, **options: int) -> bytes:
         if image.ndim == 2:
             raise KeyError("a mistake")
-        return right(model, image, *args, **options)
+        return right(image, model, *args, **options)
 
     monkeypatch.setattr(codec, "encode", encode)
     assert main(["encode", str(album), "--model", model_dir, "--jobs", "1"]) == 1

@@ -72,7 +72,7 @@ def photo(tmp_path: Path) -> Path:
 @pytest.fixture
 def encoded(photo: Path, model: CMamba) -> Path:
     path = photo.with_suffix(".cmb")
-    path.write_bytes(cmamba_ref.encode(model, read_image(photo)))
+    path.write_bytes(cmamba_ref.encode(read_image(photo), model))
     return path
 
 
@@ -109,7 +109,7 @@ def test_encode_writes_what_the_api_returns(
 ) -> None:
     assert main(["encode", str(photo), "--model", model_dir, "--quality", "2.5"]) == 0
     data = photo.with_suffix(".cmb").read_bytes()
-    assert data == cmamba_ref.encode(model, read_image(photo), 2.5)
+    assert data == cmamba_ref.encode(read_image(photo), model, 2.5)
     out, err = capsys.readouterr()
     assert err == ""
     (line,) = out.splitlines()
@@ -122,7 +122,7 @@ def test_decode_writes_what_the_api_returns(
     photo: Path, model: CMamba, model_dir: str, grey: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = read_image(photo)
-    data = cmamba_ref.encode(model, picture[..., 0] if grey else picture)
+    data = cmamba_ref.encode(picture[..., 0] if grey else picture, model)
     encoded = photo.with_name("a.cmb")
     encoded.write_bytes(data)
     assert main(["decode", str(encoded), "--model", model_dir]) == 0
@@ -477,7 +477,7 @@ def test_demo_with_a_model_of_ones_own(
     assert names(tmp_path / "cmamba-demo") == ["coffee.cmb", "coffee.png"]
     data = (tmp_path / "cmamba-demo" / "coffee.cmb").read_bytes()
     original = read_image(demo.PHOTOGRAPH)
-    assert data == cmamba_ref.encode(model, original, 3)
+    assert data == cmamba_ref.encode(original, model, 3)
     decoded = read_image(tmp_path / "cmamba-demo" / "coffee.png")
     np.testing.assert_array_equal(decoded, cmamba_ref.decode(data, model))
     out = capsys.readouterr().out

@@ -47,7 +47,7 @@ def at_once(work: Callable, items: list, threads: int = THREADS) -> list:
 
 
 def coded(shared: CMamba, image: np.ndarray, quality: float) -> tuple[bytes, bytes]:
-    data = cmamba_ref.encode(shared, image, quality)
+    data = cmamba_ref.encode(image, shared, quality)
     return data, cmamba_ref.decode(data, shared).tobytes()
 
 
@@ -216,7 +216,7 @@ def test_several_commands_into_one_folder(tmp_path, model_dir):
         for i in range(4):
             image = picture(70, 90, seed=10 * ord(name[0]) + i)
             (tmp_path / name / f"{name}{i}.png").write_bytes(png_bytes(image))
-            expected[f"{name}{i}.cmb"] = cmamba_ref.encode(random_model(), image)
+            expected[f"{name}{i}.cmb"] = cmamba_ref.encode(image, random_model())
     commands = [
         cmamba(
             *("encode", str(tmp_path / name), str(tmp_path / "all"), "-o", str(out)),
@@ -244,6 +244,6 @@ def test_several_commands_for_one_target(tmp_path, model_dir):
     for command in commands:
         assert command.wait(timeout=300) == 0
         command.communicate()
-    versions = [cmamba_ref.encode(random_model(), picture(70, 90), q) for q in qualities]
+    versions = [cmamba_ref.encode(picture(70, 90), random_model(), q) for q in qualities]
     assert target.read_bytes() in versions
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.cmb", "photo.png"]

@@ -48,7 +48,7 @@ def photo(tmp_path: Path) -> Path:
 @pytest.fixture
 def encoded(tmp_path: Path, model_dir: str) -> Path:
     path = tmp_path / "photo.cmb"
-    path.write_bytes(cmamba_ref.encode(random_model(), PIXELS))
+    path.write_bytes(cmamba_ref.encode(PIXELS, random_model()))
     return path
 
 
@@ -84,7 +84,7 @@ def test_no_room_for_the_whole_file(photo, encoded, model_dir, capsys, command, 
     source, target = (photo, encoded) if command == "encode" else (encoded, photo)
     target.write_bytes(b"older")
     arguments = [command, str(source), "--model", model_dir, "--force"]
-    data = cmamba_ref.encode(random_model(), PIXELS)
+    data = cmamba_ref.encode(PIXELS, random_model())
     if command == "decode":
         data = png_bytes(cmamba_ref.decode(data, random_model()))
     size = len(data)
@@ -104,7 +104,7 @@ def test_no_room_for_one_of_many(tmp_path, model_dir, capsys):
     folder.mkdir()
     (folder / "large.png").write_bytes(png_bytes(picture(200, 200)))
     (folder / "small.png").write_bytes(png_bytes(picture(8, 8)))
-    limit = len(cmamba_ref.encode(random_model(), picture(8, 8)))
+    limit = len(cmamba_ref.encode(picture(8, 8), random_model()))
     arguments = ["encode", str(folder), "-o", str(tmp_path / "out"), "--model", model_dir]
     with room_for(limit):
         assert main([*arguments, "--jobs", "1"]) == 1

@@ -28,7 +28,7 @@ def model(model_dir: str) -> CMamba:
 
 @pytest.fixture(scope="module")
 def data(model: CMamba) -> bytes:
-    return cmamba_ref.encode(model, PICTURE)
+    return cmamba_ref.encode(PICTURE, model)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def test_opening_reads_the_header_and_loading_decodes(model: CMamba, data: bytes
 
 def test_a_grey_file_opens_in_mode_l(model: CMamba) -> None:
     pillow_plugin.use_model(model)
-    data = cmamba_ref.encode(model, PICTURE[..., 0])
+    data = cmamba_ref.encode(PICTURE[..., 0], model)
     opened = Image.open(io.BytesIO(data))
     assert opened.mode == "L"
     expected = cmamba_ref.decode(data, model)
@@ -102,7 +102,7 @@ def test_a_file_of_a_model_that_ships_needs_nothing(monkeypatch: pytest.MonkeyPa
         return name_of(model_id)
 
     monkeypatch.setattr(identity, "name_of", counted)
-    data = cmamba_ref.encode(None, PICTURE)
+    data = cmamba_ref.encode(PICTURE)
     for _ in range(2):
         with Image.open(io.BytesIO(data)) as opened:
             np.testing.assert_array_equal(np.asarray(opened), cmamba_ref.decode(data))
@@ -223,7 +223,7 @@ def test_a_file_that_has_changed_since_it_was_opened(
     file = io.BytesIO(data)
     opened = Image.open(file)
     file.seek(0)
-    file.write(cmamba_ref.encode(model, np.zeros(shape, np.uint8)))
+    file.write(cmamba_ref.encode(np.zeros(shape, np.uint8), model))
     file.truncate()
     with pytest.raises(PillowError, match="has changed since it was opened"):
         opened.load()
@@ -264,10 +264,10 @@ def test_save_writes_what_the_api_returns(
 ) -> None:
     chosen = model_dir if kind == "directory" else model
     Image.fromarray(PICTURE).save(tmp_path / "a.CMB", quality=2.5, model=chosen)
-    assert (tmp_path / "a.CMB").read_bytes() == cmamba_ref.encode(model, PICTURE, 2.5)
+    assert (tmp_path / "a.CMB").read_bytes() == cmamba_ref.encode(PICTURE, model, 2.5)
     buffer = io.BytesIO()
     Image.fromarray(PICTURE[..., 1]).save(buffer, "cmamba", model=chosen)
-    assert buffer.getvalue() == cmamba_ref.encode(model, PICTURE[..., 1])
+    assert buffer.getvalue() == cmamba_ref.encode(PICTURE[..., 1], model)
 
 
 def test_the_default_model_is_that_of_the_api() -> None:
@@ -291,7 +291,7 @@ def test_pictures_are_seen_as_the_command_line_sees_files(tmp_path: Path, model:
         with Image.open(tmp_path / name) as opened:
             opened.save(buffer, "CMAMBA", model=model)
         expected = read_image(tmp_path / name)
-        assert buffer.getvalue() == cmamba_ref.encode(model, expected), name
+        assert buffer.getvalue() == cmamba_ref.encode(expected, model), name
         shown = Image.open(buffer)
         assert shown.size == expected.shape[1::-1], name
         assert not shown.getexif() and "icc_profile" not in shown.info

@@ -21,7 +21,7 @@ PICTURE = picture(70, 90)
 
 @pytest.fixture(scope="module")
 def data(model_dir: str) -> bytes:
-    return cmamba_ref.encode(CMamba.from_pretrained(model_dir), PICTURE)
+    return cmamba_ref.encode(PICTURE, CMamba.from_pretrained(model_dir))
 
 
 def feed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:

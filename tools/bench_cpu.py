@@ -286,7 +286,7 @@ def code_picture(job: Job) -> tuple[Section, bytes]:
     torch.set_num_threads(job.threads)
     model = CMamba.from_pretrained(job.model)
     if job.direction == ENCODE:
-        call = functools.partial(cmamba_ref.encode, model, photograph(job.width, job.height))
+        call = functools.partial(cmamba_ref.encode, photograph(job.width, job.height), model)
     else:
         call = functools.partial(cmamba_ref.decode, job.data, model)
     loaded, peak_before = resident_bytes(), peak_bytes()

@@ -435,7 +435,7 @@ class Tables(Target):
         model = _model(weights=serialize(state))
         image = picture(20, 70)
         try:
-            decoded = codec.decode(codec.encode(model, image), model)
+            decoded = codec.decode(codec.encode(image, model), model)
         except CMambaError as error:  # tables that were accepted have to do
             raise UnexpectedError(f"loaded, but: {error}") from error
         if decoded.shape != image.shape:
@@ -486,7 +486,7 @@ class Forged(Target):
         image = picture(int(rng.integers(1, 140)), int(rng.integers(1, 140)))
         try:
             with mock.patch.object(latent_coder, "_to_symbols", wild):
-                coded = codec.encode(golden_model(), image, float(rng.uniform(1, 8)))
+                coded = codec.encode(image, golden_model(), float(rng.uniform(1, 8)))
         except (BitstreamError, InvalidArgumentError):
             raise
         except CMambaError as error:

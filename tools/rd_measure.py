@@ -114,7 +114,7 @@ def read_rgb(path: Path) -> np.ndarray:
 def load_model(source: str) -> CMamba:
     """A model, ready: what a first call sets up is not the time of a picture."""
     model = CMamba.from_pretrained(source)
-    cmamba_ref.decode(cmamba_ref.encode(model, np.zeros((64, 64, 3), np.uint8)), model)
+    cmamba_ref.decode(cmamba_ref.encode(np.zeros((64, 64, 3), np.uint8), model), model)
     return model
 
 
@@ -175,7 +175,7 @@ def _timed(call: Callable[[], ResultT]) -> tuple[ResultT, float]:
 def _through_model(point: Point, picture: np.ndarray, file: Path) -> tuple[np.ndarray, Row]:
     assert point.model is not None  # for the type checker
     model = load_model(point.model)
-    data, encoding = _watched(model, lambda: cmamba_ref.encode(model, picture, point.setting))
+    data, encoding = _watched(model, lambda: cmamba_ref.encode(picture, model, point.setting))
     write_atomically(file, data)
     stored = file.read_bytes()
     decoded, decoding = _watched(model, lambda: cmamba_ref.decode(stored, model))

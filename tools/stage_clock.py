@@ -1,6 +1,6 @@
 """Where the time and the memory of the codec go, stage by stage.
 
-    data, timing = time_by_stage(model, lambda: cmamba_ref.encode(model, picture))
+    data, timing = time_by_stage(model, lambda: cmamba_ref.encode(picture, model))
     print(timing.stages)
 
 The stages are modules of the model, seen through forward hooks, and the functions of the entropy

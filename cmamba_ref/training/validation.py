@@ -97,7 +97,7 @@ def _measure(
     if min(picture.shape[:2]) >= MS_SSIM_MIN_SIDE and can_measure_ms_ssim():
         row["ms_ssim"] = ms_ssim(picture, reconstruction, device)
     if coded:
-        data = codec.encode(model, picture, quality)
+        data = codec.encode(picture, model, quality)
         reconstruction = codec.decode(data, model)
         row["file_bpp"] = bits_per_pixel(len(data), picture.shape[1], picture.shape[0])
         row["file_psnr"] = psnr(picture, reconstruction)
