@@ -21,7 +21,7 @@ class BitstreamError(CMambaError, ValueError):
     """A file or string is damaged, truncated, of another model or of a newer format version."""
 
 
-class OtherModelError(BitstreamError):
+class ModelMismatchError(BitstreamError):
     """A file may be sound, but was made by another model than those at hand."""
 
 

@@ -35,7 +35,7 @@ from cmamba_ref.entropy.latent_coder import (
 )
 from cmamba_ref.entropy.latent_prefix import QUALITY_UNITS
 from cmamba_ref.errors import BitstreamError, InvalidArgumentError
-from cmamba_ref.identity import fingerprint
+from cmamba_ref.model_id import fingerprint
 from cmamba_ref.nn import tiled
 from cmamba_ref.nn.bypass import LinearBypass
 from cmamba_ref.nn.context import ContextModel

@@ -13,8 +13,8 @@ Options of `save`; others are ignored, as Pillow's own formats do:
         Hub, or a `CMamba`; "tiny" where it is left out.
     max_pixels, max_memory: as in `cmamba_ref.encode`.
 
-A .cmb file holds pixels and nothing else, as modes L and RGB. What `save` does with others is what
-`cmamba encode` does with files (`cmamba_ref.images`): the orientation in the picture's EXIF data
+A .cmb file holds pixels and nothing else, as modes L and RGB. `save` treats other modes as
+`cmamba encode` treats files (`cmamba_ref.codec.images`): the orientation in the image's EXIF data
 and its ICC profile are applied; black-and-white becomes L, palettes and YCbCr become RGB;
 transparency, CMYK, 16 bits and animations are refused. An opened file is upright, in sRGB, and has
 neither EXIF data nor a profile.
@@ -40,8 +40,8 @@ from typing import IO, TYPE_CHECKING
 
 from PIL import Image, ImageFile
 
-from cmamba_ref.bitstream import HEADER_BYTES, MAGIC, Container, Header
-from cmamba_ref.errors import BitstreamError, ImageError, OtherModelError, PillowError
+from cmamba_ref.codec.container import HEADER_BYTES, MAGIC, Container, Header
+from cmamba_ref.errors import BitstreamError, ImageError, ModelMismatchError, PillowError
 
 if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
@@ -65,8 +65,8 @@ def use_model(model: str | os.PathLike | CMamba) -> CMamba:
         WeightsError: nothing there, damaged, or not to be downloaded.
     """
     from cmamba_ref.codec import shipped_model
-    from cmamba_ref.identity import pretrained_names
     from cmamba_ref.model import CMamba
+    from cmamba_ref.model_id import pretrained_names
 
     with _models_guard:
         if isinstance(model, CMamba):
@@ -158,7 +158,7 @@ class CMambaImageFile(ImageFile.ImageFile):
 
 def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
     from cmamba_ref.codec import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, encode
-    from cmamba_ref.images import to_array
+    from cmamba_ref.codec.images import to_array
     from cmamba_ref.model import CMamba
 
     options = im.encoderinfo
@@ -180,7 +180,7 @@ def _told_as_pillow_does(what: str) -> Iterator[None]:
     """Turn what is wrong with a file or picture into an OSError; the reason stays its cause."""
     try:
         yield
-    except OtherModelError as error:
+    except ModelMismatchError as error:
         raise PillowError(
             f"{what} {error}; name it with cmamba_ref.pillow_plugin.use_model"
         ) from error

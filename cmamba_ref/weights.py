@@ -18,11 +18,11 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from cmamba_ref import identity
+from cmamba_ref import model_id
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.errors import WeightsError
-from cmamba_ref.files import write_atomically
-from cmamba_ref.identity import HASH_FILE, WEIGHTS_FILE, pretrained_names
+from cmamba_ref.model_id import HASH_FILE, WEIGHTS_FILE, pretrained_names
 
 if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
@@ -40,7 +40,7 @@ def content_id(state: Mapping[str, Tensor]) -> bytes:
         values = tensor.flatten().view(torch.uint8).numpy().tobytes()
         return name, str(tensor.dtype), list(tensor.shape), values
 
-    return identity.id_of(map(describe, sorted(state)))
+    return model_id.id_of(map(describe, sorted(state)))
 
 
 def to_bytes(model: CMamba) -> bytes:
@@ -92,7 +92,7 @@ def _widen(tensor: Tensor) -> Tensor:
 def _find(source: str) -> Path:
     """The directory that holds a model, downloaded if need be."""
     if source in pretrained_names():
-        return identity.PRETRAINED / source
+        return model_id.PRETRAINED / source
     if Path(source).exists() or not HUB_ID.fullmatch(source):
         return Path(source)
     try:

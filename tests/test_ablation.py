@@ -12,7 +12,8 @@ from PIL import Image
 from training_helpers import defaults, make_photographs, records
 
 import cmamba_ref
-from cmamba_ref import CMamba, CMambaConfig, InvalidArgumentError, WeightsError, memory
+from cmamba_ref import CMamba, CMambaConfig, InvalidArgumentError, WeightsError
+from cmamba_ref.codec import memory
 from cmamba_ref.config import CONTEXTS
 from cmamba_ref.entropy.precision import float64_copy
 from cmamba_ref.losses import rate_distortion_loss

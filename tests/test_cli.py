@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 import cmamba_ref
-from cmamba_ref import CMamba, codec, demo, files, identity
-from cmamba_ref.cli import main
+from cmamba_ref import CMamba, atomic_write, codec, model_id
+from cmamba_ref.cli import demo, main
+from cmamba_ref.codec.images import read_image
 from cmamba_ref.config import TINY
-from cmamba_ref.images import read_image
 from cmamba_ref.metrics import psnr
 from cmamba_ref.model import DEFAULT_QUALITY
 
@@ -338,7 +338,7 @@ def test_ctrl_c(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files.os, "replace", interrupt)
+    monkeypatch.setattr(atomic_write.os, "replace", interrupt)
     assert main(["encode", str(photo), "--model", model_dir]) == 130
     assert capsys.readouterr().err == "cmamba: interrupted\n"
     assert names(photo.parent) == ["photo.png"]
@@ -438,7 +438,7 @@ def test_info_names_a_model_that_ships(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(identity, "PRETRAINED", Path(model_dir).parent)
+    monkeypatch.setattr(model_id, "PRETRAINED", Path(model_dir).parent)
     assert main(["info", str(encoded)]) == 0
     assert f"({Path(model_dir).name})" in capsys.readouterr().out
 

@@ -33,13 +33,13 @@ from cmamba_ref import (
     InvalidArgumentError,
     WeightsError,
     codec,
-    identity,
+    model_id,
 )
-from cmamba_ref.bitstream import Container
+from cmamba_ref.codec.container import Container
 from cmamba_ref.entropy import rans
 from cmamba_ref.entropy.latent_coder import RANS_SLACK
 from cmamba_ref.entropy.tables import CdfTables
-from cmamba_ref.errors import OtherModelError
+from cmamba_ref.errors import ModelMismatchError
 
 ODD_SIZES = [
     (1, 1), (1, 2), (2, 1), (1, 64), (65, 1), (1, 700), (700, 1), (2, 3), (7, 200), (31, 33),
@@ -380,7 +380,7 @@ def test_the_model_of_a_file_is_found_by_its_id():
     assert codec.model_for(wanted.model_id, [random_model(seed=1), wanted]) is wanted
     shipped = codec.default_model()
     assert codec.model_for(shipped.model_id, [wanted]) is shipped
-    with pytest.raises(OtherModelError) as caught:
+    with pytest.raises(ModelMismatchError) as caught:
         codec.model_for(bytes(range(1, 9)), [small_model()])
     assert "needs model 0102030405060708, which is not available" in str(caught.value)
     assert "docs/models.md" in str(caught.value)
@@ -579,7 +579,7 @@ def test_cast_models_are_not_saved(tmp_path):
 
 
 def test_a_folder_does_not_shadow_a_model_that_ships(tmp_path, monkeypatch):
-    monkeypatch.setattr(identity, "PRETRAINED", tmp_path / "package")
+    monkeypatch.setattr(model_id, "PRETRAINED", tmp_path / "package")
     random_model(seed=1).save_pretrained(tmp_path / "package" / "tiny")
     random_model(seed=2).save_pretrained(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)

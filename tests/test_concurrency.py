@@ -17,8 +17,9 @@ from PIL import Image
 
 import cmamba_ref
 from cmamba_ref import CMamba, codec, ops, pillow_plugin, scan_backend
+from cmamba_ref.codec import image_codec
+from cmamba_ref.codec.images import png_bytes
 from cmamba_ref.entropy import latent_coder
-from cmamba_ref.images import png_bytes
 from cmamba_ref.ops import dispatch
 
 THREADS = 8
@@ -81,12 +82,12 @@ def test_a_model_that_ships_is_loaded_once(monkeypatch):
         time.sleep(0.05)
         return random_model()
 
-    monkeypatch.setattr(codec.CMamba, "from_pretrained", load)
-    codec._load_shipped.cache_clear()
+    monkeypatch.setattr(image_codec.CMamba, "from_pretrained", load)
+    image_codec._load_shipped.cache_clear()
     try:
         models = at_once(lambda _: codec.default_model(), [0] * THREADS)
     finally:
-        codec._load_shipped.cache_clear()
+        image_codec._load_shipped.cache_clear()
     assert loaded == ["tiny"] and len(set(map(id, models))) == 1
 
 
@@ -168,7 +169,7 @@ def test_pillow_in_threads(tmp_path):
 
 REPLACE = """
 import sys
-from cmamba_ref.files import write_atomically
+from cmamba_ref.atomic_write import write_atomically
 
 for _ in range(100):
     write_atomically(sys.argv[1], sys.argv[2].encode() * 100_000)

@@ -21,9 +21,9 @@ from codec_helpers import picture, random_model
 from PIL import Image
 
 import cmamba_ref
-from cmamba_ref import BackendUnavailableError, batch, ops
-from cmamba_ref.cli import main
-from cmamba_ref.images import png_bytes
+from cmamba_ref import BackendUnavailableError, ops
+from cmamba_ref.cli import batch, main
+from cmamba_ref.codec.images import png_bytes
 from cmamba_ref.ops import compiled
 from cmamba_ref.testing import scan_2d_arguments
 
@@ -153,10 +153,11 @@ def test_a_folder_that_may_not_be_written(photo, encoded, model_dir, capsys):
 # A process that is at the end of a write when the signal comes: all bytes are in the temporary
 # file, which has not got its name.
 WRITE = """
-import os, signal, sys
+import importlib, os, signal, sys
 from pathlib import Path
-from cmamba_ref import cli
-from cmamba_ref.files import write_atomically
+from cmamba_ref.atomic_write import write_atomically
+
+cli = importlib.import_module("cmamba_ref.cli.main")
 
 def main():
     number = getattr(signal, sys.argv[2])
@@ -198,10 +199,10 @@ def test_what_a_killed_process_left_is_taken_for_nothing(photo, encoded, model_d
 
 # The command itself; it gets the signal when it comes to a stage, or within its write.
 AT_STAGE = """
-import contextlib, os, signal, sys
+import contextlib, importlib, os, signal, sys
 from pathlib import Path
-from cmamba_ref import cli
 
+cli = importlib.import_module("cmamba_ref.cli.main")
 number, moment = getattr(signal, sys.argv.pop(1)), sys.argv.pop(1)
 
 @contextlib.contextmanager

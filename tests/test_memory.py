@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from cmamba_ref import MemoryLimitError, codec, memory
+from cmamba_ref import MemoryLimitError, codec
 from cmamba_ref.cli import main
+from cmamba_ref.codec import memory
 from cmamba_ref.config import BASE, SMALL, TINY
 from cmamba_ref.model import CMamba
 from tools import resident

@@ -14,9 +14,10 @@ from codec_helpers import field_of, picture, with_field
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 import cmamba_ref
-from cmamba_ref import CMamba, MemoryLimitError, codec, identity, memory, pillow_plugin
-from cmamba_ref.errors import BitstreamError, ImageError, OtherModelError, PillowError
-from cmamba_ref.images import read_image
+from cmamba_ref import CMamba, MemoryLimitError, codec, pillow_plugin
+from cmamba_ref.codec import image_codec, memory
+from cmamba_ref.codec.images import read_image
+from cmamba_ref.errors import BitstreamError, ImageError, ModelMismatchError, PillowError
 
 PICTURE = picture(70, 90)
 
@@ -95,13 +96,13 @@ def test_importing_and_opening_take_no_torch(photo: Path, root: Path) -> None:
 def test_a_file_of_a_model_that_ships_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the weights that ship are hashed for the first such file only."""
     asked = []
-    name_of = identity.name_of
+    name_of = image_codec.name_of
 
     def counted(model_id: bytes) -> str | None:
         asked.append(model_id)
         return name_of(model_id)
 
-    monkeypatch.setattr(identity, "name_of", counted)
+    monkeypatch.setattr(image_codec, "name_of", counted)
     data = cmamba_ref.encode(PICTURE)
     for _ in range(2):
         with Image.open(io.BytesIO(data)) as opened:
@@ -114,7 +115,7 @@ def test_a_model_that_is_not_at_hand_is_named(photo: Path, model: CMamba) -> Non
         with pytest.raises(PillowError, match=model.model_id.hex()) as caught:
             opened.load()
         assert "use_model" in str(caught.value)
-        assert isinstance(caught.value.__cause__, OtherModelError)
+        assert isinstance(caught.value.__cause__, ModelMismatchError)
         pillow_plugin.use_model(model)
         opened.load()
 

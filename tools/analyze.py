@@ -62,8 +62,8 @@ from tqdm import tqdm
 
 import cmamba_ref
 from cmamba_ref import CMamba, CMambaError
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.errors import explain
-from cmamba_ref.files import write_atomically
 from cmamba_ref.metrics import psnr
 from cmamba_ref.model import MULTIPLE
 

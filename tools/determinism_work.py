@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from cmamba_ref import BitstreamError, CMamba, CMambaError, scan_backend
-from cmamba_ref.bitstream import Container
-from cmamba_ref.codec import hyper_latent_shape
+from cmamba_ref.codec.container import Container
+from cmamba_ref.codec.images import read_image
 from cmamba_ref.entropy import rans
 from cmamba_ref.entropy.gaussian import scale_index
+from cmamba_ref.entropy.latent_coder import hyper_latent_shape
 from cmamba_ref.entropy.latent_prefix import LatentPrefix, symbols_crc, unpack_latent
-from cmamba_ref.images import read_image
 from cmamba_ref.model import pad
 from cmamba_ref.ops import compiled
 from cmamba_ref.ops.autocast import without_autocast

@@ -30,7 +30,9 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
-from cmamba_ref import CMamba, MemoryLimitError, bitstream, cli, codec, pillow_plugin
+from cmamba_ref import CMamba, MemoryLimitError, cli, codec, pillow_plugin
+from cmamba_ref.codec import container
+from cmamba_ref.codec.images import parse_image
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.entropy import latent_coder, rans
 from cmamba_ref.entropy.tables import gaussian_tables, tables_from_pmfs
@@ -42,7 +44,6 @@ from cmamba_ref.errors import (
     PillowError,
     WeightsError,
 )
-from cmamba_ref.images import parse_image
 from cmamba_ref.weights import CONFIG_FILE, WEIGHTS_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,7 +132,7 @@ class _File(Target):
 
     def use(self, data: bytes) -> str:
         image = codec.decode(data, golden_model())
-        header = bitstream.Header.unpack(data)
+        header = container.Header.unpack(data)
         shape = (header.height, header.width, *(() if header.grey else (3,)))
         if image.shape != shape or image.dtype != np.uint8:
             raise UnexpectedError(f"{image.dtype}{image.shape} where {shape} was declared")

@@ -54,8 +54,8 @@ from stage_clock import time_by_stage
 
 import cmamba_ref
 from cmamba_ref import CMamba, CMambaError
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.config import CONFIGS
-from cmamba_ref.files import write_atomically
 from cmamba_ref.ops import available_backends, dispatch
 from cmamba_ref.training import data, trainer
 from cmamba_ref.training.distributed import Group

@@ -21,10 +21,10 @@ from stage_clock import OTHER, Timing, time_by_stage
 
 import cmamba_ref
 from cmamba_ref import CMamba, CMambaError
-from cmamba_ref.batch import SUFFIXES
+from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.cli.batch import SUFFIXES
+from cmamba_ref.codec.images import read_image, write_png
 from cmamba_ref.errors import explain
-from cmamba_ref.files import write_atomically
-from cmamba_ref.images import read_image, write_png
 from cmamba_ref.metrics import bits_per_pixel, ms_ssim, psnr
 
 # What the stages of tools/stage_clock.py are summed up to.

@@ -37,7 +37,7 @@ from cmamba_ref.entropy.latent_prefix import (
 from cmamba_ref.entropy.precision import float64_copy
 from cmamba_ref.entropy.tables import CdfTables
 from cmamba_ref.errors import BitstreamError, CMambaError, WeightsError
-from cmamba_ref.identity import fingerprint
+from cmamba_ref.model_id import fingerprint
 from cmamba_ref.ops.autocast import without_autocast
 
 # z lives at H/64 and y at H/16: images are padded to a multiple of the former.

@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # After this long, a process that has been asked to end is made to.
-PATIENCE_SECONDS = 5
+TERMINATE_TIMEOUT_S = 5
 
 
 def spread(
@@ -95,7 +95,7 @@ def _executor(processes: int, prepare: Callable[[], None]) -> Iterator[ProcessPo
         for process in ours:
             process.terminate()
         for process in ours:
-            process.join(PATIENCE_SECONDS)
+            process.join(TERMINATE_TIMEOUT_S)
             process.kill()
         # Last, and waiting: the thread of the executor collects its processes too, and one counts
         # as alive here until whoever was first has said so.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cmamba_ref import codec
-from cmamba_ref.bitstream import Container
+from cmamba_ref.codec import image_codec
+from cmamba_ref.codec.container import Container
 from cmamba_ref.errors import BitstreamError
 from cmamba_ref.model import CMamba
 
@@ -21,13 +21,13 @@ def verify_file(data: bytes, model: CMamba, *, max_pixels: int, max_memory: int 
         what was found, in a few words.
 
     Raises:
-        OtherModelError: header and checksum are right, but the model it needs is not available.
+        ModelMismatchError: header and checksum are right, but the model it needs is not available.
         BitstreamError: damaged, truncated or too large.
         MemoryLimitError: more memory is needed than there is or than is allowed.
     """
     container = Container.unpack(data)
-    model = codec.model_for(container.model_id, [model])
-    codec.check_symbols(container, model, max_pixels=max_pixels, max_memory=max_memory)
+    model = image_codec.model_for(container.model_id, [model])
+    image_codec.check_symbols(container, model, max_pixels=max_pixels, max_memory=max_memory)
     colours = "grey" if container.grey else "colour"
     return f"{container.width}x{container.height}, {colours}, model {model.config.name!r}"
 
@@ -55,7 +55,7 @@ def verify_encoded(
     """
     if stored != data:
         raise BitstreamError("the bytes read back are not those written; check the disk")
-    decoded = codec.decode(stored, model, max_pixels=max_pixels, max_memory=max_memory)
+    decoded = image_codec.decode(stored, model, max_pixels=max_pixels, max_memory=max_memory)
     if decoded.shape != picture.shape:
         raise BitstreamError(
             f"a picture of shape {list(picture.shape)} came back as {list(decoded.shape)}"

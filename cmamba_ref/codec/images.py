@@ -22,9 +22,9 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from cmamba_ref.codec import DEFAULT_MAX_PIXELS
+from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.codec.image_codec import DEFAULT_MAX_PIXELS
 from cmamba_ref.errors import ImageError
-from cmamba_ref.files import write_atomically
 
 GREY_MODES = ("1", "L", "LA", "La")
 COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")

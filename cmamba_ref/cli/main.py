@@ -4,8 +4,8 @@ What goes wrong on purpose (a `CMambaError`, an `OSError`) becomes one line on s
 1; usage errors exit with 2, Ctrl-C with 130, SIGTERM with 143. Every output is written whole or
 not at all, and replaces an existing file only with `--force`.
 
-`encode` and `decode` take one file, or with `cmamba_ref.batch` many files and whole folders. `-` is
-standard input or output; what a command says goes to stderr where its output goes to stdout.
+`encode` and `decode` take one file, or with `cmamba_ref.cli.batch` many files and whole folders. `-`
+is standard input or output; messages go to stderr where the output goes to stdout.
 
 This module imports nothing heavy: torch and Pillow come in with the command that needs them.
 """
@@ -25,10 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from cmamba_ref import streams
+from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.cli import stdio
+from cmamba_ref.cli.stdio import STREAM
 from cmamba_ref.errors import BitstreamError, CMambaError, InvalidArgumentError, explain
-from cmamba_ref.files import write_atomically
-from cmamba_ref.streams import STREAM
 
 if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
@@ -93,17 +93,17 @@ def _encode(args: argparse.Namespace) -> int:
     with _stages(4) as begin:
         begin("reading")
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS, encode
-        from cmamba_ref.images import parse_image
+        from cmamba_ref.codec.images import parse_image
+        from cmamba_ref.codec.verify import verify_encoded
         from cmamba_ref.metrics import bits_per_pixel
-        from cmamba_ref.verify import verify_encoded
 
         limits = {
             "max_pixels": args.max_pixels or DEFAULT_MAX_PIXELS,
             "max_memory": args.max_memory,
         }
         picture = parse_image(
-            streams.read_input(source),
-            streams.label(source, "input"),
+            stdio.read_input(source),
+            stdio.label(source, "input"),
             max_pixels=limits["max_pixels"],
         )
         begin("loading the model")
@@ -145,9 +145,9 @@ def _decode(args: argparse.Namespace) -> int:
     with _stages(4) as begin:
         begin("reading")
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS, decode
-        from cmamba_ref.images import png_bytes
+        from cmamba_ref.codec.images import png_bytes
 
-        data = streams.read_input(source)
+        data = stdio.read_input(source)
         begin("loading the model")
         model = load_model(args.model, args.device)
         begin("decoding")
@@ -168,9 +168,9 @@ def _many(args: argparse.Namespace, command: str) -> int:
     """Several files, or folders of them: by several processes, and with a summary at the end."""
     from tqdm import tqdm
 
-    from cmamba_ref import batch
+    from cmamba_ref.cli import batch
 
-    streams.check_alone(args.inputs, args.output)
+    stdio.check_alone(args.inputs, args.output)
     processes = _process_count(args.jobs, args.device)
     tasks = batch.find_tasks(args.inputs, args.output, command)
     waiting = batch.to_do(tasks, args.force)
@@ -200,9 +200,9 @@ def _verify(args: argparse.Namespace) -> int:
     """A line per file as it is done, and a summary; 1 if one is bad or could not be checked."""
     from tqdm import tqdm
 
-    from cmamba_ref import batch
+    from cmamba_ref.cli import batch
 
-    streams.check_alone(args.inputs)
+    stdio.check_alone(args.inputs)
     processes = _process_count(args.jobs, args.device)
     tasks = batch.find_files(args.inputs, "verify")
     job = batch.Job(
@@ -244,7 +244,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from cmamba_ref import demo
+    from cmamba_ref.cli import demo
 
     args.output.mkdir(parents=True, exist_ok=True)
     encoded, decoded = (args.output / f"coffee{suffix}" for suffix in (".cmb", ".png"))
@@ -296,7 +296,7 @@ def _write(target: Path, data: bytes, check: Callable[[bytes], None] | None = No
     if target == STREAM:
         if check:
             check(data)
-        streams.write_output(data)
+        stdio.write_output(data)
     else:
         write_atomically(target, data, check and (lambda path: check(path.read_bytes())))
 
@@ -304,7 +304,7 @@ def _write(target: Path, data: bytes, check: Callable[[bytes], None] | None = No
 def _say(target: Path, message: str) -> None:
     """Report what was written: on stdout, unless that is what was written to."""
     out = sys.stderr if target == STREAM else sys.stdout
-    print(f"{streams.label(target, 'output')}: {message}", file=out)
+    print(f"{stdio.label(target, 'output')}: {message}", file=out)
 
 
 def _are_many(inputs: Sequence[Path]) -> bool:
@@ -313,7 +313,7 @@ def _are_many(inputs: Sequence[Path]) -> bool:
 
 def _process_count(jobs: int | None, device: str) -> int:
     """The number of processes: on the CPU as many as cores, unless told otherwise."""
-    from cmamba_ref.batch import core_count
+    from cmamba_ref.cli.batch import core_count
 
     if device == "cpu":
         return jobs or core_count()
@@ -332,7 +332,7 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
             stdout, which is a terminal.
     """
     if target == STREAM:
-        streams.check_output()
+        stdio.check_output()
         return
     if not target.parent.is_dir():
         raise InvalidArgumentError(
@@ -355,21 +355,21 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
 
 def _describe(path: Path) -> str:
     """What stands in a file, as lines of text; its checksum is verified on the way."""
-    from cmamba_ref import bitstream
+    from cmamba_ref.codec.container import VERSION, Container
     from cmamba_ref.entropy.latent_prefix import QUALITY_UNITS, unpack_latent
     from cmamba_ref.entropy.rans import lane_count
-    from cmamba_ref.identity import name_of
     from cmamba_ref.metrics import bits_per_pixel
+    from cmamba_ref.model_id import name_of
 
-    data = streams.read_input(path)
-    container = bitstream.Container.unpack(data)
+    data = stdio.read_input(path)
+    container = Container.unpack(data)
     prefix, y_stream = unpack_latent(container.y)
     quality = f"{prefix.quality / QUALITY_UNITS:g}" if prefix.quality else "the model has one rate"
     colours = "grey" if container.grey else "colour"
     bpp = bits_per_pixel(len(data), container.width, container.height)
     model_id = container.model_id.hex()
     rows = {
-        "format": f"version {bitstream.VERSION}, checksum correct",
+        "format": f"version {VERSION}, checksum correct",
         "model": f"{model_id} ({name_of(container.model_id) or 'does not ship with this version'})",
         "picture": f"{container.width}x{container.height}, {colours}",
         "quality": quality,
@@ -377,7 +377,7 @@ def _describe(path: Path) -> str:
         "y": f"{len(container.y)} bytes, lanes: {lane_count(y_stream)}, shift: {prefix.shift}",
         "z": f"{len(container.z)} bytes, lanes: {lane_count(container.z)}",
     }
-    name = streams.label(path, "input")
+    name = stdio.label(path, "input")
     return "\n".join([name, *(f"  {row:<8}  {value}" for row, value in rows.items())])
 
 
@@ -387,7 +387,7 @@ def _naming(path: Path, stream: str) -> Iterator[None]:
     try:
         yield
     except BitstreamError as error:
-        raise BitstreamError(f"{streams.label(path, stream)}: {error}") from error
+        raise BitstreamError(f"{stdio.label(path, stream)}: {error}") from error
 
 
 @contextmanager
@@ -454,7 +454,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument(
         "inputs",
-        type=streams.parse_path,
+        type=stdio.parse_path,
         nargs="+",
         metavar="IN",
         help="a .cmb file, or a folder of them; of --model, or of a model that ships",
@@ -466,7 +466,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument(
         "files",
         nargs="+",
-        type=streams.parse_path,
+        type=stdio.parse_path,
         metavar="FILE",
         help="a .cmb file; - is standard input",
     )
@@ -507,7 +507,7 @@ def _model_options() -> argparse.ArgumentParser:
 def _add_files(parser: argparse.ArgumentParser, source: str, suffix: str) -> None:
     parser.add_argument(
         "inputs",
-        type=streams.parse_path,
+        type=stdio.parse_path,
         nargs="+",
         metavar="IN",
         help=f"{source}; - is standard input",
@@ -515,7 +515,7 @@ def _add_files(parser: argparse.ArgumentParser, source: str, suffix: str) -> Non
     parser.add_argument(
         "-o",
         dest="output",
-        type=streams.parse_path,
+        type=stdio.parse_path,
         metavar="OUT",
         help="a file for one IN, a folder for several or for a folder, made where missing; - is "
         f"standard output (default: beside IN, with the suffix {suffix}; - where IN is -)",

@@ -14,15 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cmamba_ref import pool
+from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.cli import process_pool
 from cmamba_ref.errors import (
     InvalidArgumentError,
     MemoryLimitError,
-    OtherModelError,
+    ModelMismatchError,
     explain,
     is_out_of_memory,
 )
-from cmamba_ref.files import write_atomically
 
 if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
@@ -39,7 +39,7 @@ SUFFIXES = {
 OUTPUT_SUFFIX = {"encode": ".cmb", "decode": ".png"}
 PROCESS_DIED = "the process at work on it died, perhaps for want of memory; try a smaller picture"
 
-_logger = logging.getLogger("cmamba_ref.batch")
+_logger = logging.getLogger("cmamba_ref.cli.batch")
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def run(tasks: Sequence[Task], job: Job, processes: int, report: Callable[[Outco
             report(_outcome(model, job, task))
         return
     threads = max(1, core_count() // processes)
-    pool.spread(
+    process_pool.spread(
         _work_here,
         tasks,
         processes,
@@ -266,14 +266,16 @@ def _outcome(model: CMamba, job: Job, task: Task) -> Outcome:
             # A mistake in this package: told in full, but the other files are not to blame.
             _logger.exception("%s", task.source)
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        unchecked = isinstance(error, OtherModelError | MemoryLimitError) or is_out_of_memory(error)
+        unchecked = isinstance(error, ModelMismatchError | MemoryLimitError) or is_out_of_memory(
+            error
+        )
         return Outcome(task.source, error=_naming(task, text), unchecked=unchecked)
 
 
 def _encode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
     from cmamba_ref.codec import encode
-    from cmamba_ref.images import read_image
-    from cmamba_ref.verify import verify_encoded
+    from cmamba_ref.codec.images import read_image
+    from cmamba_ref.codec.verify import verify_encoded
 
     limits = {"max_pixels": job.pixel_limit(), "max_memory": job.max_memory}
     picture = read_image(source, max_pixels=job.pixel_limit())
@@ -290,7 +292,7 @@ def _encode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
 
 def _decode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
     from cmamba_ref.codec import decode
-    from cmamba_ref.images import write_png
+    from cmamba_ref.codec.images import write_png
 
     data = source.read_bytes()
     picture = decode(data, model, max_pixels=job.pixel_limit(), max_memory=job.max_memory)
@@ -301,13 +303,13 @@ def _decode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
 
 
 def _verify(model: CMamba, job: Job, source: Path) -> Outcome:
-    from cmamba_ref.verify import verify_file
+    from cmamba_ref.codec.verify import verify_file
 
     limits = {"max_pixels": job.pixel_limit(), "max_memory": job.max_memory}
     try:
         return Outcome(source, detail=verify_file(source.read_bytes(), model, **limits))
-    except OtherModelError as error:
-        raise OtherModelError(f"{error}; name it with --model") from error
+    except ModelMismatchError as error:
+        raise ModelMismatchError(f"{error}; name it with --model") from error
 
 
 def _died(task: Task) -> Outcome:

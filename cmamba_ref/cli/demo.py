@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cmamba_ref.bitstream import Container
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.codec import decode, encode
+from cmamba_ref.codec.container import Container
+from cmamba_ref.codec.images import read_image, write_png
 from cmamba_ref.entropy.latent_prefix import QUALITY_UNITS, unpack_latent
-from cmamba_ref.files import write_atomically
-from cmamba_ref.images import read_image, write_png
 from cmamba_ref.metrics import bits_per_pixel, ms_ssim, psnr
 from cmamba_ref.model import CMamba
 
-PHOTOGRAPH = Path(__file__).parent / "data" / "coffee.png"
+PHOTOGRAPH = Path(__file__).parents[1] / "data" / "coffee.png"
 CREDIT = "Rachel Michetti, courtesy of Pikolo Espresso Bar, CC0"
 
 

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmamba_ref import identity, memory
-from cmamba_ref.bitstream import Container
+from cmamba_ref.codec import memory
+from cmamba_ref.codec.container import Container
 from cmamba_ref.entropy.latent_coder import MULTIPLE, hyper_latent_shape
-from cmamba_ref.errors import BitstreamError, InvalidArgumentError, OtherModelError
+from cmamba_ref.errors import BitstreamError, InvalidArgumentError, ModelMismatchError
 from cmamba_ref.model import CMamba
+from cmamba_ref.model_id import name_of
 
 DEFAULT_MODEL = "tiny"
 # Larger images are refused, when encoding and before anything is allocated when decoding.  What
@@ -47,14 +48,14 @@ def model_for(model_id: bytes, given: Iterable[CMamba]) -> CMamba:
     """Return the model of that id, from those `given` or else from the bundled ones.
 
     Raises:
-        OtherModelError: it is none of them.
+        ModelMismatchError: it is none of them.
     """
     for model in given:
         if model.model_id == model_id:
             return model
-    name = identity.name_of(model_id)
+    name = name_of(model_id)
     if name is None:
-        raise OtherModelError(
+        raise ModelMismatchError(
             f"the file needs model {model_id.hex()}, which is not available; "
             "docs/models.md lists the bundled models"
         )
@@ -191,7 +192,7 @@ def _check_image(image: np.ndarray) -> None:
 
 def _to_array_hint(value: object) -> str:
     if isinstance(value, str | bytes | os.PathLike):
-        return "read the file first, with cmamba_ref.images.read_image"
+        return "read the file first, with cmamba_ref.codec.images.read_image"
     if isinstance(value, Tensor):
         return "convert it to 8 bits with the channels last, then call .numpy()"
     return "convert it first"
@@ -224,7 +225,7 @@ def _decode_latent(
 ) -> tuple[Tensor, Tensor | None]:
     """Return y_bar and quality as `CMamba.decode_latent` does, after all checks of the header."""
     if container.model_id != model.model_id:
-        raise OtherModelError(
+        raise ModelMismatchError(
             f"the file was made by model {container.model_id.hex()}, this is "
             f"{model.config.name!r} {model.model_id.hex()}; decode with the model it was made by"
         )
