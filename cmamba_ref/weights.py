@@ -63,7 +63,7 @@ def to_bytes(model: CMamba) -> bytes:
 
 
 def save(model: CMamba, directory: str | os.PathLike) -> None:
-    """Write a model; each file replaces the old one only when it is whole.
+    """Write a model; each file replaces the old one only when it is complete.
 
     Raises:
         WeightsError: the model was cast to another precision than float32.
@@ -130,8 +130,8 @@ def _check_hash(data: bytes, path: Path) -> None:
 def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
     """Read a model from the package, by name, from a directory, or from the Hugging Face Hub.
 
-    A name that ships comes first: write `./tiny` for a directory of that name.  Then comes a
-    directory, then, for "user/repository" where there is none, the Hub.
+    The name of a bundled model comes first: write `./tiny` for a directory of that name.  Then
+    comes a directory, then, for "user/repository" where there is none, the Hub.
 
     Raises:
         WeightsError: nothing there, damaged, weights that do not fit the configuration or the hash
@@ -142,7 +142,7 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
         if not (directory / name).is_file():
             raise WeightsError(
                 f"no {name} in {str(directory)!r}; give a directory written by save_pretrained, or "
-                f"a model that ships: {', '.join(pretrained_names()) or 'none'}"
+                f"a bundled model: {', '.join(pretrained_names()) or 'none'}"
             )
     try:
         config = CMambaConfig.from_json((directory / CONFIG_FILE).read_text())

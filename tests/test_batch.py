@@ -391,7 +391,7 @@ def test_progress_is_shown_on_a_terminal_only(
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert main(args) == 0
-    assert re.search(r"cmamba: \d/3 \|.*\| \S+ gone, \S+ to go", capsys.readouterr().err)
+    assert re.search(r"cmamba: \d/3 \|.*\| \S+ elapsed, \S+ left", capsys.readouterr().err)
 
 
 def test_each_process_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

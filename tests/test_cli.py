@@ -150,7 +150,7 @@ def test_a_model_of_one_rate(tmp_path: Path, photo: Path, capsys: pytest.Capture
     fixed = make_model(tmp_path / "fixed", lmbdas=())
     assert main(["encode", str(photo), "--model", fixed]) == 0
     assert main(["info", str(photo.with_suffix(".cmb"))]) == 0
-    assert "the model has one rate" in capsys.readouterr().out
+    assert "fixed-rate model" in capsys.readouterr().out
     assert main(["encode", str(photo), "--model", fixed, "--force", "--quality", "4"]) == 1
     assert "`quality` must be None" in error_line(capsys)
 
@@ -422,8 +422,8 @@ def test_info(encoded: Path, model: CMamba, capsys: pytest.CaptureFixture[str]) 
     assert out.startswith(f"{encoded}\n")
     for line in (
         r"format    version 0, checksum correct",
-        rf"model     {model.model_id.hex()} \(does not ship with this version\)",
-        rf"picture   {WIDTH}x{HEIGHT}, colour",
+        rf"model     {model.model_id.hex()} \(not bundled with this version\)",
+        rf"image     {WIDTH}x{HEIGHT}, colour",
         r"quality   4",
         rf"size      {size} bytes, {8 * size / (WIDTH * HEIGHT):.3f} bits per pixel",
         r"y         \d+ bytes, lanes: 1, shift: 0",
@@ -520,9 +520,9 @@ def test_a_match_is_the_lowest_quality_that_reaches_the_psnr() -> None:
     assert jpeg.name == "JPEG"
     found = demo.match(jpeg, original, 30.0)
     assert found is not None
-    assert psnr(original, found.picture) >= 30
+    assert psnr(original, found.image) >= 30
     below = demo._try(jpeg, original, found.quality - 1)
-    assert psnr(original, below.picture) < 30
+    assert psnr(original, below.image) < 30
     lower = demo.match(jpeg, original, 29.0)
     assert lower is not None
     assert lower.quality < found.quality and len(lower.data) < len(found.data)
@@ -567,5 +567,5 @@ def test_help_says_what_the_defaults_are(capsys: pytest.CaptureFixture[str]) -> 
         f"1 (small) to 8 (good), also in between, such as 3.5 (default: {DEFAULT_QUALITY:g})"
         in text
     )
-    assert f"(default: {codec.DEFAULT_MODEL}, which ships)" in text
+    assert f"(default: {codec.DEFAULT_MODEL}, which is bundled)" in text
     assert f"(default: {codec.DEFAULT_MAX_PIXELS // 1_000_000} million)" in text

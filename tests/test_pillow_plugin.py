@@ -306,9 +306,9 @@ def test_pictures_are_seen_as_the_command_line_sees_files(tmp_path: Path, model:
 @pytest.mark.parametrize(
     ("mode", "reason"),
     [
-        ("RGBA", "the picture has transparency; flatten it"),
-        ("CMYK", "the picture is in CMYK colours"),
-        ("I;16", "the picture has more than 8 bits"),
+        ("RGBA", "the image has transparency; flatten it"),
+        ("CMYK", "the image is in CMYK colours"),
+        ("I;16", "the image has more than 8 bits"),
     ],
 )
 def test_what_a_file_cannot_hold_is_refused(

@@ -1,4 +1,4 @@
-"""Image files to arrays and back: one reader for the codec and for training.
+"""Image I/O: files to arrays and back; one reader for the codec and for training.
 
 Pillow decodes. What a codec of 8-bit sRGB images cannot keep (transparency, 16 bits, several
 frames, CMYK) is refused with a suggested fix instead of being dropped silently.

@@ -1,4 +1,4 @@
-"""Whether files decode: those that are there, and one that is about to be."""
+"""Verify that files decode: existing ones, and one that is being written."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cmamba_ref.model import CMamba
 
 
 def verify_file(data: bytes, model: CMamba, *, max_pixels: int, max_memory: int | None) -> str:
-    """Check a file down to its symbols, with `model` or the one that ships and made it.
+    """Check a file down to its symbols, with `model` or the bundled model that made it.
 
     Args:
         data: the bytes of a `.cmb` file.
         max_pixels, max_memory: as in `cmamba_ref.decode`.
 
     Returns:
-        what was found, in a few words.
+        A description of the file in a few words.
 
     Raises:
         ModelMismatchError: header and checksum are right, but the model it needs is not available.
@@ -35,28 +35,28 @@ def verify_file(data: bytes, model: CMamba, *, max_pixels: int, max_memory: int 
 def verify_encoded(
     stored: bytes,
     data: bytes,
-    picture: np.ndarray,
+    image: np.ndarray,
     model: CMamba,
     *,
     max_pixels: int,
     max_memory: int | None,
 ) -> None:
-    """Check what stands in a file after `data` was written to it, or what is about to be sent.
+    """Check the bytes of a file after `data` was written to it, or bytes that are about to be sent.
 
-    Decoding compares the symbols with the check that the encoder computed from its own. Of the
-    pixels that follow from them there is no other copy to compare with: the encoder makes none.
+    Decoding compares the symbols with the check that the encoder computed from its own. The
+    pixels have no other copy to compare with: the encoder makes none.
 
     Args:
-        stored: what was read back.
-        data: what `cmamba_ref.encode` returned for `picture`.
+        stored: the bytes read back.
+        data: the bytes that `cmamba_ref.encode` returned for `image`.
 
     Raises:
-        BitstreamError: other bytes, or bytes that do not decode to a picture of that size.
+        BitstreamError: other bytes, or bytes that do not decode to an image of that size.
     """
     if stored != data:
         raise BitstreamError("the bytes read back are not those written; check the disk")
     decoded = image_codec.decode(stored, model, max_pixels=max_pixels, max_memory=max_memory)
-    if decoded.shape != picture.shape:
+    if decoded.shape != image.shape:
         raise BitstreamError(
-            f"a picture of shape {list(picture.shape)} came back as {list(decoded.shape)}"
+            f"an image of shape {list(image.shape)} came back as {list(decoded.shape)}"
         )
