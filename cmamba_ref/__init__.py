@@ -1,10 +1,10 @@
 """CMamba: a readable reference of the CMamba learned image codec, and a codec to use.
 
-A picture is a uint8 array `[H, W, 3]`, a file is bytes:
+An image is a uint8 array `[H, W, 3]`, a file is bytes:
 
     model = cmamba_ref.CMamba.from_pretrained("tiny")
-    data = cmamba_ref.encode(model, picture, quality=4)
-    picture = cmamba_ref.decode(data, model)
+    data = cmamba_ref.encode(image, model, quality=4)
+    image = cmamba_ref.decode(data, model)
 
 What needs torch is imported when it is first asked for: torch takes a second, and `cmamba --help`,
 `cmamba info` and a process that only hands out work to others do without it.

@@ -14,15 +14,15 @@ class BackendUnavailableError(CMambaError, RuntimeError):
 
 
 class MemoryLimitError(CMambaError, RuntimeError):
-    """A picture would take more memory than there is, or than was allowed."""
+    """An image would take more memory than there is, or than was allowed."""
 
 
 class BitstreamError(CMambaError, ValueError):
     """A file or string is damaged, truncated, of another model or of a newer format version."""
 
 
-class OtherModelError(BitstreamError):
-    """A file may be sound, but was made by another model than those at hand."""
+class ModelMismatchError(BitstreamError):
+    """A file may be valid, but was made by a model that is not available."""
 
 
 class PillowError(CMambaError, OSError):
@@ -46,7 +46,7 @@ class WeightsError(CMambaError, RuntimeError):
 
 
 class TrainingError(CMambaError, RuntimeError):
-    """A training run cannot start or go on: its photographs, checkpoints or settings forbid it."""
+    """A training run cannot start or go on: its images, checkpoints or settings forbid it."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -61,7 +61,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def explain(error: BaseException) -> str | None:
     """One line for the user about an error that correct code can meet; None for a mistake in it."""
     if is_out_of_memory(error):
-        return "not enough memory for this picture; encode a smaller one or use another --device"
+        return "not enough memory for this image; encode a smaller one or use another --device"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, CMambaError | OSError):

@@ -2,31 +2,31 @@
 
     import cmamba_ref.pillow_plugin
 
-    with Image.open("photo.cmb") as picture:  # reads the header: size and mode
-        picture.load()  # decodes, as does whatever asks for pixels
-    picture.save("copy.cmb", quality=5)
+    with Image.open("photo.cmb") as image:  # reads the header: size and mode
+        image.load()  # decodes, as does any access to pixels
+    image.save("copy.cmb", quality=5)
 
 Options of `save`; others are ignored, as Pillow's own formats do:
 
     quality: 1 (small) to 8 (good), any number in between; 4 where it is left out. Not 1 to 100.
-    model: the name of a model that ships, a directory with one, a repository of the Hugging Face
+    model: the name of a bundled model, a directory with one, a repository of the Hugging Face
         Hub, or a `CMamba`; "tiny" where it is left out.
     max_pixels, max_memory: as in `cmamba_ref.encode`.
 
-A .cmb file holds pixels and nothing else, as modes L and RGB. What `save` does with others is what
-`cmamba encode` does with files (`cmamba_ref.images`): the orientation in the picture's EXIF data
+A .cmb file holds pixels and nothing else, as modes L and RGB. `save` treats other modes as
+`cmamba encode` treats files (`cmamba_ref.codec.images`): the orientation in the image's EXIF data
 and its ICC profile are applied; black-and-white becomes L, palettes and YCbCr become RGB;
 transparency, CMYK, 16 bits and animations are refused. An opened file is upright, in sRGB, and has
 neither EXIF data nor a profile.
 
-A file of a model that does not ship opens, and decodes after `use_model`, or after a `save` with
+A file of a model that is not bundled opens, and decodes after `use_model`, or after a `save` with
 that model's name. Pillow's limit on pixels, `Image.MAX_IMAGE_PIXELS`, holds when a file is opened.
 
-What is wrong with a file or a picture is a `PillowError`, which is an `OSError` and has the reason
-as its cause. Pillow empties an existing file before `save` begins, and it is lost if that fails; of
+A faulty file or image raises a `PillowError`, which is an `OSError` and has the reason as its
+cause. Pillow empties an existing file before `save` begins, and it is lost if that fails; of
 colours with 16 bits it may keep 8 when it loads them, which cannot be noticed here.
 
-torch is imported when the first picture is decoded or encoded.
+torch is imported when the first image is decoded or encoded.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from typing import IO, TYPE_CHECKING
 
 from PIL import Image, ImageFile
 
-from cmamba_ref.bitstream import HEADER_BYTES, MAGIC, Container, Header
-from cmamba_ref.errors import BitstreamError, ImageError, OtherModelError, PillowError
+from cmamba_ref.codec.container import HEADER_BYTES, MAGIC, Container, Header
+from cmamba_ref.errors import BitstreamError, ImageError, ModelMismatchError, PillowError
 
 if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
@@ -65,8 +65,8 @@ def use_model(model: str | os.PathLike | CMamba) -> CMamba:
         WeightsError: nothing there, damaged, or not to be downloaded.
     """
     from cmamba_ref.codec import shipped_model
-    from cmamba_ref.identity import pretrained_names
     from cmamba_ref.model import CMamba
+    from cmamba_ref.model_id import pretrained_names
 
     with _models_guard:
         if isinstance(model, CMamba):
@@ -80,7 +80,7 @@ def use_model(model: str | os.PathLike | CMamba) -> CMamba:
 
 
 def _model_of(data: bytes) -> CMamba:
-    """The model that a file was made by, among those in use and those that ship."""
+    """Return the model that made a file, from those in use or the bundled ones."""
     from cmamba_ref.codec import model_for
 
     model_id = Container.unpack(data).model_id
@@ -140,7 +140,7 @@ class CMambaImageFile(ImageFile.ImageFile):
         return super().load()
 
     def _decoded(self) -> Image.Image:
-        """The picture, in memory that may be written to."""
+        """Return the image, in memory that may be written to."""
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS, decode
 
         assert self.fp is not None  # for the type checker
@@ -158,16 +158,16 @@ class CMambaImageFile(ImageFile.ImageFile):
 
 def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
     from cmamba_ref.codec import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, encode
-    from cmamba_ref.images import to_array
+    from cmamba_ref.codec.images import to_array
     from cmamba_ref.model import CMamba
 
     options = im.encoderinfo
     model = options.get("model") or DEFAULT_MODEL
-    with _told_as_pillow_does("cannot save: the picture"):
-        picture = to_array(im)
+    with _told_as_pillow_does("cannot save: the image"):
+        image = to_array(im)
     data = encode(
+        image,
         model if isinstance(model, CMamba) else use_model(model),
-        picture,
         options.get("quality"),
         max_pixels=options.get("max_pixels") or DEFAULT_MAX_PIXELS,
         max_memory=options.get("max_memory"),
@@ -177,10 +177,10 @@ def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
 
 @contextmanager
 def _told_as_pillow_does(what: str) -> Iterator[None]:
-    """Turn what is wrong with a file or picture into an OSError; the reason stays its cause."""
+    """Turn an error of a file or image into an OSError; the reason stays its cause."""
     try:
         yield
-    except OtherModelError as error:
+    except ModelMismatchError as error:
         raise PillowError(
             f"{what} {error}; name it with cmamba_ref.pillow_plugin.use_model"
         ) from error

@@ -18,11 +18,11 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from cmamba_ref import identity
+from cmamba_ref import model_id
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.errors import WeightsError
-from cmamba_ref.files import write_atomically
-from cmamba_ref.identity import HASH_FILE, WEIGHTS_FILE, pretrained_names
+from cmamba_ref.model_id import HASH_FILE, WEIGHTS_FILE, pretrained_names
 
 if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
@@ -40,7 +40,7 @@ def content_id(state: Mapping[str, Tensor]) -> bytes:
         values = tensor.flatten().view(torch.uint8).numpy().tobytes()
         return name, str(tensor.dtype), list(tensor.shape), values
 
-    return identity.id_of(map(describe, sorted(state)))
+    return model_id.id_of(map(describe, sorted(state)))
 
 
 def to_bytes(model: CMamba) -> bytes:
@@ -63,7 +63,7 @@ def to_bytes(model: CMamba) -> bytes:
 
 
 def save(model: CMamba, directory: str | os.PathLike) -> None:
-    """Write a model; each file replaces the old one only when it is whole.
+    """Write a model; each file replaces the old one only when it is complete.
 
     Raises:
         WeightsError: the model was cast to another precision than float32.
@@ -92,7 +92,7 @@ def _widen(tensor: Tensor) -> Tensor:
 def _find(source: str) -> Path:
     """The directory that holds a model, downloaded if need be."""
     if source in pretrained_names():
-        return identity.PRETRAINED / source
+        return model_id.PRETRAINED / source
     if Path(source).exists() or not HUB_ID.fullmatch(source):
         return Path(source)
     try:
@@ -130,8 +130,8 @@ def _check_hash(data: bytes, path: Path) -> None:
 def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
     """Read a model from the package, by name, from a directory, or from the Hugging Face Hub.
 
-    A name that ships comes first: write `./tiny` for a directory of that name.  Then comes a
-    directory, then, for "user/repository" where there is none, the Hub.
+    The name of a bundled model comes first: write `./tiny` for a directory of that name.  Then
+    comes a directory, then, for "user/repository" where there is none, the Hub.
 
     Raises:
         WeightsError: nothing there, damaged, weights that do not fit the configuration or the hash
@@ -142,7 +142,7 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
         if not (directory / name).is_file():
             raise WeightsError(
                 f"no {name} in {str(directory)!r}; give a directory written by save_pretrained, or "
-                f"a model that ships: {', '.join(pretrained_names()) or 'none'}"
+                f"a bundled model: {', '.join(pretrained_names()) or 'none'}"
             )
     try:
         config = CMambaConfig.from_json((directory / CONFIG_FILE).read_text())
@@ -183,5 +183,5 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WeightsError(f"{str(directory)!r}: {name} holds NaN or infinity")
     model.load_state_dict(state, assign=True)
-    model.check_tables()
+    model.latent_coder.check_tables()
     return model

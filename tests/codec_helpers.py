@@ -23,9 +23,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import cmamba_ref
 from cmamba_ref import CMamba, CMambaConfig
-from cmamba_ref import model as model_module
 from cmamba_ref.config import TINY
-from cmamba_ref.entropy import rans
+from cmamba_ref.entropy import latent_coder, rans
 from cmamba_ref.nn.context import ContextModel
 
 TESTS = Path(__file__).resolve().parent
@@ -115,7 +114,7 @@ def recording() -> Iterator[list[Recording]]:
     log_scales: list[np.ndarray] = []
     y_bars: list[np.ndarray] = []
     encode, take = rans.encode, rans.Decoder.take
-    scale_index = model_module.scale_index
+    scale_index = latent_coder.scale_index
 
     def seen_encode(tables, new, lanes=None):
         blocks[:0] = new  # y is coded before z, and decoded after it
@@ -139,7 +138,7 @@ def recording() -> Iterator[list[Recording]]:
         with (
             mock.patch.object(rans, "encode", seen_encode),
             mock.patch.object(rans.Decoder, "take", seen_take),
-            mock.patch.object(model_module, "scale_index", seen_index),
+            mock.patch.object(latent_coder, "scale_index", seen_index),
         ):
             yield seen
     finally:
@@ -173,7 +172,7 @@ class RoundTrip:
 
 def round_trip(model: CMamba, image: np.ndarray, quality: float | None, path: Path) -> RoundTrip:
     with recording() as at_encoder:
-        path.write_bytes(cmamba_ref.encode(model, image, quality))
+        path.write_bytes(cmamba_ref.encode(image, model, quality))
     data = path.read_bytes()
     with recording() as at_decoder:
         decoded = cmamba_ref.decode(data, model)

@@ -1,4 +1,4 @@
-"""Work for `cmamba_ref.pool`, in a module that a fresh process imports without torch."""
+"""Work for `cmamba_ref.cli.process_pool`; a fresh process imports this module without torch."""
 
 import os
 import signal

@@ -12,7 +12,8 @@ from PIL import Image
 from training_helpers import defaults, make_images, records
 
 import cmamba_ref
-from cmamba_ref import CMamba, CMambaConfig, InvalidArgumentError, WeightsError, memory
+from cmamba_ref import CMamba, CMambaConfig, InvalidArgumentError, WeightsError
+from cmamba_ref.codec import memory
 from cmamba_ref.config import CONTEXTS
 from cmamba_ref.entropy.precision import float64_copy
 from cmamba_ref.losses import rate_distortion_loss
@@ -47,7 +48,7 @@ def test_a_variant_trains_and_codes(variant):
     assert not without
     model.eval()
     model.update()
-    data = cmamba_ref.encode(model, image, 3)
+    data = cmamba_ref.encode(image, model, 3)
     with torch.no_grad():
         expected = model(x, 3.0)["x_hat"].clamp(0, 1)[0].permute(1, 2, 0) * 255
     decoded = cmamba_ref.decode(data, model).astype(np.float64)
@@ -184,7 +185,7 @@ def test_a_block_of_ones_own_is_saved_loaded_and_codes(tmp_path, monkeypatch):
     assert loaded.model_id == model.model_id
     image = picture(70, 90)
     decoded = [
-        cmamba_ref.decode(cmamba_ref.encode(m, image, 4), other)
+        cmamba_ref.decode(cmamba_ref.encode(image, m, 4), other)
         for m, other in ((model, loaded), (loaded, model))
     ]
     assert np.array_equal(*decoded)

@@ -288,7 +288,7 @@ def test_ceiling_is_the_error_with_the_quantiser_off(model, weights, folder, tmp
                 x_hat = model.g_s(model.g_a(pad(as_input(image))) * gains.latent * gains.inverse)
             rounded = (255 * x_hat[0, :, :height, :width].clamp(0, 1)).round()
             off.append(np.mean((image - rounded.permute(1, 2, 0).double().numpy()) ** 2))
-            decoded = cmamba_ref.decode(cmamba_ref.encode(model, image, row["quality"]), model)
+            decoded = cmamba_ref.decode(cmamba_ref.encode(image, model, row["quality"]), model)
             coded.append(np.mean((image - decoded.astype(float)) ** 2))
         off, coded = np.array(off), np.array(coded)
         assert row["psnr"] == pytest.approx(np.mean(10 * np.log10(255**2 / coded)))

@@ -19,10 +19,10 @@ from codec_helpers import picture, random_model
 from PIL import Image
 
 import cmamba_ref
-from cmamba_ref import CMamba, batch, codec, pool
-from cmamba_ref.bitstream import Container
-from cmamba_ref.cli import main
-from cmamba_ref.images import read_image
+from cmamba_ref import CMamba, codec
+from cmamba_ref.cli import batch, main, process_pool
+from cmamba_ref.codec.container import Container
+from cmamba_ref.codec.images import read_image
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_folder_is_encoded_and_decoded_as_its_files_are_alone(
     printed, errors = capsys.readouterr()
     sources = [album / "a.png", album / "x" / "c.d.jpg", album / "x" / "y" / "b.PNG"]
     assert contents(out) == {
-        name: cmamba_ref.encode(model, read_image(source), 2.5)
+        name: cmamba_ref.encode(read_image(source), model, 2.5)
         for name, source in zip(["a.cmb", "x/c.d.cmb", "x/y/b.cmb"], sources, strict=True)
     }
     assert errors == ""
@@ -273,10 +273,10 @@ def test_a_mistake_in_this_package_is_told_in_full(
 ) -> None:
     right = codec.encode
 
-    def encode(model: CMamba, image: np.ndarray, *args: float, **options: int) -> bytes:
+    def encode(image: np.ndarray, model: CMamba, *args: float, **options: int) -> bytes:
         if image.ndim == 2:
             raise KeyError("a mistake")
-        return right(model, image, *args, **options)
+        return right(image, model, *args, **options)
 
     monkeypatch.setattr(codec, "encode", encode)
     assert main(["encode", str(album), "--model", model_dir, "--jobs", "1"]) == 1
@@ -291,7 +291,7 @@ def test_a_mistake_in_this_package_is_told_in_full(
 def test_an_item_that_kills_its_process_is_given_up_and_no_other() -> None:
     results = []
     items = ["a", "kill", "b", "c", "kill", "d"]
-    pool.spread(
+    process_pool.spread(
         pool_helpers.work, items, 2, pool_helpers.prepare, lambda *pair: results.append(pair)
     )
     assert sorted(results, key=str) == sorted(
@@ -307,7 +307,7 @@ def test_a_file_whose_process_died_is_reported(
         for task in tasks:
             report(task, None)
 
-    monkeypatch.setattr(pool, "spread", spread)
+    monkeypatch.setattr(process_pool, "spread", spread)
     assert main(["encode", str(album), "--jobs", "2"]) == 1
     out, err = capsys.readouterr()
     assert err.splitlines()[0] == f"cmamba: error: {album / 'a.png'}: {batch.PROCESS_DIED}"
@@ -316,7 +316,9 @@ def test_a_file_whose_process_died_is_reported(
 
 def test_an_exception_leaves_no_process() -> None:
     with pytest.raises(ValueError, match="raise"):
-        pool.spread(pool_helpers.work, ["raise"] * 4, 2, pool_helpers.prepare, lambda *_: None)
+        process_pool.spread(
+            pool_helpers.work, ["raise"] * 4, 2, pool_helpers.prepare, lambda *_: None
+        )
     assert multiprocessing.active_children() == []
 
 
@@ -389,7 +391,7 @@ def test_progress_is_shown_on_a_terminal_only(
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert main(args) == 0
-    assert re.search(r"cmamba: \d/3 \|.*\| \S+ gone, \S+ to go", capsys.readouterr().err)
+    assert re.search(r"cmamba: \d/3 \|.*\| \S+ elapsed, \S+ left", capsys.readouterr().err)
 
 
 def test_each_process_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ SYNTHESIS = ["g_s other", "g_s convolutions", *(f"g_s blocks at H/{n}" for n in 
 
 def test_stages_are_all_there_and_add_up_to_the_whole(model):
     picture = bench_cpu.photograph(64, 128)
-    data, encoding = stage_clock.time_by_stage(model, lambda: cmamba_ref.encode(model, picture))
+    data, encoding = stage_clock.time_by_stage(model, lambda: cmamba_ref.encode(picture, model))
     decoded, decoding = stage_clock.time_by_stage(model, lambda: cmamba_ref.decode(data, model))
     assert set(encoding.stages) == {*ANALYSIS, "h_a", *ENTROPY, stage_clock.OTHER}
     assert set(decoding.stages) == {*SYNTHESIS, *ENTROPY, stage_clock.OTHER}
@@ -73,7 +73,7 @@ def test_stages_are_all_there_and_add_up_to_the_whole(model):
         assert 0.8 * timing.total < parts <= timing.total
         assert 0 < timing.scans < parts
         assert not timing.peaks
-    assert data == cmamba_ref.encode(model, picture)
+    assert data == cmamba_ref.encode(picture, model)
     assert np.array_equal(decoded, cmamba_ref.decode(data, model))
 
 
@@ -85,11 +85,11 @@ def test_time_goes_to_the_stage_that_takes_it(monkeypatch, model):
         return encode(*args, **kwargs)
 
     picture = bench_cpu.photograph(64, 64)
-    coding, _ = model._coding()
+    coding = model.latent_coder.float64_modules()
     handle = coding["context"].lrp[1].register_forward_hook(lambda *_: time.sleep(pause))
     monkeypatch.setattr(rans, "encode", slow)
     try:
-        _, timing = stage_clock.time_by_stage(model, lambda: cmamba_ref.encode(model, picture))
+        _, timing = stage_clock.time_by_stage(model, lambda: cmamba_ref.encode(picture, model))
     finally:
         handle.remove()
     assert 2 * pause <= timing.stages.pop("entropy coder")  # of y and of z
@@ -111,7 +111,7 @@ def test_nothing_stays_behind(model):
     with pytest.raises(ZeroDivisionError):
         stage_clock.time_by_stage(model, broken)
     assert patched() == before
-    modules = [*model.modules(), *model._coding()[0].modules()]
+    modules = [*model.modules(), *model.latent_coder.float64_modules().modules()]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
@@ -125,7 +125,7 @@ def test_memory_goes_to_the_stage_that_takes_it(model):
     handle = model.h_a[0].register_forward_pre_hook(take)
     try:
         _, timing = stage_clock.time_by_stage(
-            model, lambda: cmamba_ref.encode(model, picture), memory=True
+            model, lambda: cmamba_ref.encode(picture, model), memory=True
         )
     finally:
         handle.remove()

@@ -9,9 +9,8 @@ from codec_helpers import HEADER, HEADER_BYTES, LATENT_PREFIX, field_of, with_ch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmamba_ref.bitstream import (
-    Container,
-    Header,
+from cmamba_ref.codec.container import Container, Header
+from cmamba_ref.entropy.latent_prefix import (
     LatentPrefix,
     pack_latent,
     symbols_crc,

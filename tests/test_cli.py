@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 import cmamba_ref
-from cmamba_ref import CMamba, codec, demo, files, identity
-from cmamba_ref.cli import main
+from cmamba_ref import CMamba, atomic_write, codec, model_id
+from cmamba_ref.cli import demo, main
+from cmamba_ref.codec.images import read_image
 from cmamba_ref.config import TINY
-from cmamba_ref.images import read_image
 from cmamba_ref.metrics import psnr
 from cmamba_ref.model import DEFAULT_QUALITY
 
@@ -72,7 +72,7 @@ def photo(tmp_path: Path) -> Path:
 @pytest.fixture
 def encoded(photo: Path, model: CMamba) -> Path:
     path = photo.with_suffix(".cmb")
-    path.write_bytes(cmamba_ref.encode(model, read_image(photo)))
+    path.write_bytes(cmamba_ref.encode(read_image(photo), model))
     return path
 
 
@@ -109,7 +109,7 @@ def test_encode_writes_what_the_api_returns(
 ) -> None:
     assert main(["encode", str(photo), "--model", model_dir, "--quality", "2.5"]) == 0
     data = photo.with_suffix(".cmb").read_bytes()
-    assert data == cmamba_ref.encode(model, read_image(photo), 2.5)
+    assert data == cmamba_ref.encode(read_image(photo), model, 2.5)
     out, err = capsys.readouterr()
     assert err == ""
     (line,) = out.splitlines()
@@ -122,7 +122,7 @@ def test_decode_writes_what_the_api_returns(
     photo: Path, model: CMamba, model_dir: str, grey: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = read_image(photo)
-    data = cmamba_ref.encode(model, picture[..., 0] if grey else picture)
+    data = cmamba_ref.encode(picture[..., 0] if grey else picture, model)
     encoded = photo.with_name("a.cmb")
     encoded.write_bytes(data)
     assert main(["decode", str(encoded), "--model", model_dir]) == 0
@@ -150,7 +150,7 @@ def test_a_model_of_one_rate(tmp_path: Path, photo: Path, capsys: pytest.Capture
     fixed = make_model(tmp_path / "fixed", lmbdas=())
     assert main(["encode", str(photo), "--model", fixed]) == 0
     assert main(["info", str(photo.with_suffix(".cmb"))]) == 0
-    assert "the model has one rate" in capsys.readouterr().out
+    assert "fixed-rate model" in capsys.readouterr().out
     assert main(["encode", str(photo), "--model", fixed, "--force", "--quality", "4"]) == 1
     assert "`quality` must be None" in error_line(capsys)
 
@@ -338,7 +338,7 @@ def test_ctrl_c(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files.os, "replace", interrupt)
+    monkeypatch.setattr(atomic_write.os, "replace", interrupt)
     assert main(["encode", str(photo), "--model", model_dir]) == 130
     assert capsys.readouterr().err == "cmamba: interrupted\n"
     assert names(photo.parent) == ["photo.png"]
@@ -422,8 +422,8 @@ def test_info(encoded: Path, model: CMamba, capsys: pytest.CaptureFixture[str]) 
     assert out.startswith(f"{encoded}\n")
     for line in (
         r"format    version 0, checksum correct",
-        rf"model     {model.model_id.hex()} \(does not ship with this version\)",
-        rf"picture   {WIDTH}x{HEIGHT}, colour",
+        rf"model     {model.model_id.hex()} \(not bundled with this version\)",
+        rf"image     {WIDTH}x{HEIGHT}, colour",
         r"quality   4",
         rf"size      {size} bytes, {8 * size / (WIDTH * HEIGHT):.3f} bits per pixel",
         r"y         \d+ bytes, lanes: 1, shift: 0",
@@ -438,7 +438,7 @@ def test_info_names_a_model_that_ships(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(identity, "PRETRAINED", Path(model_dir).parent)
+    monkeypatch.setattr(model_id, "PRETRAINED", Path(model_dir).parent)
     assert main(["info", str(encoded)]) == 0
     assert f"({Path(model_dir).name})" in capsys.readouterr().out
 
@@ -477,7 +477,7 @@ def test_demo_with_a_model_of_ones_own(
     assert names(tmp_path / "cmamba-demo") == ["coffee.cmb", "coffee.png"]
     data = (tmp_path / "cmamba-demo" / "coffee.cmb").read_bytes()
     original = read_image(demo.PHOTOGRAPH)
-    assert data == cmamba_ref.encode(model, original, 3)
+    assert data == cmamba_ref.encode(original, model, 3)
     decoded = read_image(tmp_path / "cmamba-demo" / "coffee.png")
     np.testing.assert_array_equal(decoded, cmamba_ref.decode(data, model))
     out = capsys.readouterr().out
@@ -520,9 +520,9 @@ def test_a_match_is_the_lowest_quality_that_reaches_the_psnr() -> None:
     assert jpeg.name == "JPEG"
     found = demo.match(jpeg, original, 30.0)
     assert found is not None
-    assert psnr(original, found.picture) >= 30
+    assert psnr(original, found.image) >= 30
     below = demo._try(jpeg, original, found.quality - 1)
-    assert psnr(original, below.picture) < 30
+    assert psnr(original, below.image) < 30
     lower = demo.match(jpeg, original, 29.0)
     assert lower is not None
     assert lower.quality < found.quality and len(lower.data) < len(found.data)
@@ -567,5 +567,5 @@ def test_help_says_what_the_defaults_are(capsys: pytest.CaptureFixture[str]) -> 
         f"1 (small) to 8 (good), also in between, such as 3.5 (default: {DEFAULT_QUALITY:g})"
         in text
     )
-    assert f"(default: {codec.DEFAULT_MODEL}, which ships)" in text
+    assert f"(default: {codec.DEFAULT_MODEL}, which is bundled)" in text
     assert f"(default: {codec.DEFAULT_MAX_PIXELS // 1_000_000} million)" in text

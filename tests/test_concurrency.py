@@ -17,8 +17,10 @@ from codec_helpers import picture, random_model
 from PIL import Image
 
 import cmamba_ref
-from cmamba_ref import CMamba, codec, model, pillow_plugin, scan_backend, selective_scan_2d
-from cmamba_ref.images import png_bytes
+from cmamba_ref import CMamba, codec, pillow_plugin, scan_backend, selective_scan_2d
+from cmamba_ref.codec import image_codec
+from cmamba_ref.codec.images import png_bytes
+from cmamba_ref.entropy import latent_coder
 from cmamba_ref.ops import dispatch
 from cmamba_ref.testing import scan_2d_arguments
 
@@ -48,7 +50,7 @@ def at_once(work: Callable, items: list, threads: int = THREADS) -> list:
 
 
 def coded(shared: CMamba, image: np.ndarray, quality: float) -> tuple[bytes, bytes]:
-    data = cmamba_ref.encode(shared, image, quality)
+    data = cmamba_ref.encode(image, shared, quality)
     return data, cmamba_ref.decode(data, shared).tobytes()
 
 
@@ -61,16 +63,16 @@ def test_one_model_in_many_threads():
 
 def test_the_coding_path_is_copied_once(monkeypatch):
     copies = []
-    original = model.float64_copy
+    original = latent_coder.float64_copy
 
     def copy_slowly(module, device):
         copies.append(module)
         time.sleep(0.02)
         return original(module, device)
 
-    monkeypatch.setattr(model, "float64_copy", copy_slowly)
+    monkeypatch.setattr(latent_coder, "float64_copy", copy_slowly)
     shared = random_model()
-    at_once(lambda _: shared._coding(), [0] * THREADS)
+    at_once(lambda _: shared.latent_coder.float64_modules(), [0] * THREADS)
     assert len(copies) == 2  # h_s and the context model
 
 
@@ -82,12 +84,12 @@ def test_a_model_that_ships_is_loaded_once(monkeypatch):
         time.sleep(0.05)
         return random_model()
 
-    monkeypatch.setattr(codec.CMamba, "from_pretrained", load)
-    codec._load_shipped.cache_clear()
+    monkeypatch.setattr(image_codec.CMamba, "from_pretrained", load)
+    image_codec._load_shipped.cache_clear()
     try:
         models = at_once(lambda _: codec.default_model(), [0] * THREADS)
     finally:
-        codec._load_shipped.cache_clear()
+        image_codec._load_shipped.cache_clear()
     assert loaded == ["tiny"] and len(set(map(id, models))) == 1
 
 
@@ -130,7 +132,7 @@ def test_pillow_in_threads(tmp_path):
 
 REPLACE = """
 import sys
-from cmamba_ref.files import write_atomically
+from cmamba_ref.atomic_write import write_atomically
 
 for _ in range(100):
     write_atomically(sys.argv[1], sys.argv[2].encode() * 100_000)
@@ -178,7 +180,7 @@ def test_several_commands_into_one_folder(tmp_path, model_dir):
         for i in range(4):
             image = picture(70, 90, seed=10 * ord(name[0]) + i)
             (tmp_path / name / f"{name}{i}.png").write_bytes(png_bytes(image))
-            expected[f"{name}{i}.cmb"] = cmamba_ref.encode(random_model(), image)
+            expected[f"{name}{i}.cmb"] = cmamba_ref.encode(image, random_model())
     commands = [
         cmamba(
             *("encode", str(tmp_path / name), str(tmp_path / "all"), "-o", str(out)),
@@ -206,6 +208,6 @@ def test_several_commands_for_one_target(tmp_path, model_dir):
     for command in commands:
         assert command.wait(timeout=300) == 0
         command.communicate()
-    versions = [cmamba_ref.encode(random_model(), picture(70, 90), q) for q in qualities]
+    versions = [cmamba_ref.encode(picture(70, 90), random_model(), q) for q in qualities]
     assert target.read_bytes() in versions
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.cmb", "photo.png"]

@@ -65,7 +65,7 @@ def check_elsewhere(pictures: dict[str, tuple[np.ndarray, float]], folder: Path)
     """Encode and decode here, decode there, compare."""
     model, here = shipped_model(), {}
     for name, (image, quality) in pictures.items():
-        data = cmamba_ref.encode(model, image, quality)
+        data = cmamba_ref.encode(image, model, quality)
         (folder / f"{name}.cmb").write_bytes(data)
         with recording() as seen:
             decoded = cmamba_ref.decode(data, model)
@@ -115,7 +115,7 @@ def test_odd_sizes_decode_the_same_in_another_process(tmp_path):
 def test_symbols_do_not_depend_on(circumstance):
     model = random_model()
     with recording() as encoded:
-        data = cmamba_ref.encode(model, picture(100, 130), 4)
+        data = cmamba_ref.encode(picture(100, 130), model, 4)
     with recording() as decoded, circumstance():
         cmamba_ref.decode(data, model)
     assert_same_coding(decoded[0], encoded[0])
@@ -128,7 +128,7 @@ def test_a_gpu_and_a_processor_read_each_other_s_files():
     image = picture(300, 500)
     for writer, reader in ((on_processor, on_gpu), (on_gpu, on_processor)):
         with recording() as encoded:
-            data = cmamba_ref.encode(writer, image, 4)
+            data = cmamba_ref.encode(image, writer, 4)
         with recording() as decoded:
             there = cmamba_ref.decode(data, reader)
         assert_same_coding(decoded[0], encoded[0])
@@ -139,7 +139,7 @@ def test_a_gpu_and_a_processor_read_each_other_s_files():
 def test_encoding_under_autocast_makes_a_file_that_decodes_without():
     model = random_model()
     with torch.autocast("cpu", torch.bfloat16), recording() as encoded:
-        data = cmamba_ref.encode(model, picture(100, 130), 4)
+        data = cmamba_ref.encode(picture(100, 130), model, 4)
     with recording() as decoded:
         cmamba_ref.decode(data, model)
     assert np.array_equal(decoded[0].symbols, encoded[0].symbols)
@@ -148,7 +148,7 @@ def test_encoding_under_autocast_makes_a_file_that_decodes_without():
 def test_the_path_from_z_hat_on_runs_in_float64():
     model = random_model()
     with recording() as encoded:
-        data = cmamba_ref.encode(model, picture(64, 64), 4)
+        data = cmamba_ref.encode(picture(64, 64), model, 4)
     with recording() as decoded:
         cmamba_ref.decode(data, model)
     for seen in (encoded[0], decoded[0]):
@@ -231,14 +231,14 @@ def test_a_file_that_needed_a_shift_decodes():
     model = random_model()
     image = picture(64, 64)
     with recording() as seen:
-        assert shift_of(cmamba_ref.encode(model, image, 4)) == 0
+        assert shift_of(cmamba_ref.encode(image, model, 4)) == 0
     head = model.context.cae[0].head
     first = seen[0].log_scales[0]
     nearest = min((boundary(k, 0) for k in range(1, 64)), key=lambda b: abs(b - first))
     head.bias.data = head.bias.data.double()
     head.bias.data[head.bias.numel() // 2] += nearest - first
     with recording() as encoded:
-        data = cmamba_ref.encode(model, image, 4)
+        data = cmamba_ref.encode(image, model, 4)
     assert abs(encoded[0].log_scales[0] - nearest) < 1e-12
     assert shift_of(data) == 1
     assert distance_to_boundaries(encoded[0].log_scales, 1) >= MARGIN
@@ -250,7 +250,7 @@ def test_a_file_that_needed_a_shift_decodes():
 def test_every_scale_of_a_photograph_keeps_the_margin(kodak_paths):
     model = shipped_model()
     with recording() as seen:
-        data = cmamba_ref.encode(model, load_picture(kodak_paths[3]), 4)
+        data = cmamba_ref.encode(load_picture(kodak_paths[3]), model, 4)
     parts = np.array_split(seen[0].log_scales, 20)
     assert min(distance_to_boundaries(part, shift_of(data)) for part in parts) >= MARGIN
 

@@ -80,7 +80,7 @@ def test_report_agrees_with_an_independent_computation(folder, evaluated, codec,
 def test_the_files_are_those_of_the_codec(folder, evaluated):
     report, kept = evaluated
     model = cmamba_ref.CMamba.from_pretrained(MODEL)
-    data = cmamba_ref.encode(model, load_picture(folder / "colour.png"), 8)
+    data = cmamba_ref.encode(load_picture(folder / "colour.png"), model, 8)
     point = f"{model.model_id.hex()}-8"
     assert (kept / "cmamba" / point / "colour.png.cmb").read_bytes() == data
     assert report["cmamba"]["results"]["model"] == [model.model_id.hex()] * 2

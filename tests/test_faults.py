@@ -21,9 +21,8 @@ from codec_helpers import picture, random_model
 from PIL import Image
 
 import cmamba_ref
-from cmamba_ref import batch
-from cmamba_ref.cli import main
-from cmamba_ref.images import png_bytes
+from cmamba_ref.cli import batch, main
+from cmamba_ref.codec.images import png_bytes
 
 ROOT = Path(cmamba_ref.__file__).parents[1]
 PIXELS = picture(70, 90)
@@ -41,7 +40,7 @@ def photo(tmp_path: Path) -> Path:
 @pytest.fixture
 def encoded(tmp_path: Path, model_dir: str) -> Path:
     path = tmp_path / "photo.cmb"
-    path.write_bytes(cmamba_ref.encode(random_model(), PIXELS))
+    path.write_bytes(cmamba_ref.encode(PIXELS, random_model()))
     return path
 
 
@@ -77,7 +76,7 @@ def test_no_room_for_the_whole_file(photo, encoded, model_dir, capsys, command, 
     source, target = (photo, encoded) if command == "encode" else (encoded, photo)
     target.write_bytes(b"older")
     arguments = [command, str(source), "--model", model_dir, "--force"]
-    data = cmamba_ref.encode(random_model(), PIXELS)
+    data = cmamba_ref.encode(PIXELS, random_model())
     if command == "decode":
         data = png_bytes(cmamba_ref.decode(data, random_model()))
     size = len(data)
@@ -97,7 +96,7 @@ def test_no_room_for_one_of_many(tmp_path, model_dir, capsys):
     folder.mkdir()
     (folder / "large.png").write_bytes(png_bytes(picture(200, 200)))
     (folder / "small.png").write_bytes(png_bytes(picture(8, 8)))
-    limit = len(cmamba_ref.encode(random_model(), picture(8, 8)))
+    limit = len(cmamba_ref.encode(picture(8, 8), random_model()))
     arguments = ["encode", str(folder), "-o", str(tmp_path / "out"), "--model", model_dir]
     with room_for(limit):
         assert main([*arguments, "--jobs", "1"]) == 1
@@ -146,10 +145,11 @@ def test_a_folder_that_may_not_be_written(photo, encoded, model_dir, capsys):
 # A process that is at the end of a write when the signal comes: all bytes are in the temporary
 # file, which has not got its name.
 WRITE = """
-import os, signal, sys
+import importlib, os, signal, sys
 from pathlib import Path
-from cmamba_ref import cli
-from cmamba_ref.files import write_atomically
+from cmamba_ref.atomic_write import write_atomically
+
+cli = importlib.import_module("cmamba_ref.cli.main")
 
 def main():
     number = getattr(signal, sys.argv[2])
@@ -191,10 +191,10 @@ def test_what_a_killed_process_left_is_taken_for_nothing(photo, encoded, model_d
 
 # The command itself; it gets the signal when it comes to a stage, or within its write.
 AT_STAGE = """
-import contextlib, os, signal, sys
+import contextlib, importlib, os, signal, sys
 from pathlib import Path
-from cmamba_ref import cli
 
+cli = importlib.import_module("cmamba_ref.cli.main")
 number, moment = getattr(signal, sys.argv.pop(1)), sys.argv.pop(1)
 
 @contextlib.contextmanager

@@ -136,7 +136,7 @@ def test_runs_repeat_and_add_up(tmp_path):
     sound = sum(len(target.seeds()) for target in TARGETS.values())
     assert b["total"]["trials"] == 2 * (25 + sound) == 2 * a["total"]["trials"]
     assert b["total"]["findings"] == 0 and b["total"]["slowest"]["seconds"] > 0
-    reached, possible = b["total"]["lines_reached"]["bitstream.py"].split(" of ")
+    reached, possible = b["total"]["lines_reached"]["codec/container.py"].split(" of ")
     assert 10 < int(reached) <= int(possible)
     (finding, *_) = sorted((tmp_path / "findings").glob("*.txt"))
     assert "ZeroDivisionError" in finding.read_text() and finding.with_suffix(".bin").exists()

@@ -36,7 +36,7 @@ def test_golden_pictures_encode_to_files_like_the_stored_ones(model, name):
     """Not to the same bytes on every machine: g_a runs in float32, and a symbol may differ."""
     stored = (GOLDEN / f"{name}.cmb").read_bytes()
     quality = 0.01 * read_file(stored).quality
-    data = cmamba_ref.encode(model, load_picture(GOLDEN / f"{name}.png"), quality)
+    data = cmamba_ref.encode(load_picture(GOLDEN / f"{name}.png"), model, quality)
     assert len(data) == pytest.approx(len(stored), rel=0.01, abs=4)
     decoded = cmamba_ref.decode(data, model)
     expected = load_picture(GOLDEN / f"{name}.decoded.png")

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from cmamba_ref import ImageError
-from cmamba_ref import files as files_module
-from cmamba_ref.files import write_atomically
-from cmamba_ref.images import read_image, write_png
+from cmamba_ref import ImageError, atomic_write
+from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.codec.images import read_image, write_png
 
 HEIGHT, WIDTH = 12, 20
 
@@ -372,7 +371,7 @@ def test_a_failed_write_leaves_what_was_there(
         if fault == "write":
             patch.setattr(Path, "write_bytes", half)
         else:
-            patch.setattr(files_module.os, "replace", broken)
+            patch.setattr(atomic_write.os, "replace", broken)
         with pytest.raises(OSError):
             write_atomically(target, b"after" * 100)
     assert [path.name for path in tmp_path.iterdir()] == ["a.cmb"]

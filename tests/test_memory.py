@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from cmamba_ref import MemoryLimitError, codec, memory
+from cmamba_ref import MemoryLimitError, codec
 from cmamba_ref.cli import main
+from cmamba_ref.codec import memory
 from cmamba_ref.config import BASE, SMALL, TINY
 from cmamba_ref.model import CMamba
 from tools import resident
@@ -34,9 +35,9 @@ from cmamba_ref import CMamba, encode, decode
 from tools import resident
 torch.set_num_threads(1)
 model, side = CMamba.from_pretrained("tiny"), int(sys.argv[1])
-encode(model, np.zeros((64, 64, 3), np.uint8))
+encode(np.zeros((64, 64, 3), np.uint8), model)
 picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-for work in (lambda: encode(model, picture), lambda: decode(data, model)):
+for work in (lambda: encode(picture, model), lambda: decode(data, model)):
     resident.trim_heap()
     before = resident.resident_bytes()
     resident.restart_peak()
@@ -68,19 +69,19 @@ def test_a_picture_that_takes_too_much_is_refused_before_any_work(monkeypatch, n
     picture = np.zeros((64, 64, 3), np.uint8)
     needed = memory.predict(TINY, 64, 64)
     with pytest.raises(MemoryLimitError, match="64x64 pixels take about .* are allowed; raise"):
-        codec.encode(None, picture, max_memory=needed - 1)
+        codec.encode(picture, max_memory=needed - 1)
     monkeypatch.setattr(memory, "available", lambda: needed - 1)
     with pytest.raises(MemoryLimitError, match="are available"):
-        codec.encode(None, picture)
+        codec.encode(picture)
     with pytest.raises(AssertionError):
-        codec.encode(None, picture, max_memory=needed)
+        codec.encode(picture, max_memory=needed)
     monkeypatch.setattr(memory, "available", lambda: None)
     with pytest.raises(AssertionError):
-        codec.encode(None, picture)
+        codec.encode(picture)
 
 
 def test_a_file_that_takes_too_much_is_refused_before_any_work(monkeypatch, tmp_path, capsys):
-    data = codec.encode(None, np.zeros((64, 64, 3), np.uint8))
+    data = codec.encode(np.zeros((64, 64, 3), np.uint8))
     needed = memory.predict(TINY, 64, 64)
     with pytest.raises(MemoryLimitError):
         codec.decode(data, max_memory=needed - 1)

@@ -14,9 +14,10 @@ from codec_helpers import field_of, picture, with_field
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 import cmamba_ref
-from cmamba_ref import CMamba, MemoryLimitError, codec, identity, memory, pillow_plugin
-from cmamba_ref.errors import BitstreamError, ImageError, OtherModelError, PillowError
-from cmamba_ref.images import read_image
+from cmamba_ref import CMamba, MemoryLimitError, codec, pillow_plugin
+from cmamba_ref.codec import image_codec, memory
+from cmamba_ref.codec.images import read_image
+from cmamba_ref.errors import BitstreamError, ImageError, ModelMismatchError, PillowError
 
 PICTURE = picture(70, 90)
 
@@ -28,7 +29,7 @@ def model(model_dir: str) -> CMamba:
 
 @pytest.fixture(scope="module")
 def data(model: CMamba) -> bytes:
-    return cmamba_ref.encode(model, PICTURE)
+    return cmamba_ref.encode(PICTURE, model)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def test_opening_reads_the_header_and_loading_decodes(model: CMamba, data: bytes
 
 def test_a_grey_file_opens_in_mode_l(model: CMamba) -> None:
     pillow_plugin.use_model(model)
-    data = cmamba_ref.encode(model, PICTURE[..., 0])
+    data = cmamba_ref.encode(PICTURE[..., 0], model)
     opened = Image.open(io.BytesIO(data))
     assert opened.mode == "L"
     expected = cmamba_ref.decode(data, model)
@@ -95,14 +96,14 @@ def test_importing_and_opening_take_no_torch(photo: Path, root: Path) -> None:
 def test_a_file_of_a_model_that_ships_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the weights that ship are hashed for the first such file only."""
     asked = []
-    name_of = identity.name_of
+    name_of = image_codec.name_of
 
     def counted(model_id: bytes) -> str | None:
         asked.append(model_id)
         return name_of(model_id)
 
-    monkeypatch.setattr(identity, "name_of", counted)
-    data = cmamba_ref.encode(None, PICTURE)
+    monkeypatch.setattr(image_codec, "name_of", counted)
+    data = cmamba_ref.encode(PICTURE)
     for _ in range(2):
         with Image.open(io.BytesIO(data)) as opened:
             np.testing.assert_array_equal(np.asarray(opened), cmamba_ref.decode(data))
@@ -114,7 +115,7 @@ def test_a_model_that_is_not_at_hand_is_named(photo: Path, model: CMamba) -> Non
         with pytest.raises(PillowError, match=model.model_id.hex()) as caught:
             opened.load()
         assert "use_model" in str(caught.value)
-        assert isinstance(caught.value.__cause__, OtherModelError)
+        assert isinstance(caught.value.__cause__, ModelMismatchError)
         pillow_plugin.use_model(model)
         opened.load()
 
@@ -206,7 +207,7 @@ def test_room_is_made_only_for_what_decodes(
     for width, height, reason in (
         (1, 134_217_729, "more than the limit"),
         (134_217_729, 1, "more than the limit"),
-        (2000, 2000, "cannot hold a picture of 2048x2048"),
+        (2000, 2000, "cannot hold an image of 2048x2048"),
     ):
         hostile = with_field(with_field(data, "width", width), "height", height)
         with pytest.warns() if width * height > 10**8 else contextlib.nullcontext():
@@ -223,7 +224,7 @@ def test_a_file_that_has_changed_since_it_was_opened(
     file = io.BytesIO(data)
     opened = Image.open(file)
     file.seek(0)
-    file.write(cmamba_ref.encode(model, np.zeros(shape, np.uint8)))
+    file.write(cmamba_ref.encode(np.zeros(shape, np.uint8), model))
     file.truncate()
     with pytest.raises(PillowError, match="has changed since it was opened"):
         opened.load()
@@ -264,10 +265,10 @@ def test_save_writes_what_the_api_returns(
 ) -> None:
     chosen = model_dir if kind == "directory" else model
     Image.fromarray(PICTURE).save(tmp_path / "a.CMB", quality=2.5, model=chosen)
-    assert (tmp_path / "a.CMB").read_bytes() == cmamba_ref.encode(model, PICTURE, 2.5)
+    assert (tmp_path / "a.CMB").read_bytes() == cmamba_ref.encode(PICTURE, model, 2.5)
     buffer = io.BytesIO()
     Image.fromarray(PICTURE[..., 1]).save(buffer, "cmamba", model=chosen)
-    assert buffer.getvalue() == cmamba_ref.encode(model, PICTURE[..., 1])
+    assert buffer.getvalue() == cmamba_ref.encode(PICTURE[..., 1], model)
 
 
 def test_the_default_model_is_that_of_the_api() -> None:
@@ -291,7 +292,7 @@ def test_pictures_are_seen_as_the_command_line_sees_files(tmp_path: Path, model:
         with Image.open(tmp_path / name) as opened:
             opened.save(buffer, "CMAMBA", model=model)
         expected = read_image(tmp_path / name)
-        assert buffer.getvalue() == cmamba_ref.encode(model, expected), name
+        assert buffer.getvalue() == cmamba_ref.encode(expected, model), name
         shown = Image.open(buffer)
         assert shown.size == expected.shape[1::-1], name
         assert not shown.getexif() and "icc_profile" not in shown.info
@@ -305,9 +306,9 @@ def test_pictures_are_seen_as_the_command_line_sees_files(tmp_path: Path, model:
 @pytest.mark.parametrize(
     ("mode", "reason"),
     [
-        ("RGBA", "the picture has transparency; flatten it"),
-        ("CMYK", "the picture is in CMYK colours"),
-        ("I;16", "the picture has more than 8 bits"),
+        ("RGBA", "the image has transparency; flatten it"),
+        ("CMYK", "the image is in CMYK colours"),
+        ("I;16", "the image has more than 8 bits"),
     ],
 )
 def test_what_a_file_cannot_hold_is_refused(

@@ -146,7 +146,7 @@ def test_pictures_and_sizes_are_those_of_the_codecs(made, photograph):
     page = Page(made.read_text())
     original = np.array(Image.open(photograph))
     model = cmamba_ref.CMamba.from_pretrained(MODEL)
-    ours = cmamba_ref.encode(model, original, QUALITY)
+    ours = cmamba_ref.encode(original, model, QUALITY)
     expected = [original, cmamba_ref.decode(ours, model)]
     sizes = [photograph.stat().st_size, len(ours)]
     for key in ("jpeg420", "webp", "avif"):

@@ -12,16 +12,16 @@ from codec_helpers import picture
 from PIL import Image
 
 import cmamba_ref
-from cmamba_ref import CMamba, streams
-from cmamba_ref.cli import main
-from cmamba_ref.images import png_bytes
+from cmamba_ref import CMamba
+from cmamba_ref.cli import main, stdio
+from cmamba_ref.codec.images import png_bytes
 
 PICTURE = picture(70, 90)
 
 
 @pytest.fixture(scope="module")
 def data(model_dir: str) -> bytes:
-    return cmamba_ref.encode(CMamba.from_pretrained(model_dir), PICTURE)
+    return cmamba_ref.encode(PICTURE, CMamba.from_pretrained(model_dir))
 
 
 def feed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
@@ -149,7 +149,7 @@ def test_a_file_of_that_name_can_be_named(
     Path("-").write_bytes(data)
     assert main(["info", "./-"]) == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path / '-'}\n")
-    assert streams.parse_path("-") == streams.STREAM == Path("-")
+    assert stdio.parse_path("-") == stdio.STREAM == Path("-")
 
 
 def test_as_programs_in_a_pipe(tmp_path: Path, model_dir: str, data: bytes) -> None:

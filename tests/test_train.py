@@ -84,13 +84,13 @@ def test_training_exports_a_model_that_codes(folder):
     model = cmamba_ref.CMamba.from_pretrained(out / "model")
     with Image.open(IMAGE) as file:
         image = np.asarray(file)[:70, :90]
-    decoded = cmamba_ref.decode(cmamba_ref.encode(model, image, 5), model)
+    decoded = cmamba_ref.decode(cmamba_ref.encode(image, model, 5), model)
     assert decoded.shape == image.shape
 
     # The rate is that of files, and the sample is what a decoder makes of one.
     with Image.open(out / "samples" / "000000003" / "0-original.png") as image:
         original = np.asarray(image)
-    data = cmamba_ref.encode(model, original, 8)
+    data = cmamba_ref.encode(original, model, 8)
     assert end["qualities"]["8.0"]["file_bpp"] == 8 * len(data) / 64**2
     with Image.open(out / "samples" / "000000003" / "0-quality-8.png") as image:
         assert np.array_equal(np.asarray(image), cmamba_ref.decode(data, model))
@@ -387,7 +387,7 @@ def test_tables_are_fitted_to_the_symbols_of_training_images(folder):
         for name in ("gaussian", "fitted")
     }
     image = data.read_rgb(folder / "photos" / "0.png")
-    files = {name: cmamba_ref.encode(model, image, 8) for name, model in models.items()}
+    files = {name: cmamba_ref.encode(image, model, 8) for name, model in models.items()}
     assert len(files["fitted"]) < len(files["gaussian"])
     decoded = [cmamba_ref.decode(files[name], model) for name, model in models.items()]
     assert np.array_equal(*decoded)

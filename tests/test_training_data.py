@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from cmamba_ref import ImageError, images
+from cmamba_ref import ImageError
+from cmamba_ref.codec import images
 from cmamba_ref.errors import TrainingError
 from cmamba_ref.training import data, draws
 from cmamba_ref.training.schedule import Phase

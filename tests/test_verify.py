@@ -9,8 +9,8 @@ from PIL import Image
 import cmamba_ref
 from cmamba_ref import CMamba, codec
 from cmamba_ref.cli import main
-from cmamba_ref.errors import BitstreamError, OtherModelError
-from cmamba_ref.verify import verify_encoded, verify_file
+from cmamba_ref.codec.verify import verify_encoded, verify_file
+from cmamba_ref.errors import BitstreamError, ModelMismatchError
 
 LIMITS = {"max_pixels": 10**6, "max_memory": None}
 
@@ -22,7 +22,7 @@ def model(model_dir: str) -> CMamba:
 
 @pytest.fixture(scope="module")
 def good(model: CMamba) -> bytes:
-    return cmamba_ref.encode(model, picture(70, 90))
+    return cmamba_ref.encode(picture(70, 90), model)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def wrong_symbols(good: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def foreign() -> bytes:
-    return cmamba_ref.encode(random_model(seed=1), picture(64, 64)[..., 0])
+    return cmamba_ref.encode(picture(64, 64)[..., 0], random_model(seed=1))
 
 
 @pytest.fixture
@@ -94,9 +94,9 @@ def test_only_good_files_give_0(
 
 
 def test_a_file_of_a_model_that_ships_needs_no_option(good: bytes, model: CMamba) -> None:
-    data = cmamba_ref.encode(None, picture(64, 64)[..., 0])
+    data = cmamba_ref.encode(picture(64, 64)[..., 0])
     assert verify_file(data, model, **LIMITS) == "64x64, grey, model 'tiny'"
-    with pytest.raises(OtherModelError, match=model.model_id.hex()):
+    with pytest.raises(ModelMismatchError, match=model.model_id.hex()):
         verify_file(good, codec.default_model(), **LIMITS)
 
 

@@ -46,9 +46,9 @@ from provenance import in_words, of_run, versions
 from tqdm import tqdm
 
 from cmamba_ref import CMamba, CMambaError
-from cmamba_ref.batch import core_count
-from cmamba_ref.files import write_atomically
-from cmamba_ref.identity import WEIGHTS_FILE
+from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.cli.batch import core_count
+from cmamba_ref.model_id import WEIGHTS_FILE
 from cmamba_ref.training.settings import Settings
 
 HERE = Path(__file__).resolve().parent

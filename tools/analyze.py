@@ -62,8 +62,8 @@ from tqdm import tqdm
 
 import cmamba_ref
 from cmamba_ref import CMamba, CMambaError
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.errors import explain
-from cmamba_ref.files import write_atomically
 from cmamba_ref.metrics import psnr
 from cmamba_ref.model import MULTIPLE
 
@@ -131,7 +131,7 @@ def ceiling_of(model: CMamba, image: np.ndarray, qualities: list[float | None]) 
     height, width = image.shape[:2]
     rows = []
     for quality in qualities:
-        decoded = cmamba_ref.decode(cmamba_ref.encode(model, image, quality), model)
+        decoded = cmamba_ref.decode(cmamba_ref.encode(image, model, quality), model)
         with torch.no_grad():
             x_hat = model.synthesize(model.analyze(x, quality), quality)[0, :, :height, :width]
         unquantised = (x_hat.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from rd_curves import METRICS, Curve, CurveError, load_curve, load_curves
 
-from cmamba_ref.files import write_atomically
+from cmamba_ref.atomic_write import write_atomically
 
 MIN_POINTS = 4
 MIN_OVERLAP = 0.5

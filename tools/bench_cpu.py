@@ -61,9 +61,10 @@ from stage_clock import Timing, time_by_stage
 from tqdm import tqdm
 
 import cmamba_ref
-from cmamba_ref import CMamba, images
-from cmamba_ref.demo import PHOTOGRAPH
-from cmamba_ref.files import write_atomically
+from cmamba_ref import CMamba
+from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.cli.demo import PHOTOGRAPH
+from cmamba_ref.codec import images
 from cmamba_ref.model import MULTIPLE
 from cmamba_ref.ops.dispatch import BACKENDS
 from cmamba_ref.weights import pretrained_names
@@ -286,7 +287,7 @@ def code_picture(job: Job) -> tuple[Section, bytes]:
     torch.set_num_threads(job.threads)
     model = CMamba.from_pretrained(job.model)
     if job.direction == ENCODE:
-        call = functools.partial(cmamba_ref.encode, model, photograph(job.width, job.height))
+        call = functools.partial(cmamba_ref.encode, photograph(job.width, job.height), model)
     else:
         call = functools.partial(cmamba_ref.decode, job.data, model)
     loaded, peak_before = resident_bytes(), peak_bytes()

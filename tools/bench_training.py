@@ -28,8 +28,8 @@ from markdown_table import markdown_table
 from provenance import in_words, of_run, versions
 from tqdm import tqdm
 
-from cmamba_ref.files import write_atomically
-from cmamba_ref.images import write_png
+from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.codec.images import write_png
 from cmamba_ref.ops.dispatch import BACKENDS
 
 HERE = Path(__file__).resolve().parent

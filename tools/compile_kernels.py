@@ -41,8 +41,8 @@ import torch
 from markdown_table import markdown_table
 from torch import Tensor
 
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.config import CONFIGS
-from cmamba_ref.files import write_atomically
 from cmamba_ref.nn.ss2d import DIRECTIONS
 
 KERNELS = (

@@ -42,9 +42,9 @@ from published_costs import PUBLISHED_CODECS
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmamba_ref import CMamba, CMambaError
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.config import CONFIGS, CMambaConfig
 from cmamba_ref.errors import InvalidArgumentError
-from cmamba_ref.files import write_atomically
 from cmamba_ref.nn.ss2d import DIRECTIONS
 from cmamba_ref.weights import pretrained_names
 

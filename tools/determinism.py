@@ -49,9 +49,10 @@ from provenance import of_run, versions
 from rd_measure import picture_paths
 from tqdm import tqdm
 
-from cmamba_ref import CMamba, CMambaError, pool
+from cmamba_ref import CMamba, CMambaError
+from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.cli import process_pool
 from cmamba_ref.entropy.gaussian import MARGIN
-from cmamba_ref.files import write_atomically
 
 PACKAGES = ("cmamba-ref", "torch", "numpy", "triton")
 SMALL_MODEL = Path(__file__).resolve().parents[1] / "tests" / "golden" / "model"
@@ -124,7 +125,7 @@ def in_fresh_process(
         report(item, *result)
 
     prepare = functools.partial(work.prepare, setting.threads, setting.backend)
-    pool.spread(functools.partial(_boxed, function), items, 1, prepare, checked)
+    process_pool.spread(functools.partial(_boxed, function), items, 1, prepare, checked)
 
 
 def _boxed(function: Callable[[ItemT], ResultT], item: ItemT) -> tuple[ResultT]:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from cmamba_ref import BitstreamError, CMamba, CMambaError, scan_backend
-from cmamba_ref.bitstream import Container, LatentPrefix, symbols_crc, unpack_latent
-from cmamba_ref.codec import latent_shape
+from cmamba_ref.codec.container import Container
+from cmamba_ref.codec.images import read_image
 from cmamba_ref.entropy import rans
 from cmamba_ref.entropy.gaussian import scale_index
-from cmamba_ref.images import read_image
+from cmamba_ref.entropy.latent_coder import hyper_latent_shape
+from cmamba_ref.entropy.latent_prefix import LatentPrefix, symbols_crc, unpack_latent
 from cmamba_ref.model import pad
 from cmamba_ref.ops.autocast import without_autocast
 
@@ -157,7 +158,8 @@ def entropy_parameters(
         symbols_of: gives the symbols of a slice, from its number and log-scales.
         layout: of z_hat; that of the weights is the model's.
     """
-    path, device = model._coding()
+    coder = model.latent_coder
+    path, device = coder.float64_modules(), coder.device
     log_scales: list[Tensor] = []
     means: list[Tensor] = []
 
@@ -167,7 +169,7 @@ def entropy_parameters(
         return symbols_of(i, log_scales_).to(device, torch.float64) + means_
 
     with torch.no_grad(), without_autocast(device):
-        z_hat = z_symbols.to(device, torch.float64) + model._medians(device)
+        z_hat = z_symbols.to(device, torch.float64) + coder.medians()
         path["context"](path["h_s"](z_hat.contiguous(memory_format=layout)), code)
     return torch.cat(log_scales, dim=1).cpu(), torch.cat(means, dim=1).cpu()
 
@@ -194,9 +196,9 @@ def read_symbols(
     """
     container = Container.unpack(data)
     prefix, coded = unpack_latent(container.y)
-    rows, columns = latent_shape(container.height, container.width)
+    rows, columns = hyper_latent_shape(container.height, container.width)
     z_decoder = rans.Decoder(model.entropy_bottleneck.stored.tables(), container.z)
-    z = z_decoder.take(model._z_index((rows, columns))).reshape(-1, rows, columns)
+    z = z_decoder.take(model.latent_coder.z_index((rows, columns))).reshape(-1, rows, columns)
     y_decoder = rans.Decoder(model.gaussian_conditional.stored.tables(), coded)
     blocks: list[np.ndarray] = []
 
@@ -301,7 +303,7 @@ def decode(model: CMamba, files: Sequence[bytes]) -> np.ndarray:
     containers = [Container.unpack(data) for data in files]
     height, width = containers[0].height, containers[0].width
     strings = [[c.y for c in containers], [c.z for c in containers]]
-    x_hat = model.decompress(strings, latent_shape(height, width))["x_hat"]
+    x_hat = model.decompress(strings, hyper_latent_shape(height, width))["x_hat"]
     x_hat = x_hat[..., :height, :width].float()
     return (x_hat * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
 

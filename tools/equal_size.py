@@ -44,7 +44,7 @@ class Version:
 
 def our_version(model: CMamba, original: np.ndarray, quality: float | None) -> Version:
     """The original through our codec; `quality` as `CMamba.check_quality` gives it."""
-    data = cmamba_ref.encode(model, original, quality)
+    data = cmamba_ref.encode(original, model, quality)
     setting = "" if quality is None else f", quality {quality:g}"
     name = f"CMamba {model.config.name}{setting}"
     return _version(name, original, data, cmamba_ref.decode(data, model))

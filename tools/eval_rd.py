@@ -59,9 +59,10 @@ from provenance import of_run, versions
 from rd_measure import MEASURES, OUR_MEASURES, Point, Row, Task
 from tqdm import tqdm
 
-from cmamba_ref import CMambaError, pool
-from cmamba_ref.batch import PROCESS_DIED, core_count
-from cmamba_ref.files import write_atomically
+from cmamba_ref import CMambaError
+from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.cli import process_pool
+from cmamba_ref.cli.batch import PROCESS_DIED, core_count
 from cmamba_ref.metrics import MS_SSIM_MIN_SIDE
 
 OURS = "cmamba"
@@ -220,7 +221,7 @@ def measure_all(
         else:
             threads = max(1, core_count() // jobs)
             prepare = functools.partial(rd_measure.use_threads, threads)
-            pool.spread(rd_measure.measure, waiting, jobs, prepare, report)
+            process_pool.spread(rd_measure.measure, waiting, jobs, prepare, report)
     return failed
 
 

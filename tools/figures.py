@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from cmamba_ref.files import write_atomically
+from cmamba_ref.atomic_write import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

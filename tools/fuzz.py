@@ -39,8 +39,8 @@ from fuzz_worker import (
     sources,
 )
 
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.errors import InvalidArgumentError
-from cmamba_ref.files import write_atomically
 
 SAVE_EVERY = 60.0
 # Kept inputs are small; more than this per target would only make each one rarer.

@@ -30,10 +30,11 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
-from cmamba_ref import CMamba, MemoryLimitError, bitstream, cli, codec, pillow_plugin
-from cmamba_ref import model as model_module
+from cmamba_ref import CMamba, MemoryLimitError, cli, codec, pillow_plugin
+from cmamba_ref.codec import container
+from cmamba_ref.codec.images import parse_image
 from cmamba_ref.config import CMambaConfig
-from cmamba_ref.entropy import rans
+from cmamba_ref.entropy import latent_coder, rans
 from cmamba_ref.entropy.tables import gaussian_tables, tables_from_pmfs
 from cmamba_ref.errors import (
     BitstreamError,
@@ -43,7 +44,6 @@ from cmamba_ref.errors import (
     PillowError,
     WeightsError,
 )
-from cmamba_ref.images import parse_image
 from cmamba_ref.weights import CONFIG_FILE, WEIGHTS_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,7 +132,7 @@ class _File(Target):
 
     def use(self, data: bytes) -> str:
         image = codec.decode(data, golden_model())
-        header = bitstream.Header.unpack(data)
+        header = container.Header.unpack(data)
         shape = (header.height, header.width, *(() if header.grey else (3,)))
         if image.shape != shape or image.dtype != np.uint8:
             raise UnexpectedError(f"{image.dtype}{image.shape} where {shape} was declared")
@@ -436,7 +436,7 @@ class Tables(Target):
         model = _model(weights=serialize(state))
         image = picture(20, 70)
         try:
-            decoded = codec.decode(codec.encode(model, image), model)
+            decoded = codec.decode(codec.encode(image, model), model)
         except CMambaError as error:  # tables that were accepted have to do
             raise UnexpectedError(f"loaded, but: {error}") from error
         if decoded.shape != image.shape:
@@ -486,8 +486,8 @@ class Forged(Target):
 
         image = picture(int(rng.integers(1, 140)), int(rng.integers(1, 140)))
         try:
-            with mock.patch.object(model_module, "_to_symbols", wild):
-                coded = codec.encode(golden_model(), image, float(rng.uniform(1, 8)))
+            with mock.patch.object(latent_coder, "_to_symbols", wild):
+                coded = codec.encode(image, golden_model(), float(rng.uniform(1, 8)))
         except (BitstreamError, InvalidArgumentError):
             raise
         except CMambaError as error:

@@ -54,8 +54,8 @@ from stage_clock import time_by_stage
 
 import cmamba_ref
 from cmamba_ref import CMamba, CMambaError
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.config import CONFIGS
-from cmamba_ref.files import write_atomically
 from cmamba_ref.ops import available_backends, dispatch
 from cmamba_ref.training import data, trainer
 from cmamba_ref.training.distributed import Group
@@ -275,9 +275,9 @@ def codec(args: argparse.Namespace) -> dict[str, Any]:
     model.to(device_of(args))
     pixels = photograph(width, height)
     result: dict[str, Any] = {"config": config.name, "height": height, "width": width}
-    file = cmamba_ref.encode(model, pixels)
+    file = cmamba_ref.encode(pixels, model)
     calls: dict[str, Callable[[], object]] = {
-        "encode": lambda: cmamba_ref.encode(model, pixels),
+        "encode": lambda: cmamba_ref.encode(pixels, model),
         "decode": lambda: cmamba_ref.decode(file, model),
     }
     for name, call in calls.items():
@@ -304,7 +304,7 @@ def exchange(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, writer, reader in (("gpu to cpu", there, here), ("cpu to gpu", here, there)):
         for quality in (1, 4, 8):
-            file = cmamba_ref.encode(writer, pixels, quality)
+            file = cmamba_ref.encode(pixels, writer, quality)
             symbols = [
                 np.concatenate([part.ravel() for part in read_symbols(m, file)[:2]])
                 for m in (writer, reader)

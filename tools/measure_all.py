@@ -52,8 +52,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from cmamba_ref.batch import core_count
-from cmamba_ref.demo import PHOTOGRAPH
+from cmamba_ref.cli.batch import core_count
+from cmamba_ref.cli.demo import PHOTOGRAPH
 
 TOOLS = Path(__file__).resolve().parent
 BENCHMARKS = TOOLS.parent / "benchmarks"

@@ -46,7 +46,7 @@ import hypothesis
 import provenance
 from partial_results import OtherConditionsError, PartialResults
 
-from cmamba_ref.files import write_atomically
+from cmamba_ref.atomic_write import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPLANATIONS = ROOT / "benchmarks" / "mutation_survivors.json"

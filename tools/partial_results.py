@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cmamba_ref import CMambaError
-from cmamba_ref.files import write_atomically
+from cmamba_ref.atomic_write import write_atomically
 
 
 class OtherConditionsError(CMambaError):

@@ -27,7 +27,7 @@ from bd_rate import BDRate
 from figures import SUFFIXES, new_figure, save
 from rd_curves import METRICS, Curve, CurveError, load_curve, load_curves
 
-from cmamba_ref.files import write_atomically
+from cmamba_ref.atomic_write import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

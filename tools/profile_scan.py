@@ -55,9 +55,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
 import cmamba_ref
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.config import CONFIGS
 from cmamba_ref.errors import BackendUnavailableError
-from cmamba_ref.files import write_atomically
 from cmamba_ref.model import MULTIPLE
 from cmamba_ref.ops import selective_scan, selective_scan_2d
 from cmamba_ref.ops.dispatch import BACKENDS

@@ -21,10 +21,10 @@ from stage_clock import OTHER, Timing, time_by_stage
 
 import cmamba_ref
 from cmamba_ref import CMamba, CMambaError
-from cmamba_ref.batch import SUFFIXES
+from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.cli.batch import SUFFIXES
+from cmamba_ref.codec.images import read_image, write_png
 from cmamba_ref.errors import explain
-from cmamba_ref.files import write_atomically
-from cmamba_ref.images import read_image, write_png
 from cmamba_ref.metrics import bits_per_pixel, ms_ssim, psnr
 
 # What the stages of tools/stage_clock.py are summed up to.
@@ -114,7 +114,7 @@ def read_rgb(path: Path) -> np.ndarray:
 def load_model(source: str) -> CMamba:
     """A model, ready: what a first call sets up is not the time of a picture."""
     model = CMamba.from_pretrained(source)
-    cmamba_ref.decode(cmamba_ref.encode(model, np.zeros((64, 64, 3), np.uint8)), model)
+    cmamba_ref.decode(cmamba_ref.encode(np.zeros((64, 64, 3), np.uint8), model), model)
     return model
 
 
@@ -175,7 +175,7 @@ def _timed(call: Callable[[], ResultT]) -> tuple[ResultT, float]:
 def _through_model(point: Point, picture: np.ndarray, file: Path) -> tuple[np.ndarray, Row]:
     assert point.model is not None  # for the type checker
     model = load_model(point.model)
-    data, encoding = _watched(model, lambda: cmamba_ref.encode(model, picture, point.setting))
+    data, encoding = _watched(model, lambda: cmamba_ref.encode(picture, model, point.setting))
     write_atomically(file, data)
     stored = file.read_bytes()
     decoded, decoding = _watched(model, lambda: cmamba_ref.decode(stored, model))

@@ -43,7 +43,7 @@ from published_costs import PUBLISHED_CODECS
 from rd_curves import Curve
 
 from cmamba_ref import CMambaError
-from cmamba_ref.files import write_atomically
+from cmamba_ref.atomic_write import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)

@@ -43,8 +43,8 @@ from report_page import EXTENT, Comparison, Plot, Rates, page
 from tqdm import tqdm
 
 from cmamba_ref import CMamba, CMambaError
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.errors import explain
-from cmamba_ref.files import write_atomically
 
 # Those that have a part in what the page shows.
 PACKAGES = ("cmamba-ref", "torch", "numpy", "pillow", "pytorch-msssim", "matplotlib", "scipy")

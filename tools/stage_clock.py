@@ -1,6 +1,6 @@
 """Where the time and the memory of the codec go, stage by stage.
 
-    data, timing = time_by_stage(model, lambda: cmamba_ref.encode(model, picture))
+    data, timing = time_by_stage(model, lambda: cmamba_ref.encode(picture, model))
     print(timing.stages)
 
 The stages are modules of the model, seen through forward hooks, and the functions of the entropy
@@ -125,7 +125,7 @@ def transform_stages(name: str, transform: nn.Sequential, halvings: int) -> list
 def stages_of(model: CMamba) -> list[tuple[str, nn.Module]]:
     """Every module that is watched, with its stage, outer before inner, in the order of coding."""
     # Deriving the float64 copies here makes them the ones that the calls that follow use.
-    coding, _ = model._coding()
+    coding = model.latent_coder.float64_modules()
     context = coding["context"]
     watched: list[tuple[str, nn.Module]] = [("g_a other", model.g_a)]
     watched += zip(transform_stages("g_a", model.g_a, 0), model.g_a, strict=True)

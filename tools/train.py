@@ -41,8 +41,8 @@ import torch
 from tqdm import tqdm
 
 from cmamba_ref import CMamba, CMambaError
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.errors import TrainingError
-from cmamba_ref.files import write_atomically
 from cmamba_ref.training import checkpoints, data, distributed, fitting, profiling, validation
 from cmamba_ref.training.distributed import Group, joined
 from cmamba_ref.training.exporter import Exporter

@@ -59,7 +59,7 @@ from profile_scan import (
 from torch import Tensor
 from tqdm import tqdm
 
-from cmamba_ref.files import write_atomically
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.testing import worst
 
 # Constant: module of the kernels that reads it, and values to try.

@@ -24,8 +24,8 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.errors import TrainingError
-from cmamba_ref.files import write_atomically
 
 HASH_DIGITS = 16
 _NAME = re.compile(rf"checkpoint-(\d{{9,}})-([0-9a-f]{{{HASH_DIGITS}}})\.safetensors")

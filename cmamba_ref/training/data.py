@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cmamba_ref.codec.images import check_header, read_image
 from cmamba_ref.errors import ImageError, TrainingError, explain
-from cmamba_ref.images import check_header, read_image
 from cmamba_ref.training import draws, graphics
 from cmamba_ref.training.schedule import Phase
 

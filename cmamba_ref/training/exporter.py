@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cmamba_ref import weights
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.errors import TrainingError
-from cmamba_ref.files import write_atomically
 from cmamba_ref.model import CMamba
 
 MAX_BYTES = 16_000_000  # of a file

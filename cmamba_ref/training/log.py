@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.errors import TrainingError
-from cmamba_ref.files import write_atomically
 
 
 class Log:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cmamba_ref import codec
-from cmamba_ref.images import write_png
+from cmamba_ref.codec.images import write_png
 from cmamba_ref.metrics import MS_SSIM_MIN_SIDE, bits_per_pixel, ms_ssim, psnr
 from cmamba_ref.model import CMamba
 from cmamba_ref.training.distributed import Group
@@ -97,7 +97,7 @@ def _measure(
     if min(image.shape[:2]) >= MS_SSIM_MIN_SIDE and can_measure_ms_ssim():
         row["ms_ssim"] = ms_ssim(image, reconstruction, device)
     if coded:
-        data = codec.encode(model, image, quality)
+        data = codec.encode(image, model, quality)
         reconstruction = codec.decode(data, model)
         row["file_bpp"] = bits_per_pixel(len(data), image.shape[1], image.shape[0])
         row["file_psnr"] = psnr(image, reconstruction)

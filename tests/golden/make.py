@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         random_model(SMALL).save_pretrained(GOLDEN / "model")
     model = cmamba_ref.CMamba.from_pretrained(GOLDEN / "model")
     for name, (image, quality) in PICTURES.items():
-        data = cmamba_ref.encode(model, image, quality)
+        data = cmamba_ref.encode(image, model, quality)
         (GOLDEN / f"{name}.cmb").write_bytes(data)
         Image.fromarray(image).save(GOLDEN / f"{name}.png")
         Image.fromarray(cmamba_ref.decode(data, model)).save(GOLDEN / f"{name}.decoded.png")

@@ -1,11 +1,11 @@
 """The command `cmamba`: encode, decode, verify, info, demo.
 
-What goes wrong on purpose (a `CMambaError`, an `OSError`) becomes one line on stderr and exit code
-1; usage errors exit with 2, Ctrl-C with 130, SIGTERM with 143. Every output is written whole or
-not at all, and replaces an existing file only with `--force`.
+Expected errors (a `CMambaError`, an `OSError`) become one line on stderr and exit code 1; usage
+errors exit with 2, Ctrl-C with 130, SIGTERM with 143. Every output is written atomically, and
+replaces an existing file only with `--force`.
 
-`encode` and `decode` take one file, or with `cmamba_ref.batch` many files and whole folders. `-` is
-standard input or output; what a command says goes to stderr where its output goes to stdout.
+`encode` and `decode` take one file, or with `cmamba_ref.cli.batch` many files and folders. `-` is
+standard input or output; messages go to stderr where the output goes to stdout.
 
 This module imports nothing heavy: torch and Pillow come in with the command that needs them.
 """
@@ -25,15 +25,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from cmamba_ref import streams
+from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.cli import stdio
+from cmamba_ref.cli.stdio import STREAM
 from cmamba_ref.errors import BitstreamError, CMambaError, InvalidArgumentError, explain
-from cmamba_ref.files import write_atomically
-from cmamba_ref.streams import STREAM
 
 if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
 
-COUNTING = "cmamba: {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} to go"
+COUNTING = "cmamba: {n_fmt}/{total_fmt} |{bar}| {elapsed} elapsed, {remaining} left"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +84,7 @@ def _end(number: int, _: object) -> NoReturn:
 
 
 def _encode(args: argparse.Namespace) -> int:
-    """One picture; `_many` for several and for folders."""
+    """One image; `_many` for several and for folders."""
     if _are_many(args.inputs):
         return _many(args, "encode")
     (source,) = args.inputs
@@ -93,34 +93,34 @@ def _encode(args: argparse.Namespace) -> int:
     with _stages(4) as begin:
         begin("reading")
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS, encode
-        from cmamba_ref.images import parse_image
+        from cmamba_ref.codec.images import parse_image
+        from cmamba_ref.codec.verify import verify_encoded
         from cmamba_ref.metrics import bits_per_pixel
-        from cmamba_ref.verify import verify_encoded
 
         limits = {
             "max_pixels": args.max_pixels or DEFAULT_MAX_PIXELS,
             "max_memory": args.max_memory,
         }
-        picture = parse_image(
-            streams.read_input(source),
-            streams.label(source, "input"),
+        image = parse_image(
+            stdio.read_input(source),
+            stdio.label(source, "input"),
             max_pixels=limits["max_pixels"],
         )
         begin("loading the model")
         model = load_model(args.model, args.device)
         begin("encoding")
         start = time.perf_counter()
-        data = encode(model, picture, args.quality, **limits)
+        data = encode(image, model, args.quality, **limits)
         seconds = time.perf_counter() - start
         begin("writing and verifying" if args.verify else "writing")
 
         def check(written: bytes) -> None:
             if args.verify:
                 with _naming(target, "output"):
-                    verify_encoded(written, data, picture, model, **limits)
+                    verify_encoded(written, data, image, model, **limits)
 
         _write(target, data, check)
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     bpp = bits_per_pixel(len(data), width, height)
     verified = ", verified" if args.verify else ""
     _say(
@@ -145,21 +145,21 @@ def _decode(args: argparse.Namespace) -> int:
     with _stages(4) as begin:
         begin("reading")
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS, decode
-        from cmamba_ref.images import png_bytes
+        from cmamba_ref.codec.images import png_bytes
 
-        data = streams.read_input(source)
+        data = stdio.read_input(source)
         begin("loading the model")
         model = load_model(args.model, args.device)
         begin("decoding")
         start = time.perf_counter()
         with _naming(source, "input"):
             max_pixels = args.max_pixels or DEFAULT_MAX_PIXELS
-            picture = decode(data, model, max_pixels=max_pixels, max_memory=args.max_memory)
+            image = decode(data, model, max_pixels=max_pixels, max_memory=args.max_memory)
         seconds = time.perf_counter() - start
         begin("writing")
-        _write(target, png_bytes(picture))
-    height, width = picture.shape[:2]
-    colours = "grey" if picture.ndim == 2 else "RGB"
+        _write(target, png_bytes(image))
+    height, width = image.shape[:2]
+    colours = "grey" if image.ndim == 2 else "RGB"
     _say(target, f"{width}x{height} {colours}, decoded in {seconds:.2f} s")
     return 0
 
@@ -168,9 +168,9 @@ def _many(args: argparse.Namespace, command: str) -> int:
     """Several files, or folders of them: by several processes, and with a summary at the end."""
     from tqdm import tqdm
 
-    from cmamba_ref import batch
+    from cmamba_ref.cli import batch
 
-    streams.check_alone(args.inputs, args.output)
+    stdio.check_alone(args.inputs, args.output)
     processes = _process_count(args.jobs, args.device)
     tasks = batch.find_tasks(args.inputs, args.output, command)
     waiting = batch.to_do(tasks, args.force)
@@ -200,9 +200,9 @@ def _verify(args: argparse.Namespace) -> int:
     """A line per file as it is done, and a summary; 1 if one is bad or could not be checked."""
     from tqdm import tqdm
 
-    from cmamba_ref import batch
+    from cmamba_ref.cli import batch
 
-    streams.check_alone(args.inputs)
+    stdio.check_alone(args.inputs)
     processes = _process_count(args.jobs, args.device)
     tasks = batch.find_files(args.inputs, "verify")
     job = batch.Job(
@@ -244,7 +244,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from cmamba_ref import demo
+    from cmamba_ref.cli import demo
 
     args.output.mkdir(parents=True, exist_ok=True)
     encoded, decoded = (args.output / f"coffee{suffix}" for suffix in (".cmb", ".png"))
@@ -265,7 +265,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def load_model(name: str | None, device: str) -> CMamba:
-    """The model of `--model` on the device of `--device`; the one that ships for None."""
+    """Load the model of `--model` on the device of `--device`; for None the bundled "tiny"."""
     from cmamba_ref.codec import DEFAULT_MODEL
     from cmamba_ref.model import CMamba
 
@@ -296,7 +296,7 @@ def _write(target: Path, data: bytes, check: Callable[[bytes], None] | None = No
     if target == STREAM:
         if check:
             check(data)
-        streams.write_output(data)
+        stdio.write_output(data)
     else:
         write_atomically(target, data, check and (lambda path: check(path.read_bytes())))
 
@@ -304,7 +304,7 @@ def _write(target: Path, data: bytes, check: Callable[[bytes], None] | None = No
 def _say(target: Path, message: str) -> None:
     """Report what was written: on stdout, unless that is what was written to."""
     out = sys.stderr if target == STREAM else sys.stdout
-    print(f"{streams.label(target, 'output')}: {message}", file=out)
+    print(f"{stdio.label(target, 'output')}: {message}", file=out)
 
 
 def _are_many(inputs: Sequence[Path]) -> bool:
@@ -313,7 +313,7 @@ def _are_many(inputs: Sequence[Path]) -> bool:
 
 def _process_count(jobs: int | None, device: str) -> int:
     """The number of processes: on the CPU as many as cores, unless told otherwise."""
-    from cmamba_ref.batch import core_count
+    from cmamba_ref.cli.batch import core_count
 
     if device == "cpu":
         return jobs or core_count()
@@ -332,7 +332,7 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
             stdout, which is a terminal.
     """
     if target == STREAM:
-        streams.check_output()
+        stdio.check_output()
         return
     if not target.parent.is_dir():
         raise InvalidArgumentError(
@@ -354,43 +354,40 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
 
 
 def _describe(path: Path) -> str:
-    """What stands in a file, as lines of text; its checksum is verified on the way."""
-    from cmamba_ref import bitstream
+    """Return the content of a file's header as lines of text, after checking its checksum."""
+    from cmamba_ref.codec.container import VERSION, Container
+    from cmamba_ref.entropy.latent_prefix import QUALITY_UNITS, unpack_latent
     from cmamba_ref.entropy.rans import lane_count
-    from cmamba_ref.identity import name_of
     from cmamba_ref.metrics import bits_per_pixel
+    from cmamba_ref.model_id import name_of
 
-    data = streams.read_input(path)
-    container = bitstream.Container.unpack(data)
-    prefix, y_stream = bitstream.unpack_latent(container.y)
-    quality = (
-        f"{prefix.quality / bitstream.QUALITY_UNITS:g}"
-        if prefix.quality
-        else "the model has one rate"
-    )
+    data = stdio.read_input(path)
+    container = Container.unpack(data)
+    prefix, y_stream = unpack_latent(container.y)
+    quality = f"{prefix.quality / QUALITY_UNITS:g}" if prefix.quality else "fixed-rate model"
     colours = "grey" if container.grey else "colour"
     bpp = bits_per_pixel(len(data), container.width, container.height)
     model_id = container.model_id.hex()
     rows = {
-        "format": f"version {bitstream.VERSION}, checksum correct",
-        "model": f"{model_id} ({name_of(container.model_id) or 'does not ship with this version'})",
-        "picture": f"{container.width}x{container.height}, {colours}",
+        "format": f"version {VERSION}, checksum correct",
+        "model": f"{model_id} ({name_of(container.model_id) or 'not bundled with this version'})",
+        "image": f"{container.width}x{container.height}, {colours}",
         "quality": quality,
         "size": f"{len(data)} bytes, {bpp:.3f} bits per pixel",
         "y": f"{len(container.y)} bytes, lanes: {lane_count(y_stream)}, shift: {prefix.shift}",
         "z": f"{len(container.z)} bytes, lanes: {lane_count(container.z)}",
     }
-    name = streams.label(path, "input")
+    name = stdio.label(path, "input")
     return "\n".join([name, *(f"  {row:<8}  {value}" for row, value in rows.items())])
 
 
 @contextmanager
 def _naming(path: Path, stream: str) -> Iterator[None]:
-    """Say in which file the damage is: the codec sees bytes and cannot know."""
+    """Name the damaged file: the codec sees only bytes."""
     try:
         yield
     except BitstreamError as error:
-        raise BitstreamError(f"{streams.label(path, stream)}: {error}") from error
+        raise BitstreamError(f"{stdio.label(path, stream)}: {error}") from error
 
 
 @contextmanager
@@ -431,18 +428,18 @@ class _Version(argparse.Action):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="cmamba", description="Photographs to small files and back, with a learned codec."
+        prog="cmamba", description="Images to small files and back, with a learned codec."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    encode = commands.add_parser("encode", help="pictures to .cmb", parents=[_model_options()])
-    _add_files(encode, "a picture in any format that Pillow reads, or a folder of them", ".cmb")
+    encode = commands.add_parser("encode", help="images to .cmb", parents=[_model_options()])
+    _add_files(encode, "an image in any format that Pillow reads, or a folder of them", ".cmb")
     _add_quality(encode)
     encode.add_argument(
         "--verify",
         action="store_true",
-        help="decode what was written and compare its symbols, before it gets its name",
+        help="decode each file that was written and check its symbols, before it gets its name",
     )
     encode.set_defaults(command=_encode)
 
@@ -457,10 +454,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument(
         "inputs",
-        type=streams.parse_path,
+        type=stdio.parse_path,
         nargs="+",
         metavar="IN",
-        help="a .cmb file, or a folder of them; of --model, or of a model that ships",
+        help="a .cmb file, or a folder of them; of --model, or of a bundled model",
     )
     _add_work(verify)
     verify.set_defaults(command=_verify)
@@ -469,7 +466,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument(
         "files",
         nargs="+",
-        type=streams.parse_path,
+        type=stdio.parse_path,
         metavar="FILE",
         help="a .cmb file; - is standard input",
     )
@@ -477,7 +474,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="encode the photograph that ships, beside JPEG, WebP and AVIF",
+        help="encode the bundled image, and compare with JPEG, WebP and AVIF",
         parents=[_model_options()],
     )
     demo.add_argument(
@@ -498,8 +495,8 @@ def _model_options() -> argparse.ArgumentParser:
     parent.add_argument(
         "--model",
         metavar="NAME|DIR|USER/REPO",
-        help="a model that ships, a directory with one, or a repository of the Hugging Face Hub "
-        "(default: tiny, which ships)",
+        help="a bundled model, a directory with one, or a repository of the Hugging Face Hub "
+        "(default: tiny, which is bundled)",
     )
     parent.add_argument(
         "--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, mps, ... (default: cpu)"
@@ -510,7 +507,7 @@ def _model_options() -> argparse.ArgumentParser:
 def _add_files(parser: argparse.ArgumentParser, source: str, suffix: str) -> None:
     parser.add_argument(
         "inputs",
-        type=streams.parse_path,
+        type=stdio.parse_path,
         nargs="+",
         metavar="IN",
         help=f"{source}; - is standard input",
@@ -518,7 +515,7 @@ def _add_files(parser: argparse.ArgumentParser, source: str, suffix: str) -> Non
     parser.add_argument(
         "-o",
         dest="output",
-        type=streams.parse_path,
+        type=stdio.parse_path,
         metavar="OUT",
         help="a file for one IN, a folder for several or for a folder, made where missing; - is "
         f"standard output (default: beside IN, with the suffix {suffix}; - where IN is -)",
@@ -536,20 +533,19 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         "--jobs",
         type=_positive,
         metavar="N",
-        help="work on so many files at a time, each in a process of its own, on the CPU "
-        "(default: as many as there are cores)",
+        help="number of worker processes, on the CPU (default: number of cores)",
     )
     parser.add_argument(
         "--max-pixels",
         type=_positive,
         metavar="N",
-        help="refuse larger pictures (default: 100 million)",
+        help="refuse larger images (default: 100 million)",
     )
     parser.add_argument(
         "--max-memory",
         type=_gibibytes,
         metavar="GIB",
-        help="refuse pictures that would take more memory than this on the CPU "
+        help="refuse images that would take more memory than this on the CPU "
         "(default: what is available)",
     )
 

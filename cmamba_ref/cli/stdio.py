@@ -13,13 +13,13 @@ STREAM = Path("-")
 
 
 def parse_path(text: str) -> Path:
-    """A path as typed; `./-` stays the file of that name, which `Path` would take for `-`."""
+    """Parse a path as typed; `./-` stays the file of that name, which `Path` would take for `-`."""
     path = Path(text)
     return path.absolute() if path == STREAM and text != "-" else path
 
 
 def label(path: Path, stream: str) -> str:
-    """What messages call it: the path, or "standard input" or "standard output" for `-`."""
+    """Return the display name: the path, or "standard input" or "standard output" for `-`."""
     return f"standard {stream}" if path == STREAM else str(path)
 
 
@@ -38,7 +38,7 @@ def check_alone(inputs: Sequence[Path], output: Path | None = None) -> None:
 
 
 def read_input(path: Path) -> bytes:
-    """A file's bytes; of `-`, all that comes from standard input.
+    """Return a file's bytes; for `-`, all of standard input.
 
     Raises:
         InvalidArgumentError: standard input is a terminal.

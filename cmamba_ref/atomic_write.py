@@ -1,4 +1,4 @@
-"""Whole files or none: what a command writes appears under its name only when it is complete."""
+"""Atomic file writes: a file appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def write_atomically(
     file system. Its name, `.cmamba-*.tmp`, says whose it is where a process was killed and left it.
 
     Args:
-        check: is given the temporary file when it is complete; what it raises counts as a failure.
+        check: callback, called with the temporary file when it is complete; if it raises, the write
+            has failed.
 
     Raises:
         OSError: the directory is missing, not writable or full.

@@ -1,6 +1,6 @@
-"""Which model is which: those that ship by name, any by its id.
+"""Model ids: the bundled models by name, any model by its id.
 
-Without torch, so that a file's model can be named without loading one.
+This module does not import torch, so that a file's model can be named without loading one.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cmamba_ref.errors import WeightsError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 WEIGHTS_FILE = "model.safetensors"
 # Beside it: the SHA-256 of its bytes, as `sha256sum` writes and checks it.
@@ -24,12 +28,12 @@ ID_BYTES = 8
 
 
 def pretrained_names() -> list[str]:
-    """Names of the models that ship with the package."""
+    """Return the names of the bundled models."""
     return sorted(path.parent.name for path in PRETRAINED.glob(f"*/{WEIGHTS_FILE}"))
 
 
 def name_of(model_id: bytes) -> str | None:
-    """The name of the model of that id, if it ships."""
+    """Return the name of the bundled model of that id, or None."""
     for name in pretrained_names():
         if id_of_file(PRETRAINED / name / WEIGHTS_FILE) == model_id:
             return name
@@ -37,7 +41,7 @@ def name_of(model_id: bytes) -> str | None:
 
 
 def id_of_file(path: str | os.PathLike) -> bytes:
-    """The id of the model whose weights a file holds; float16 there stands for float32.
+    """Return the id of the model whose weights a file holds; float16 there counts as float32.
 
     Raises:
         WeightsError: the file is damaged.
@@ -57,7 +61,7 @@ def id_of_file(path: str | os.PathLike) -> bytes:
 
 
 def id_of(tensors: Iterable[tuple[str, str, list[int], bytes]]) -> bytes:
-    """The id: the first 8 bytes of a SHA-256 over the tensors of a model, see docs/format.md.
+    """Return the first 8 bytes of a SHA-256 over the tensors of a model, see docs/format.md.
 
     Args:
         tensors: sorted by name; of each its name, its type as torch writes it, its shape, and its
@@ -68,3 +72,25 @@ def id_of(tensors: Iterable[tuple[str, str, list[int], bytes]]) -> bytes:
         digest.update(f"{name} {dtype} {shape}\n".encode())
         digest.update(values)
     return digest.digest()[:ID_BYTES]
+
+
+def fingerprint(module: nn.Module) -> list[tuple]:
+    """Return a value that changes whenever a parameter or buffer is replaced or written to.
+
+    The sum of the bits is for writes that leave no other trace, through `.data` or in inference
+    mode, and for memory that was given back and holds another tensor by now.  It is exact, so it
+    never changes by itself; it does not detect permutations of values by such a write.
+    """
+    import torch
+
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    tensors = (*module.parameters(), *module.buffers())
+    return [
+        (
+            t.data_ptr(),
+            0 if t.is_inference() else t._version,
+            t.dtype,
+            int(t.detach().view(integers[t.element_size()]).sum()),
+        )
+        for t in tensors
+    ]

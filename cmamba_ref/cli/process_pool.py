@@ -1,9 +1,9 @@
-"""Work spread over processes, of which any may die at any time.
+"""A process pool that survives worker crashes.
 
-A process that is killed, for want of memory or by a crash in a library, breaks the executor of the
-standard library and takes along whatever the others had in work. Here those items are set aside,
-and each is tried again in a process of its own when all others are done: only an item that kills
-this one too is given up, and the memory is all its own by then.
+A worker that is killed, out of memory or by a crash in a library, breaks the executor of the
+standard library, which loses all in-flight items. Here those items are set aside, and each is tried
+again in a process of its own when all others are done: only an item that kills this one too is
+given up, and by then it has all the memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # After this long, a process that has been asked to end is made to.
-PATIENCE_SECONDS = 5
+TERMINATE_TIMEOUT_S = 5
 
 
 def spread(
@@ -42,8 +42,8 @@ def spread(
     Args:
         processes: how many at most at a time.
         prepare: runs once in each process, before any work; it must not raise.
-        report: is told each item's result as it comes, in this process; None for an item that ended
-            its process.
+        report: callback, called in this process with each item and its result; None for an item
+            that ended its process.
 
     Raises:
         Exception: what `work` or `report` raised.
@@ -95,7 +95,7 @@ def _executor(processes: int, prepare: Callable[[], None]) -> Iterator[ProcessPo
         for process in ours:
             process.terminate()
         for process in ours:
-            process.join(PATIENCE_SECONDS)
+            process.join(TERMINATE_TIMEOUT_S)
             process.kill()
         # Last, and waiting: the thread of the executor collects its processes too, and one counts
         # as alive here until whoever was first has said so.

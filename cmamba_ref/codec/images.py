@@ -1,4 +1,4 @@
-"""Image files to arrays and back: one reader for the codec and for training.
+"""Image I/O: files to arrays and back; one reader for the codec and for training.
 
 Pillow decodes. What a codec of 8-bit sRGB images cannot keep (transparency, 16 bits, several
 frames, CMYK) is refused with a suggested fix instead of being dropped silently.
@@ -22,9 +22,9 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from cmamba_ref.codec import DEFAULT_MAX_PIXELS
+from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.codec.image_codec import DEFAULT_MAX_PIXELS
 from cmamba_ref.errors import ImageError
-from cmamba_ref.files import write_atomically
 
 GREY_MODES = ("1", "L", "LA", "La")
 COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")

@@ -1,6 +1,6 @@
-"""Many files: which become which, the work on each, and what is said at the end.
+"""Batch processing of files: which to read and write, the work on each, and the summary.
 
-The process that hands out the work imports neither torch nor a model.
+The parent process imports neither torch nor a model.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cmamba_ref import pool
+from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.cli import process_pool
 from cmamba_ref.errors import (
     InvalidArgumentError,
     MemoryLimitError,
-    OtherModelError,
+    ModelMismatchError,
     explain,
     is_out_of_memory,
 )
-from cmamba_ref.files import write_atomically
 
 if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
@@ -37,9 +37,9 @@ SUFFIXES = {
     "verify": (".cmb",),
 }
 OUTPUT_SUFFIX = {"encode": ".cmb", "decode": ".png"}
-PROCESS_DIED = "the process at work on it died, perhaps for want of memory; try a smaller picture"
+PROCESS_DIED = "its process died, perhaps out of memory; try a smaller image"
 
-_logger = logging.getLogger("cmamba_ref.batch")
+_logger = logging.getLogger("cmamba_ref.cli.batch")
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Job:
 
     Attributes:
         command: "encode", "decode" or "verify".
-        load: gives the model; runs once in every process.
+        load: callback that returns the model; called once in every process.
         quality: for `encode`, as in `cmamba_ref.encode`.
         max_pixels: as in `cmamba_ref.encode` and `decode`; None for the default.
         max_memory: as in `cmamba_ref.encode` and `decode`, for each process.
-        check: for `encode`, decode what was written before it gets its name.
+        check: for `encode`, decode the file that was written before it gets its name.
     """
 
     command: str
@@ -78,10 +78,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a file: sizes in bytes and pixels, or one line that says why nothing did.
+    """Result for one file: sizes in bytes and pixels, or one line with the reason of a failure.
 
     Attributes:
-        detail: what `verify` found in a good file.
+        detail: the description that `verify` gives of a good file.
         unchecked: the error is not the file's: its model is not available, or memory is short.
     """
 
@@ -98,7 +98,7 @@ class Outcome:
 
 
 def find_tasks(inputs: Sequence[Path], output: Path | None, command: str) -> list[Task]:
-    """The files to read and where each goes.
+    """Return the files to read and where each goes.
 
     Folders are searched to the bottom, in sorted order; links to folders are not followed, and
     what begins with a dot is hidden. Below `output` stands the tree that stands below each folder
@@ -138,7 +138,7 @@ def find_tasks(inputs: Sequence[Path], output: Path | None, command: str) -> lis
 
 
 def find_files(inputs: Sequence[Path], command: str) -> list[Task]:
-    """The files to read, each once and without an output; found as `find_tasks` finds them.
+    """Return the files to read, each once and without an output; found as `find_tasks` finds them.
 
     Raises:
         InvalidArgumentError: there is nothing to do.
@@ -149,7 +149,7 @@ def find_files(inputs: Sequence[Path], command: str) -> list[Task]:
 
 
 def _find(inputs: Sequence[Path], command: str) -> list[tuple[Path, Path]]:
-    """Every file, beside the folder in `inputs` below which it was found."""
+    """Return every file with the folder in `inputs` below which it was found."""
     found = []
     for given in inputs:
         if given.is_dir():
@@ -176,7 +176,7 @@ def _files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
 
 
 def to_do(tasks: Iterable[Task], force: bool) -> list[Task]:
-    """Without those whose output exists, unless it is to be replaced."""
+    """Return the tasks whose output does not exist yet; all of them with `force`."""
     return [task for task in tasks if force or task.target is None or not task.target.is_file()]
 
 
@@ -184,7 +184,7 @@ def to_do(tasks: Iterable[Task], force: bool) -> list[Task]:
 
 
 def core_count() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -197,7 +197,7 @@ def run(tasks: Sequence[Task], job: Job, processes: int, report: Callable[[Outco
         processes: 1 works in this process, with the threads torch has here; with more, each has
             its share of the cores. How many there are changes no decoded symbol, but the float32
             arithmetic of threads may move a pixel by one step, or a latent to another symbol.
-        report: is told of each file as it is done, in no particular order.
+        report: callback, called with the outcome of each file as it is done, in any order.
 
     Raises:
         CMambaError, OSError: no work is possible at all, for instance without the model.
@@ -211,7 +211,7 @@ def run(tasks: Sequence[Task], job: Job, processes: int, report: Callable[[Outco
             report(_outcome(model, job, task))
         return
     threads = max(1, core_count() // processes)
-    pool.spread(
+    process_pool.spread(
         _work_here,
         tasks,
         processes,
@@ -227,7 +227,7 @@ def _load(job: Job) -> CMamba:
     return model
 
 
-# In a process of the pool: the job and its model, or why there is none.
+# In a process of the pool: the job and its model, or the error that prevented loading it.
 _here: tuple[Job, CMamba] | Exception | None = None
 
 
@@ -263,51 +263,52 @@ def _outcome(model: CMamba, job: Job, task: Task) -> Outcome:
     except Exception as error:
         text = explain(error)
         if text is None:
-            # A mistake in this package: told in full, but the other files are not to blame.
+            # Internal error: log the traceback, and go on with the other files.
             _logger.exception("%s", task.source)
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        unchecked = isinstance(error, OtherModelError | MemoryLimitError) or is_out_of_memory(error)
+        cannot_check = isinstance(error, ModelMismatchError | MemoryLimitError)
+        unchecked = cannot_check or is_out_of_memory(error)
         return Outcome(task.source, error=_naming(task, text), unchecked=unchecked)
 
 
 def _encode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
     from cmamba_ref.codec import encode
-    from cmamba_ref.images import read_image
-    from cmamba_ref.verify import verify_encoded
+    from cmamba_ref.codec.images import read_image
+    from cmamba_ref.codec.verify import verify_encoded
 
     limits = {"max_pixels": job.pixel_limit(), "max_memory": job.max_memory}
-    picture = read_image(source, max_pixels=job.pixel_limit())
-    data = encode(model, picture, job.quality, **limits)
+    image = read_image(source, max_pixels=job.pixel_limit())
+    data = encode(image, model, job.quality, **limits)
 
     def check(written: Path) -> None:
-        verify_encoded(written.read_bytes(), data, picture, model, **limits)
+        verify_encoded(written.read_bytes(), data, image, model, **limits)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, data, check if job.check else None)
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     return Outcome(source, source.stat().st_size, len(data), height * width)
 
 
 def _decode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
     from cmamba_ref.codec import decode
-    from cmamba_ref.images import write_png
+    from cmamba_ref.codec.images import write_png
 
     data = source.read_bytes()
-    picture = decode(data, model, max_pixels=job.pixel_limit(), max_memory=job.max_memory)
+    image = decode(data, model, max_pixels=job.pixel_limit(), max_memory=job.max_memory)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_png(target, picture)
-    height, width = picture.shape[:2]
+    write_png(target, image)
+    height, width = image.shape[:2]
     return Outcome(source, len(data), target.stat().st_size, height * width)
 
 
 def _verify(model: CMamba, job: Job, source: Path) -> Outcome:
-    from cmamba_ref.verify import verify_file
+    from cmamba_ref.codec.verify import verify_file
 
     limits = {"max_pixels": job.pixel_limit(), "max_memory": job.max_memory}
     try:
         return Outcome(source, detail=verify_file(source.read_bytes(), model, **limits))
-    except OtherModelError as error:
-        raise OtherModelError(f"{error}; name it with --model") from error
+    except ModelMismatchError as error:
+        raise ModelMismatchError(f"{error}; name it with --model") from error
 
 
 def _died(task: Task) -> Outcome:
@@ -322,7 +323,7 @@ def _naming(task: Task, text: str) -> str:
 
 
 class Summary:
-    """Adds up what was encoded or decoded; `str` of it is what a user reads at the end."""
+    """Totals of the files encoded or decoded; its `str` is printed at the end."""
 
     def __init__(self, command: str, skipped: int) -> None:
         self.command = command
@@ -362,7 +363,7 @@ def _by_source(outcome: Outcome) -> Path:
 
 
 def summarise_checks(outcomes: Sequence[Outcome]) -> str:
-    """What a user reads at the end of `verify`."""
+    """Return the line that `verify` prints at the end."""
     good = sum(1 for outcome in outcomes if not outcome.error)
     unchecked = sum(1 for outcome in outcomes if outcome.unchecked)
     return f"good {good}, bad {len(outcomes) - good - unchecked}, not checked {unchecked}"

@@ -1,73 +1,32 @@
-"""The container: header, checks, and the prefix of a latent string.
+"""The container: header, strings and checksum of a `.cmb` file; needs no torch.
 
-    file   = MAGIC, version, flags, model id, width, height, length of z, z string, y string, CRC-32
-    y string = quality, shift, CRC-32 of all symbols, rANS stream
-    z string = rANS stream
+    file = MAGIC, version, flags, model id, width, height, length of z, z string, y string, CRC-32
 
-docs/format.md specifies it byte by byte.
+`cmamba_ref.entropy.latent_prefix` describes the y string; docs/format.md specifies all of it byte
+by byte.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
+from cmamba_ref.entropy.latent_prefix import PREFIX_BYTES
 from cmamba_ref.errors import BitstreamError
 
 MAGIC = b"\x8fCMB"
 VERSION = 0
 FLAG_GREY = 1
-# Qualities are stored as hundredths, so that every machine computes the same gain from a file.
-QUALITY_UNITS = 100
 
 _HEADER = struct.Struct("<4sBB8sIII")
-_LATENT = struct.Struct("<HBI")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size
 
 
 @dataclass(frozen=True)
-class LatentPrefix:
-    """What a decoder must know before the first symbol of y.
-
-    Attributes:
-        quality: in hundredths; 0 for a model of one rate.
-        shift: of the scale table's decision boundaries, 0...255.
-        crc: CRC-32 of all symbols, z then y, as little-endian int32.
-    """
-
-    quality: int
-    shift: int
-    crc: int
-
-
-def pack_latent(prefix: LatentPrefix, coded: bytes) -> bytes:
-    """A y string: the prefix and the rANS stream."""
-    return _LATENT.pack(prefix.quality, prefix.shift, prefix.crc) + coded
-
-
-def unpack_latent(string: bytes) -> tuple[LatentPrefix, bytes]:
-    """The prefix and the rANS stream of a y string."""
-    if len(string) < _LATENT.size:
-        raise BitstreamError(f"a y string of {len(string)} bytes is truncated")
-    return LatentPrefix(*_LATENT.unpack_from(string)), string[_LATENT.size :]
-
-
-def symbols_crc(blocks: Iterable[np.ndarray]) -> int:
-    """CRC-32 of symbols in coding order, each as a little-endian int32."""
-    crc = 0
-    for block in blocks:
-        crc = zlib.crc32(np.ascontiguousarray(block, dtype="<i4").tobytes(), crc)
-    return crc
-
-
-@dataclass(frozen=True)
 class Header:
-    """What stands before the strings.
+    """The fields before the strings.
 
     Attributes:
         model_id, width, height, grey: as in `Container`.
@@ -82,7 +41,7 @@ class Header:
 
     @classmethod
     def unpack(cls, data: bytes) -> Header:
-        """Read the first `HEADER_BYTES` of a file; whether they are damaged is not known yet.
+        """Read the first `HEADER_BYTES` of a file, without checking for damage.
 
         Raises:
             BitstreamError: not such a file, a newer version, truncated or malformed.
@@ -96,12 +55,12 @@ class Header:
 
 @dataclass(frozen=True)
 class Container:
-    """One picture's file.
+    """The content of one file.
 
     Attributes:
         model_id: eight bytes, see `CMamba.model_id`.
         width, height: in pixels, before padding.
-        grey: whether the picture has one channel; it is coded as three equal ones.
+        grey: whether the image has one channel; it is coded as three equal ones.
         y, z: the strings.
     """
 
@@ -113,7 +72,7 @@ class Container:
     z: bytes
 
     def pack(self) -> bytes:
-        """The bytes of the file."""
+        """Return the bytes of the file."""
         flags = FLAG_GREY if self.grey else 0
         body = (
             _HEADER.pack(MAGIC, VERSION, flags, self.model_id, self.width, self.height, len(self.z))
@@ -129,7 +88,7 @@ class Container:
         Raises:
             BitstreamError: not such a file, a newer version, truncated or damaged.
         """
-        _check_start(data, HEADER_BYTES + _LATENT.size + _CRC.size)
+        _check_start(data, HEADER_BYTES + PREFIX_BYTES + _CRC.size)
         (crc,) = _CRC.unpack_from(data, len(data) - _CRC.size)
         if zlib.crc32(data[: -_CRC.size]) != crc:
             raise BitstreamError("the file is damaged or truncated: its checksum does not match")
@@ -151,7 +110,7 @@ class Container:
 
 
 def _check_start(data: bytes, least: int) -> None:
-    """Refuse what is no file of ours, of another version, or shorter than `least` bytes."""
+    """Refuse data without our signature, of another version, or shorter than `least` bytes."""
     if data[:4] != MAGIC:
         raise BitstreamError("this is not a CMamba file: it does not begin with its signature")
     if len(data) < 5:

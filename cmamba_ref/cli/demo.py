@@ -1,4 +1,4 @@
-"""The demo: one photograph through CMamba, and what older codecs need for the same PSNR."""
+"""The demo: one image through CMamba, and the sizes of other codecs at the same PSNR."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cmamba_ref.bitstream import QUALITY_UNITS, Container, unpack_latent
+from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.codec import decode, encode
-from cmamba_ref.files import write_atomically
-from cmamba_ref.images import read_image, write_png
+from cmamba_ref.codec.container import Container
+from cmamba_ref.codec.images import read_image, write_png
+from cmamba_ref.entropy.latent_prefix import QUALITY_UNITS, unpack_latent
 from cmamba_ref.metrics import bits_per_pixel, ms_ssim, psnr
 from cmamba_ref.model import CMamba
 
-PHOTOGRAPH = Path(__file__).parent / "data" / "coffee.png"
+PHOTOGRAPH = Path(__file__).parents[1] / "data" / "coffee.png"
 CREDIT = "Rachel Michetti, courtesy of Pikolo Espresso Bar, CC0"
 
 
@@ -29,10 +30,10 @@ class Rival:
     name: str
     options: dict[str, object] = field(default_factory=dict)
 
-    def encode(self, picture: np.ndarray, quality: int) -> bytes:
-        """The bytes of a file of a uint8 picture `[H, W, 3]`."""
+    def encode(self, image: np.ndarray, quality: int) -> bytes:
+        """Return the bytes of a file of a uint8 image `[H, W, 3]`."""
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, self.name.upper(), quality=quality, **self.options)
+        Image.fromarray(image).save(buffer, self.name.upper(), quality=quality, **self.options)
         return buffer.getvalue()
 
 
@@ -48,11 +49,11 @@ QUALITIES = range(1, 101)
 
 @dataclass(frozen=True)
 class Match:
-    """A rival's file that reaches the wanted PSNR, and the picture in it."""
+    """A rival's file that reaches the wanted PSNR, and the image in it."""
 
     quality: int
     data: bytes
-    picture: np.ndarray
+    image: np.ndarray
 
 
 def run(
@@ -62,29 +63,29 @@ def run(
     decoded: Path,
     begin: Callable[[str], None],
 ) -> str:
-    """Encode the photograph into `encoded`, decode that file into `decoded`, and report in text.
+    """Encode the bundled image into `encoded`, decode that file into `decoded`, and report in text.
 
     Args:
         quality: as for `cmamba_ref.encode`.
-        begin: is told the name of each stage.
+        begin: callback, called with the name of each stage.
     """
     original = read_image(PHOTOGRAPH)
 
     begin("encoding")
     start = time.perf_counter()
-    data = encode(model, original, quality)
+    data = encode(original, model, quality)
     encoding = time.perf_counter() - start
     write_atomically(encoded, data)
 
     begin("decoding")
     stored = encoded.read_bytes()
     start = time.perf_counter()
-    picture = decode(stored, model)
+    image = decode(stored, model)
     decoding = time.perf_counter() - start
-    write_png(decoded, picture)
+    write_png(decoded, image)
 
     begin("comparing")
-    wanted = psnr(original, picture)
+    wanted = psnr(original, image)
     rivals = [_rival_line(rival, original, wanted, len(data)) for rival in RIVALS]
     height, width = original.shape[:2]
     megapixels = width * height / 1e6
@@ -95,7 +96,7 @@ def run(
             f"{PHOTOGRAPH.name}, {width}x{height} ({CREDIT}), model {model.config.name!r}",
             "",
             f"{'':<20}{'bytes':>8}{'bpp':>8}{'PSNR/dB':>9}{'MS-SSIM':>9}{'bytes/CMamba':>14}",
-            _line("CMamba" + setting, original, data, picture, len(data)),
+            _line("CMamba" + setting, original, data, image, len(data)),
             *rivals,
             "",
             f"Each rival is at its lowest quality with a PSNR of at least {wanted:.2f} dB: JPEG",
@@ -107,7 +108,7 @@ def run(
 
 
 def match(rival: Rival, original: np.ndarray, wanted: float) -> Match | None:
-    """The rival at its lowest quality with a PSNR of at least `wanted`; None if none has it.
+    """Return the rival at its lowest quality with a PSNR of at least `wanted`; None if none has it.
 
     By bisection: PSNR rises with quality, apart from wiggles of hundredths of a dB.
     """
@@ -116,7 +117,7 @@ def match(rival: Rival, original: np.ndarray, wanted: float) -> Match | None:
     while low <= high:
         middle = (low + high) // 2
         candidate = _try(rival, original, middle)
-        if psnr(original, candidate.picture) >= wanted:
+        if psnr(original, candidate.image) >= wanted:
             found, high = candidate, middle - 1
         else:
             low = middle + 1
@@ -125,8 +126,8 @@ def match(rival: Rival, original: np.ndarray, wanted: float) -> Match | None:
 
 def _try(rival: Rival, original: np.ndarray, quality: int) -> Match:
     data = rival.encode(original, quality)
-    with Image.open(io.BytesIO(data)) as picture:
-        return Match(quality, data, np.array(picture.convert("RGB")))
+    with Image.open(io.BytesIO(data)) as image:
+        return Match(quality, data, np.array(image.convert("RGB")))
 
 
 def _rival_line(rival: Rival, original: np.ndarray, wanted: float, ours: int) -> str:
@@ -137,13 +138,13 @@ def _rival_line(rival: Rival, original: np.ndarray, wanted: float, ours: int) ->
     if found is None:
         return f"{rival.name:<20}does not reach {wanted:.2f} dB even at quality {QUALITIES[-1]}"
     name = f"{rival.name} quality {found.quality}"
-    return _line(name, original, found.data, found.picture, ours)
+    return _line(name, original, found.data, found.image, ours)
 
 
-def _line(name: str, original: np.ndarray, data: bytes, picture: np.ndarray, ours: int) -> str:
+def _line(name: str, original: np.ndarray, data: bytes, image: np.ndarray, ours: int) -> str:
     height, width = original.shape[:2]
     rate = bits_per_pixel(len(data), width, height)
     return (
-        f"{name:<20}{len(data):>8}{rate:>8.3f}{psnr(original, picture):>9.2f}"
-        f"{ms_ssim(original, picture):>9.4f}{len(data) / ours:>14.2f}"
+        f"{name:<20}{len(data):>8}{rate:>8.3f}{psnr(original, image):>9.2f}"
+        f"{ms_ssim(original, image):>9.4f}{len(data) / ours:>14.2f}"
     )

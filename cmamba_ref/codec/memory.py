@@ -1,6 +1,6 @@
-"""How much memory a picture takes on the CPU, and whether there is so much.
+"""Peak memory of coding an image on the CPU: estimate and limit.
 
-Maps of features are what counts. A transform holds, at each of its scales, the input and the output
+Feature maps dominate. A transform holds, at each of its scales, the input and the output
 of a block and what a block needs as a whole in between (`cmamba_ref.nn.tiled`); the coding path
 holds the latent in float64, with what the slices see of each other. The largest of these moments is
 the peak.
@@ -17,8 +17,9 @@ from cmamba_ref.nn import tiled
 
 GIB = 2**30
 FLOAT, DOUBLE = 4, 8
-# Floats per pixel of pictures: what is coded, the same padded, and its bytes before and after.
-PICTURE_FLOATS = 3 * 2 + 2
+# Floats per pixel of images: the one that is coded, the same padded, and its bytes before and
+# after.
+IMAGE_FLOATS = 3 * 2 + 2
 # Maps that are at work on one strip at a time: of the block's channels and of those of its scan.
 STRIP_MAPS = 6
 # Latents in float64 that are held beside the context: y, y_bar, both halves of Phi', symbols,
@@ -27,13 +28,13 @@ LATENTS = 8
 
 
 def predict(config: CMambaConfig, height: int, width: int) -> int:
-    """Bytes that encoding or decoding one picture takes at its peak, beside model and program.
+    """Return the peak bytes that encoding or decoding one image takes, beside model and program.
 
     Without gradient, on the CPU, in float32 and with the default scans; another type, autocast or
     another backend takes more. Measured peaks are in benchmarks/cpu.md.
     """
     positions = (-(-height // 64) * 64) * (-(-width // 64) * 64)
-    picture = FLOAT * PICTURE_FLOATS * positions
+    image = FLOAT * IMAGE_FLOATS * positions
     moments = []
     before = 3 * positions
     for channels, has_scan in zip(config.widths, config.stages_with_scan, strict=True):
@@ -49,13 +50,13 @@ def predict(config: CMambaConfig, height: int, width: int) -> int:
     context = 3 * config.latent_channels  # Phi' and all slices but for one
     convolved = context + 2 * max(config.lrp_widths)  # padded, and before and after a function
     coding = DOUBLE * (LATENTS * config.latent_channels + context + convolved) * positions
-    return picture + max(transforms, coding)
+    return image + max(transforms, coding)
 
 
 def available() -> int | None:
-    """Bytes that this process may still take, as Linux says; None where it does not.
+    """Return the bytes that this process may still take, as Linux says; None where it does not.
 
-    Of control groups only that of a container is asked, which sees itself as the root.
+    Only the control group of a container is read, which appears as the root inside it.
     """
     found = []
     for line in _lines("/proc/meminfo"):
@@ -72,7 +73,7 @@ def available() -> int | None:
 
 
 def check(config: CMambaConfig, height: int, width: int, max_memory: int | None) -> None:
-    """Refuse a picture before any work if it will take too much.
+    """Refuse an image before any work if it will take too much.
 
     Args:
         max_memory: bytes; None for what is available, as far as that can be found out.
@@ -86,8 +87,8 @@ def check(config: CMambaConfig, height: int, width: int, max_memory: int | None)
         source = "are available" if max_memory is None else "are allowed"
         raise MemoryLimitError(
             f"{width}x{height} pixels take about {_in_words(needed)} with {config.name!r}, and "
-            f"{_in_words(limit)} {source}; raise `max_memory` if you know better, "
-            "take a smaller model or a smaller picture"
+            f"{_in_words(limit)} {source}; raise `max_memory` to override, "
+            "or take a smaller model or a smaller image"
         )
 
 

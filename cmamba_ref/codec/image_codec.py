@@ -1,0 +1,245 @@
+"""The codec: image to `.cmb` bytes and back."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import warnings
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmamba_ref.codec import memory
+from cmamba_ref.codec.container import Container
+from cmamba_ref.entropy.latent_coder import MULTIPLE, hyper_latent_shape
+from cmamba_ref.errors import BitstreamError, InvalidArgumentError, ModelMismatchError
+from cmamba_ref.model import CMamba
+from cmamba_ref.model_id import name_of
+
+DEFAULT_MODEL = "tiny"
+# Larger images are refused, when encoding and before anything is allocated when decoding.  What
+# counts is the size after padding: a line of 1x100,000 pixels takes the memory of 64x100,032.
+DEFAULT_MAX_PIXELS = 100_000_000
+
+
+_loading = threading.Lock()
+
+
+def shipped_model(name: str) -> CMamba:
+    """Return a bundled model, loaded once, on the CPU."""
+    with _loading:  # a cache by itself lets threads load one each
+        return _load_shipped(name)
+
+
+@functools.cache
+def _load_shipped(name: str) -> CMamba:
+    return CMamba.from_pretrained(name)
+
+
+def default_model() -> CMamba:
+    """Return the bundled model that is used where none is named."""
+    return shipped_model(DEFAULT_MODEL)
+
+
+def model_for(model_id: bytes, given: Iterable[CMamba]) -> CMamba:
+    """Return the model of that id, from those `given` or else from the bundled ones.
+
+    Raises:
+        ModelMismatchError: it is none of them.
+    """
+    for model in given:
+        if model.model_id == model_id:
+            return model
+    name = name_of(model_id)
+    if name is None:
+        raise ModelMismatchError(
+            f"the file needs model {model_id.hex()}, which is not available; "
+            "docs/models.md lists the bundled models"
+        )
+    return shipped_model(name)
+
+
+def encode(
+    image: np.ndarray,
+    model: CMamba | None = None,
+    quality: float | None = None,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_memory: int | None = None,
+) -> bytes:
+    """Encode an image.
+
+    The earlier order, `encode(model, image, ...)`, still works, with a DeprecationWarning.
+
+    Args:
+        image: uint8 `[H, W, 3]` in sRGB, or `[H, W]` grey; any size up to `max_pixels`.
+        model: None for the bundled model "tiny".
+        quality: 1 (small) to 8 (good), any number in between in steps of 0.01; None for the
+            default of 4, and for a fixed-rate model.
+        max_pixels: refuse larger images; sides count as padded to multiples of 64.
+        max_memory: refuse images that will take more bytes than this on the CPU; None for what is
+            available there, as far as the system tells.
+
+    Returns:
+        The bytes of a `.cmb` file, see docs/format.md.
+
+    Raises:
+        InvalidArgumentError: wrong type, shape, size or quality.
+        MemoryLimitError: more memory is needed than there is or than is allowed.
+    """
+    if _is_model(image) or (image is None and not (model is None or _is_model(model))):
+        warnings.warn(
+            "encode(model, image, ...) is deprecated; write encode(image, model, ...)",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        image, model = model, image  # type: ignore[assignment]
+    _check_image(image)
+    model = _checked_model(model)
+    height, width = image.shape[:2]
+    rows, columns = hyper_latent_shape(height, width)
+    if not 0 < rows * columns * MULTIPLE**2 <= max_pixels:
+        raise InvalidArgumentError(
+            f"`image` must have 1 to {max_pixels} pixels when its sides are padded to multiples of "
+            f"{MULTIPLE}, got {width}x{height}; raise `max_pixels` if there is the memory"
+        )
+    _check_memory(model, height, width, max_memory)
+    grey = image.ndim == 2
+    rgb = np.stack([image] * 3, axis=-1) if grey else np.array(image)
+    x = torch.from_numpy(rgb).permute(2, 0, 1)[None].float() / 255
+    (y,), (z,) = model.compress(x, quality)["strings"]
+    return Container(model.model_id, width, height, grey, y, z).pack()
+
+
+def decode(
+    data: bytes | bytearray | memoryview,
+    model: CMamba | None = None,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_memory: int | None = None,
+) -> np.ndarray:
+    """Decode an image.
+
+    Args:
+        data: the bytes of a `.cmb` file.
+        model: the model it was encoded with; None for the bundled model "tiny".
+        max_pixels: refuse files that declare more; sides count as padded to multiples of 64.
+        max_memory: as in `encode`.
+
+    Returns:
+        uint8 `[H, W, 3]`, or `[H, W]` where the encoded image was grey.
+
+    Raises:
+        InvalidArgumentError: `data` is not bytes, or `model` is no model.
+        BitstreamError: damaged, truncated, of another model, or too large.
+        MemoryLimitError: more memory is needed than there is or than is allowed.
+    """
+    container = Container.unpack(_as_bytes(data))
+    model = _checked_model(model)
+    y_bar, quality = _decode_latent(container, model, max_pixels, max_memory)
+    x_hat = model.reconstruct(y_bar, quality)[0, :, : container.height, : container.width]
+    rgb = (x_hat.float() * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
+    if container.grey:
+        return np.rint(rgb.mean(axis=2)).astype(np.uint8)
+    return np.ascontiguousarray(rgb)
+
+
+def check_symbols(
+    container: Container,
+    model: CMamba,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_memory: int | None = None,
+) -> None:
+    """Decode a file as far as its symbols and check their CRC, without making an image.
+
+    Limits and errors are those of `decode`.
+    """
+    _decode_latent(container, model, max_pixels, max_memory)
+
+
+def _is_model(value: object) -> bool:
+    # `torch.compile` wraps a model in a module that passes its methods through.
+    return isinstance(getattr(value, "_orig_mod", value), CMamba)
+
+
+def _checked_model(model: CMamba | None) -> CMamba:
+    if model is None:
+        return default_model()
+    if not _is_model(model):
+        raise InvalidArgumentError(
+            f"`model` must be a CMamba or None, got {_described(model)}; "
+            "load one with CMamba.from_pretrained"
+        )
+    return model
+
+
+def _check_image(image: np.ndarray) -> None:
+    if not isinstance(image, np.ndarray):
+        raise InvalidArgumentError(
+            "`image` must be a NumPy array, uint8 [H, W, 3] or [H, W], "
+            f"got {_described(image)}; {_to_array_hint(image)}"
+        )
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise InvalidArgumentError(
+            f"`image` must be uint8 [H, W, 3] or [H, W], got {image.dtype}{list(image.shape)}; "
+            "convert it to 8-bit RGB first"
+        )
+
+
+def _to_array_hint(value: object) -> str:
+    if isinstance(value, str | bytes | os.PathLike):
+        return "read the file first, with cmamba_ref.codec.images.read_image"
+    if isinstance(value, Tensor):
+        return "convert it to 8 bits with the channels last, then call .numpy()"
+    return "convert it first"
+
+
+def _as_bytes(data: bytes | bytearray | memoryview) -> bytes:
+    if isinstance(data, bytes):
+        return data
+    try:
+        return bytes(memoryview(data))
+    except TypeError as error:
+        raise InvalidArgumentError(
+            f"`data` must be the bytes of a .cmb file, got {_described(data)}; "
+            "read the file first, for instance with pathlib.Path.read_bytes"
+        ) from error
+
+
+def _described(value: object) -> str:
+    """The type of a wrong argument, with its value where that is short."""
+    name = type(value).__name__
+    if isinstance(value, Tensor):
+        return f"{name} {value.dtype}{list(value.shape)}"
+    if isinstance(value, str | os.PathLike | bool | int | float):
+        return f"{name} {value!r}"
+    return name
+
+
+def _decode_latent(
+    container: Container, model: CMamba, max_pixels: int, max_memory: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return y_bar and quality as `CMamba.decode_latent` does, after all checks of the header."""
+    if container.model_id != model.model_id:
+        raise ModelMismatchError(
+            f"the file was made by model {container.model_id.hex()}, this is "
+            f"{model.config.name!r} {model.model_id.hex()}; decode with the model it was made by"
+        )
+    rows, columns = hyper_latent_shape(container.height, container.width)
+    if rows * columns * MULTIPLE**2 > max_pixels:
+        raise BitstreamError(
+            f"the file declares {container.width}x{container.height} pixels, with sides padded to "
+            f"multiples of {MULTIPLE} more than the limit of {max_pixels}; "
+            "raise `max_pixels` if you trust it"
+        )
+    _check_memory(model, container.height, container.width, max_memory)
+    return model.decode_latent([[container.y], [container.z]], (rows, columns))
+
+
+def _check_memory(model: CMamba, height: int, width: int, max_memory: int | None) -> None:
+    if next(model.parameters()).device.type == "cpu":
+        memory.check(model.config, height, width, max_memory)
