@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 
 import determinism
-import determinism_work as work
 import numpy as np
 import pytest
 import torch
@@ -27,7 +26,6 @@ from codec_helpers import (
     with_field,
     without_onednn,
 )
-from covering import covering_array
 from PIL import Image
 
 import cmamba_ref
@@ -258,24 +256,13 @@ def test_every_scale_of_a_photograph_keeps_the_margin(kodak_paths):
 # All combinations of settings (tools/determinism.py).
 
 
-def test_a_covering_array_holds_every_pair():
-    factors = {"a": (1, 2), "b": (True, False), "c": ("x", "y", "z"), "d": (1, 2), "e": (None, 0)}
-    rows = covering_array(factors, 9)
-    assert len(rows) == 9 and all(list(row) == list(factors) for row in rows)
-    for one, other in itertools.combinations(factors, 2):
-        met = {(row[one], row[other]) for row in rows}
-        assert met == set(itertools.product(factors[one], factors[other]))
-    with pytest.raises(cmamba_ref.InvalidArgumentError, match="got 5, which leave out"):
-        covering_array(factors, 5)  # 2 x 3 pairs of b and c need six
-
-
 def test_the_pairs_of_encoder_and_decoder_cover_all_settings():
     halves = determinism.find_pairs(
-        [Path("a.png")], "tiny", determinism.BACKENDS, determinism.PAIRS, Path()
+        [Path("a.png")], "tiny", determinism.BACKENDS, determinism.PAIRS
     )
     rows = [dataclasses.astuple(h.setting) + dataclasses.astuple(h.other) for h in halves]
     values = [set(column) for column in zip(*rows, strict=True)]
-    assert [len(column) for column in values] == 2 * [2, 2, 2, 3, 2, 2]
+    assert [len(column) for column in values] == 2 * [2, 2, 2, 2, 2, 2]
     for one, other in itertools.combinations(range(len(values)), 2):
         met = {(row[one], row[other]) for row in rows}
         assert met == set(itertools.product(values[one], values[other]))
@@ -288,20 +275,20 @@ def comparison(tmp_path, monkeypatch):
     pictures = []
     for i in range(2):
         Image.fromarray(picture(70, 90, seed=i)).save(tmp_path / f"{i}.png")
-        pictures.append(work.Picture(tmp_path / f"{i}.png", None, 4, tmp_path / f"{i}.npz"))
+        pictures.append(determinism.Picture(tmp_path / f"{i}.png", None, 4, tmp_path / f"{i}.npz"))
 
     def compare(**setting):
-        return work.Comparison(
-            str(determinism.SMALL_MODEL), work.Setting(**setting), tuple(pictures)
+        return determinism.Job(
+            str(determinism.SMALL_MODEL), determinism.Setting(**setting), tuple(pictures)
         )
 
-    work.keep_baseline(compare())
+    determinism.keep_baseline(compare())
     return compare
 
 
 def test_entropy_parameters_agree_under_other_settings(comparison):
     settings = {"onednn": False, "layout": "channels_last", "batch": 4, "weights": "bfloat16"}
-    found = work.compare(comparison(**settings, backend="reference"))
+    found = determinism.compare(comparison(**settings, backend="reference"))
     # The second picture of the batch of four is taken twice.
     assert (found["pictures"], found["indexes"]) == (4, 4 * 16 * 8 * 8)
     assert found["differing_indexes"] == 0
@@ -309,28 +296,40 @@ def test_entropy_parameters_agree_under_other_settings(comparison):
     assert 0 < found["mean_absolute"] < 1e-12
 
 
-def test_the_comparison_walks_as_the_decoder_does(comparison):
-    """The kept symbols and log-scales are those that decoding the same file goes through."""
+def test_what_is_watched_is_what_the_decoder_goes_through(comparison):
     one = comparison().pictures[0]
-    model = work.load_model(str(determinism.SMALL_MODEL), "contiguous", "float32")
-    data = work.encode(model, [one])
+    model = determinism.load_model(str(determinism.SMALL_MODEL), "contiguous", "float32")
+    (data,) = determinism.encode_batch(model, [one])
     with recording() as seen:
-        work.decode(model, data)
+        determinism.decode_batch(model, [data])
     kept = np.load(one.kept)
-    slices = np.split(kept["y"], len(model.config.slice_widths))
-    symbols = np.concatenate([kept["z"].ravel(), *(part.ravel() for part in slices)])
-    assert np.array_equal(symbols, seen[0].symbols)
-    assert np.array_equal(kept["log_scales"].ravel(), seen[0].log_scales)
+    means, log_scales = kept["parameters"]
+    indexes = determinism.scale_indexes(data, kept["parameters"])
+    assert kept["data"].tobytes() == data and means.shape == log_scales.shape
+    assert np.array_equal(log_scales.ravel(), seen[0].log_scales)
+    assert np.array_equal(indexes.ravel(), seen[0].indexes[-indexes.size :])
+
+
+def test_other_symbols_are_all_counted(comparison):
+    """A file whose check of the symbols is wrong cannot be decoded under any setting."""
+    one = comparison().pictures[0]
+    kept = dict(np.load(one.kept))
+    data = with_field(kept["data"].tobytes(), "symbols' check", 0)
+    np.savez(one.kept, **kept | {"data": np.frombuffer(data, np.uint8)})
+    found = determinism.compare(comparison())
+    assert (found["indexes"], found["differing_indexes"]) == (2 * 16 * 8 * 8, 16 * 8 * 8)
+    assert found["ln_scale_absolute"] == np.inf
 
 
 def test_a_comparison_finds_what_differs(comparison):
     """One log-scale in the baseline moved across a boundary, one mean by a millionth."""
     one = comparison().pictures[0]
     kept = dict(np.load(one.kept))
-    kept["log_scales"].flat[5] += LOG_SCALE_STEP * (-1 if kept["log_scales"].flat[5] > 0 else 1)
-    kept["means"].flat[7] += 1e-6
+    means, log_scales = kept["parameters"]
+    log_scales.flat[5] += LOG_SCALE_STEP * (-1 if log_scales.flat[5] > 0 else 1)
+    means.flat[7] += 1e-6
     np.savez(one.kept, **kept)
-    found = work.compare(comparison())
+    found = determinism.compare(comparison())
     assert found["differing_indexes"] == 1
     assert found["ln_scale_absolute"] == pytest.approx(LOG_SCALE_STEP)
     assert found["mean_absolute"] == pytest.approx(1e-6, rel=1e-6)
@@ -340,16 +339,16 @@ def test_a_comparison_finds_what_differs(comparison):
 def halves(comparison, tmp_path):
     """A pair that encodes two pictures at a time and decodes one at a time, otherwise too."""
     one = comparison(batch=2, weights="bfloat16")
-    other = work.Setting(onednn=False, layout="channels_last", backend="reference")
-    writer = work.Half(one.model, one.setting, other, one.pictures, tmp_path)
+    other = determinism.Setting(onednn=False, layout="channels_last", backend="reference")
+    writer = determinism.Job(one.model, one.setting, one.pictures, other, tmp_path)
     return writer, dataclasses.replace(writer, setting=other, other=one.setting)
 
 
 def test_what_one_half_writes_the_other_reads(halves):
     writer, reader = halves
-    size = work.write_half(writer)
+    size = determinism.write_half(writer)["bytes"]
     assert size == sum(path.stat().st_size for path in writer.folder.glob("*.cmb"))
-    found = work.read_half(reader)
+    found = determinism.read_half(reader)
     assert (found["files"], found["files_with_other_symbols"]) == (2, 0)
     assert found["values"] == 2 * 70 * 90 * 3
     assert found["largest_difference"] <= 1
@@ -358,17 +357,17 @@ def test_what_one_half_writes_the_other_reads(halves):
 def test_a_half_finds_what_differs(halves):
     """A file with a wrong check of its symbols, and three pixels of the other one moved."""
     writer, reader = halves
-    work.write_half(writer)
+    determinism.write_half(writer)
     path = writer.folder / "0.cmb"
     path.write_bytes(with_field(path.read_bytes(), "symbols' check", 0))
     decoded = np.load(writer.folder / "decoded.npy")
-    decoded[1] = work.decode(
-        work.load_model(reader.model, reader.setting.layout, "float32"),
+    decoded[1] = determinism.decode_batch(
+        determinism.load_model(reader.model, reader.setting.layout, "float32"),
         [(writer.folder / "1.cmb").read_bytes()],
     )[0]
     decoded[1, 0, 0] ^= 4
     np.save(writer.folder / "decoded.npy", decoded)
-    found = work.read_half(reader)
+    found = determinism.read_half(reader)
     assert (found["files_with_other_symbols"], found["values"]) == (1, 70 * 90 * 3)
     assert found["differing_values"] >= 3 and 3 <= found["largest_difference"] <= 5
 
