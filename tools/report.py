@@ -424,12 +424,9 @@ def main(argv: list[str] | None = None) -> int:
     parser, args = parse(argv)
     specs = [*args.curves, *([args.anchor] if args.anchor else [])]
     try:
-        curves = [curve for spec in args.curves for curve in rd_curves.load_curves(spec)]
-        anchor = next((curve for curve in curves if curve.name == USUAL_ANCHOR), None)
-        if args.anchor:
-            anchor = rd_curves.load_curve(args.anchor)
-        if anchor is not None and anchor not in curves:
-            curves.append(anchor)
+        curves, anchor = rd_curves.load_with_anchor(args.curves, args.anchor)
+        if anchor is None:
+            anchor = next((curve for curve in curves if curve.name == USUAL_ANCHOR), None)
         parts = [plot(metric, curves, anchor, args.bpp) for metric in METRICS]
         if anchor is not None:
             parts += [rates(metric, curves, anchor) for metric in METRICS]
