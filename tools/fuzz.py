@@ -6,8 +6,9 @@ Every input has to end in a sound result or in an error that the documentation n
 limits of CPU time and memory. Anything else is a finding: the input and the traceback go into the
 folder of `--findings`, and the exit status is 1. `--replay` tries findings again.
 
-An input with an outcome that is new for its target is kept and mutated further. Inputs are a
-function of the seed alone, up to where the time ends. Linux only, for the limits.
+An input with an outcome that is new for its target is kept and mutated further. Inputs are drawn in
+batches; with one process (--jobs) they are a function of the seed alone. The time ends with a
+batch. Linux only, for the limits.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import gc
 import hashlib
 import io
 import json
-import multiprocessing
 import re
 import resource
 import signal
@@ -34,8 +34,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import provenance
@@ -46,7 +46,7 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
-from cmamba_ref import CMamba, MemoryLimitError, bitstream, cli, codec, pillow_plugin
+from cmamba_ref import CMamba, MemoryLimitError, bitstream, cli, codec, pillow_plugin, pool
 from cmamba_ref.bitstream import HEADER_BYTES
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.demo import PHOTOGRAPH
@@ -62,6 +62,8 @@ GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 MEMORY_LIMIT = 1 << 30  # bytes of address space beyond what the process had before
 SECONDS_LIMIT = 5  # of CPU time; a trial is ended after four times as long
 DEADLINE = 600.0  # of wall-clock time: other work on the machine counts
+BATCH = 2000  # inputs that are drawn, and tried by the same processes, at a time
+DIED = "the process died"
 MAX_PIXELS = 1_000_000  # of images, so that what is allowed stays far within the memory
 MOST_KEPT = 1000  # inputs per target
 MOST_EXAMPLE_BYTES = 300
@@ -497,15 +499,16 @@ TARGETS = {
 
 # ---------------------------------------------------------------- trials
 
+Input = tuple[str, bytes]  # the name of a target, and what it is given
 
-@dataclass
-class Trial:
+
+class Trial(NamedTuple):
     """The result of one input.
 
     Attributes:
         outcome: "picture" and the like, or type and template of the error.
         finding: what is wrong, with a traceback if there is one; empty where all is well.
-        seconds: of CPU time; by the clock where the process died.
+        seconds: of CPU time.
         memory: bytes by which the process grew at the most.
     """
 
@@ -515,97 +518,58 @@ class Trial:
     memory: int = 0
 
 
-class Worker:
-    """Runs trials one by one in another process, which is replaced when one kills it."""
-
-    def __init__(self, deadline: float = DEADLINE) -> None:
-        self.deadline = deadline
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._connection: Connection | None = None
-        # Where the process writes how it ends, if it does not end as it should.
-        self._last_words = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the worker
-
-    def run(self, target: str, data: bytes) -> Trial:
-        """Try one input."""
-        process, connection = self._running()
-        connection.send((target, data))
-        start = time.monotonic()
-        try:
-            if connection.poll(self.deadline):
-                return connection.recv()
-            finding = f"no end within {self.deadline} s"
-            process.terminate()  # gently, so that it writes where it is
-            process.join(10)
-        except EOFError:
-            process.join()
-            code = process.exitcode or 0
-            ended_by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            finding = f"the process died with {ended_by}"
-        self.stop()
-        self._last_words.seek(0)
-        where = self._last_words.read().decode(errors="replace")
-        return Trial(finding, f"{finding}\n{where}", time.monotonic() - start)
-
-    def stop(self) -> None:
-        """End the process."""
-        if self._process is not None and self._connection is not None:
-            self._process.kill()
-            self._process.join()
-            self._connection.close()
-        self._process = self._connection = None
-
-    def _running(self) -> tuple[multiprocessing.process.BaseProcess, Connection]:
-        if self._process is None or self._connection is None:
-            context = multiprocessing.get_context("fork")  # torch is not imported again
-            self._connection, there = context.Pipe()
-            self._last_words.seek(0)
-            self._last_words.truncate()
-            arguments = (there, self._last_words.fileno())
-            self._process = context.Process(target=_serve, args=arguments, daemon=True)
-            self._process.start()
-            there.close()
-        return self._process, self._connection
-
-
-def _serve(connection: Connection, last_words: int) -> None:
-    """Try what comes; a crash, or too long a trial, leaves a traceback in `last_words`."""
-    faulthandler.enable(last_words)
-    for ending in (signal.SIGPROF, signal.SIGTERM):
-        faulthandler.register(ending, last_words, chain=True)
-    gc.freeze()
+def prepare() -> None:
+    """Limit a fresh process; where it is when it crashes, or is ended, goes to stderr."""
+    torch.set_num_threads(1)
+    golden_model()
+    faulthandler.enable()
+    for ending in (signal.SIGPROF, signal.SIGALRM):
+        faulthandler.register(ending, chain=True)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY_LIMIT
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    for count in range(sys.maxsize):
-        try:
-            target, data = connection.recv()
-        except EOFError:
-            return
-        connection.send(_try(TARGETS[target], data))
-        if count % 50 == 0:
-            gc.collect()  # models are cycles
 
 
-def _try(target: Target, data: bytes) -> Trial:
-    trial = Trial("")
-    # A timer for each trial, and no limit for the process: both count by the kernel's ticks, which
-    # drift away from `process_time`, so that a limit in its terms ends trials that have hardly
-    # begun once the process is old.
+def attempt(item: Input, targets: dict[str, Target] | None = None) -> Trial:
+    """Try an input, in a process that `prepare` has limited."""
+    target, finding = (targets or TARGETS)[item[0]], ""
+    # Timers for each trial, and no limit for the process: that counts by the kernel's ticks, which
+    # drift away from `process_time`, and would end trials that have hardly begun once the process
+    # is old.
     signal.setitimer(signal.ITIMER_PROF, 4 * SECONDS_LIMIT)
+    signal.setitimer(signal.ITIMER_REAL, DEADLINE)
     resident.restart_peak()
     before, start = resident.resident_bytes() or 0, time.process_time()
     try:
-        trial.outcome = template(target.use(data))
+        outcome = template(target.use(item[1]))
     except Exception as error:  # noqa: BLE001  # others than the target's are the findings
-        trial.outcome = template(f"{type(error).__name__}: {error}")
+        outcome = template(f"{type(error).__name__}: {error}")
         if not isinstance(error, target.errors):
-            trial.finding = traceback.format_exc()
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    trial.seconds = time.process_time() - start
-    trial.memory = max((resident.peak_bytes() or 0) - before, 0)
-    if trial.seconds > SECONDS_LIMIT and not trial.finding:
-        trial.finding = f"took {trial.seconds:.1f} s of CPU time"
-    return trial
+            finding = traceback.format_exc()
+    for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+        signal.setitimer(timer, 0)
+    seconds = time.process_time() - start
+    if seconds > SECONDS_LIMIT and not finding:
+        finding = f"took {seconds:.1f} s of CPU time"
+    gc.collect(1)  # models are cycles
+    return Trial(outcome, finding, seconds, max((resident.peak_bytes() or 0) - before, 0))
+
+
+def try_all(
+    items: Sequence[Input],
+    note: Callable[[Input, Trial], None],
+    jobs: int = 1,
+    work: Callable[[Input], Trial] = attempt,
+) -> None:
+    """Try inputs in fresh processes, and note each with its result.
+
+    An input that ends its process is tried once more by itself before that is its finding.
+    """
+
+    def report(item: Input, trial: Trial | None) -> None:
+        note(item, trial or Trial(DIED, f"{DIED}, or was ended by a limit; see stderr"))
+
+    pool.spread(work, items, jobs, prepare, report)
 
 
 def template(text: str) -> str:
@@ -628,33 +592,27 @@ class Run:
     """
 
     def __init__(self, seed: int, findings: Path) -> None:
-        self.worker, self.findings = Worker(), findings
+        self.findings = findings
         self.outcomes = {name: Counter[str]() for name in TARGETS}
         self.examples: dict[tuple[str, str], bytes] = {}
         self.found: list[dict[str, str]] = []
         self.slowest = self.largest = 0.0, ""
+        self.seeds = {name: target.seeds() for name, target in TARGETS.items()}
         self._rng = np.random.default_rng(seed)
         self._names = [name for name, target in TARGETS.items() for _ in range(target.share)]
-        self._seeds = {name: target.seeds() for name, target in TARGETS.items()}
         self._kept: dict[str, list[bytes]] = {name: [] for name in TARGETS}
 
-    def try_seeds(self) -> None:
-        """Try every valid input."""
-        for name, seeds in self._seeds.items():
-            for data in seeds:
-                self._note(name, data, self.worker.run(name, data))
-
-    def step(self) -> None:
-        """Draw a target, mutate an input and try it."""
+    def draw(self) -> Input:
+        """Draw a target and mutate an input of it."""
         name = self._names[self._rng.integers(len(self._names))]
-        seeds, kept = self._seeds[name], self._kept[name]
+        seeds, kept = self.seeds[name], self._kept[name]
         chosen = kept if kept and self._rng.integers(2) else seeds
         data = chosen[self._rng.integers(len(chosen))]
-        changed = TARGETS[name].mutate(data, [*seeds, *kept[-20:]], self._rng)
-        self._note(name, changed, self.worker.run(name, changed))
+        return name, TARGETS[name].mutate(data, [*seeds, *kept[-20:]], self._rng)
 
-    def _note(self, name: str, data: bytes, trial: Trial) -> None:
-        key = name, trial.outcome
+    def note(self, item: Input, trial: Trial) -> None:
+        """Count an outcome; keep an input whose outcome is new, and save one that is a finding."""
+        (name, data), key = item, (item[0], trial.outcome)
         if trial.outcome not in self.outcomes[name] and not trial.finding:
             self._kept[name] = [*self._kept[name], data][-MOST_KEPT:]
         self.outcomes[name][trial.outcome] += 1
@@ -686,15 +644,13 @@ class Run:
 
 def replay(paths: list[Path]) -> int:
     """Try inputs that a run has saved, and print the outcomes; 1 if one is a finding."""
-    worker, is_wrong = Worker(), False
     by_stem = {name.replace(" ", "-"): name for name in TARGETS}
-    for path in paths:
-        trial = worker.run(by_stem[path.stem.rpartition("-")[0]], path.read_bytes())
-        is_wrong |= bool(trial.finding)
-        print(f"{path}: {trial.outcome}, {trial.seconds:.2f} s, {trial.memory >> 20} MiB")
-        print(trial.finding)
-    worker.stop()
-    return int(is_wrong)
+    items = [(by_stem[path.stem.rpartition("-")[0]], path.read_bytes()) for path in paths]
+    trials: list[Trial] = []
+    try_all(items, lambda _, trial: trials.append(trial))
+    for trial in trials:
+        print(f"{trial.outcome}, {trial.seconds:.2f} s, {trial.memory >> 20} MiB\n{trial.finding}")
+    return int(any(trial.finding for trial in trials))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -704,6 +660,7 @@ def main(argv: list[str] | None = None) -> int:
     add, folder = parser.add_argument, Path("runs/fuzz")
     add("--minutes", type=float, default=5.0, help="how long; default: %(default)s")
     add("--trials", type=int, help="end after so many trials, if that comes first")
+    add("--jobs", type=int, default=1, help="processes; default: %(default)s")
     add("--seed", type=int, default=0, help="of all that is drawn; default: %(default)s")
     add("-o", "--output", type=Path, help="JSON to write")
     add("--findings", type=Path, default=folder, help="folder for findings; default: %(default)s")
@@ -711,18 +668,20 @@ def main(argv: list[str] | None = None) -> int:
     add("--examples", type=Path, help="JSON to write, the smallest input of each outcome")
     arguments = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # a process with other threads must not fork
     if args.replay:
         return replay(args.replay)
-    run, start, trials = Run(args.seed, args.findings), time.monotonic(), 0
+    run, start = Run(args.seed, args.findings), time.monotonic()
+    batch: Sequence[Input] = [(name, data) for name, seeds in run.seeds.items() for data in seeds]
+    left = sys.maxsize if args.trials is None else args.trials
     try:
-        run.try_seeds()
-        while time.monotonic() - start < 60 * args.minutes and trials != args.trials:
-            run.step()
-            trials += 1
+        while batch:
+            try_all(batch, run.note, args.jobs)
+            if time.monotonic() - start > 60 * args.minutes:
+                break
+            batch = [run.draw() for _ in range(min(BATCH, left))]
+            left -= len(batch)
     except KeyboardInterrupt:
         print("interrupted; what was done is kept", file=sys.stderr)
-    run.worker.stop()
     result = {
         "seed": args.seed,
         "minutes": round((time.monotonic() - start) / 60, 2),
