@@ -14,10 +14,11 @@ To keep this short, a combination gets every sixth image (--every), each combina
 another one, so that all images occur; `triton`, where it runs in the interpreter, gets a small
 model of random weights and 64x64 pixels.
 
-Then files: 16 pairs of a setting that encodes and one that decodes, each in a process of its own,
-such that every two settings of either side meet in all their values. The decoder compares the
-symbols with their CRC; pixels are compared with those that the encoder's side decodes. Each pair
-codes the central 192x128 pixels of four images.
+Then 16 pairs of a setting that encodes and one that decodes, each in a process of its own, in which
+every two settings of either side meet in all their values. Each pair codes the central 192x128
+pixels of four images. Decoders compare the symbols with their CRC; pixels are compared with those
+that the encoder's side decodes, with the same type of weights: what bfloat16 does to the image is
+not in question here.
 
 With -o, finished measurements are kept beside the output (FILE.partial): after Ctrl-C or a failure
 the same command resumes. The exit status is 1 if symbols depend on a setting, pixels of float32
@@ -35,10 +36,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from tqdm import tqdm
 
-from cmamba_ref import BitstreamError, CMamba, CMambaError, encode, pool, scan_backend
+from cmamba_ref import BitstreamError, CMamba, CMambaError, pool, scan_backend
 from cmamba_ref.bitstream import Container, unpack_latent
 from cmamba_ref.codec import latent_shape
 from cmamba_ref.entropy.gaussian import MARGIN, scale_index
@@ -76,6 +77,10 @@ CROP_OF_PAIRS = (128, 192)
 CROP_OF_TRITON = (64, 64)
 # Relative differences are those of values of at least this magnitude: near 0 they say nothing.
 LEAST_FOR_RELATIVE = 0.01
+COUNTS = (
+    "files", "files_with_other_symbols", "bytes", "indexes", "differing_indexes", "values",
+    "differing_values",
+)  # fmt: skip
 LARGEST = ("mean_absolute", "mean_relative", "ln_scale_absolute", "ln_scale_relative")
 
 Row = dict[str, Any]
@@ -106,6 +111,11 @@ class Setting:
         """All of it in one line."""
         return ", ".join(f"{name} {value}" for name, value in asdict(self).items())
 
+    @property
+    def process(self) -> tuple[str, int]:
+        """Settings for which this is equal can follow each other in one process."""
+        return self.backend, self.threads
+
 
 BASELINE = Setting()
 
@@ -115,13 +125,13 @@ class Picture:
     """The central `crop` (height, width) of an image file, or all of it for None.
 
     Attributes:
-        kept: `.npz` file for the coded image and the baseline's entropy parameters.
+        kept: `.npz` file for the coded image, its entropy parameters and decoded pixels.
     """
 
     path: Path
     crop: tuple[int, int] | None
     quality: float
-    kept: Path = Path()
+    kept: Path
 
     def pixels(self) -> np.ndarray:
         """Read the pixels, uint8 `[H, W, 3]`."""
@@ -135,27 +145,20 @@ class Picture:
 
 @dataclass(frozen=True)
 class Job:
-    """Images to code under a setting.
-
-    Attributes:
-        other: of a pair, the setting of the other half.
-        folder: of a pair, where the files go, and the pixels that the encoder's side decodes.
-    """
+    """Images that one setting encodes and another one decodes."""
 
     model: str
-    setting: Setting
+    encoder: Setting
+    decoder: Setting
     pictures: tuple[Picture, ...]
-    other: Setting = BASELINE
-    folder: Path = Path()
 
-    @property
-    def process(self) -> tuple[str, int]:
-        """Jobs for which this is equal can follow each other in one process."""
-        return self.setting.backend, self.setting.threads
 
-    def load(self, weights: str | None = None) -> CMamba:
-        """Load the model as the setting, or with the type of weights of the other one."""
-        return load_model(self.model, self.setting.layout, weights or self.setting.weights)
+class Plan(NamedTuple):
+    """Images to encode once, and the jobs that decode them, by the keys of their results."""
+
+    name: str
+    write: Job
+    read: dict[str, Job]
 
 
 # ---------------------------------------------------------------- in processes of their own
@@ -188,18 +191,23 @@ def under(setting: Setting) -> Iterator[None]:
         torch._C._set_mkldnn_enabled(True)
 
 
-def strings_of(files: Sequence[bytes]) -> tuple[list[list[bytes]], tuple[int, int]]:
-    """Return the strings of files of one size, and the shape of z, as `decompress` takes them."""
-    containers = [Container.unpack(data) for data in files]
-    shape = latent_shape(containers[0].height, containers[0].width)
-    return [[c.y for c in containers], [c.z for c in containers]], shape
+def code_batch(model: CMamba, pixels: np.ndarray, quality: float) -> list[bytes]:
+    """Code images `[B, H, W, 3]` as one batch; return a file of each."""
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    y_strings, z_strings = model.compress(pad(x), quality)["strings"]
+    _, height, width, _ = pixels.shape
+    return [
+        Container(model.model_id, width, height, False, y, z).pack()
+        for y, z in zip(y_strings, z_strings, strict=True)
+    ]
 
 
-def entropy_parameters(model: CMamba, files: Sequence[bytes]) -> np.ndarray:
-    """Decode files of one size as one batch up to y_bar, and keep what the decoder computes.
+def decode_batch(model: CMamba, files: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Decode files of one size as one batch.
 
     Returns:
-        means and log-scales of y, float64 `[2, B, M, h, w]`.
+        means and log-scales of y as the decoder computes them, float64 `[2, B, M, h, w]`; pixels,
+        uint8 `[B, H, W, 3]`.
 
     Raises:
         BitstreamError: the symbols of one fail their check.
@@ -210,166 +218,98 @@ def entropy_parameters(model: CMamba, files: Sequence[bytes]) -> np.ndarray:
         if isinstance(module, CAE | Hyperprior):
             slices.append(torch.stack(output).cpu())
 
+    containers = [Container.unpack(data) for data in files]
+    height, width = containers[0].height, containers[0].width
+    strings = [[c.y for c in containers], [c.z for c in containers]]
     hook = register_module_forward_hook(keep)  # the decoder works on a float64 copy of the model
     try:
-        model.decode_latent(*strings_of(files))
+        x_hat = model.decompress(strings, latent_shape(height, width))["x_hat"]
     finally:
         hook.remove()
-    return torch.cat(slices, dim=2).numpy()
+    pixels = (x_hat[..., :height, :width].float() * 255).round().to("cpu", torch.uint8)
+    return torch.cat(slices, dim=2).numpy(), pixels.permute(0, 2, 3, 1).numpy()
 
 
 def scale_indexes(data: bytes, parameters: np.ndarray) -> np.ndarray:
-    """Return the index of every symbol of a file, from its `entropy_parameters` `[2, M, h, w]`."""
+    """Return the index of every symbol of a file, from its means and log-scales `[2, M, h, w]`."""
     shift = unpack_latent(Container.unpack(data).y)[0].shift
     return scale_index(torch.from_numpy(parameters[1]), shift).numpy()
 
 
-def keep_baseline(job: Job) -> Row:
-    """Encode every image, and keep its file and the entropy parameters it is decoded with."""
-    with under(job.setting):
-        for picture in job.pictures:
-            data = encode(job.load(), picture.pixels(), picture.quality)
-            parameters = entropy_parameters(job.load(), [data])[:, 0]
-            np.savez(picture.kept, data=np.frombuffer(data, np.uint8), parameters=parameters)
+def write(job: Job) -> Row:
+    """Encode every image, and decode it in the same process with the decoder's type of weights."""
+    setting = job.encoder
+    model = load_model(job.model, setting.layout, setting.weights)
+    decoding = load_model(job.model, setting.layout, job.decoder.weights)
+    images = [{"kept": p.kept, "quality": p.quality, "pixels": p.pixels()} for p in job.pictures]
+    with under(setting):
+        for batch in _batches(images, setting.batch):
+            pixels = np.stack([image["pixels"] for image in batch])
+            files = code_batch(model, pixels, batch[0]["quality"])
+            parameters, decoded = decode_batch(decoding, files)
+            for b, image in enumerate(batch):
+                found = {"parameters": parameters[:, b], "pixels": decoded[b]}
+                found |= {"data": np.frombuffer(files[b], np.uint8)}
+                np.savez(image["kept"], **found, weights=job.decoder.weights)
     return {}
 
 
-def compare(job: Job) -> Row:
-    """Decode the baseline's files under another setting, and compare the entropy parameters.
+def read(job: Job) -> Row:
+    """Decode what `write` has left under another setting, and compare.
 
     Returns:
-        how many indexes were compared, and how many differ (all of a batch with other symbols);
-        the largest differences of log-scales and means, absolute and relative (of values of at
-        least `LEAST_FOR_RELATIVE`).
+        files, and how many have other symbols; indexes, and how many differ (all of a batch with
+        other symbols); the largest differences of log-scales and means, absolute and relative (of
+        values of at least `LEAST_FOR_RELATIVE`); values of pixels that the same type of weights
+        gave, how many of these differ, and by how much at the most.
     """
-    found = {"pictures": 0, "indexes": 0, "differing_indexes": 0}
+    setting = job.decoder
+    model = load_model(job.model, setting.layout, setting.weights)
+    found: Row = {**dict.fromkeys(COUNTS, 0), "largest_difference": 0}
     worst = np.zeros((2, 2))  # of means and log-scales, absolute and relative
-    for kept in _batches([dict(np.load(p.kept)) for p in job.pictures], job.setting.batch):
-        files = [k["data"].tobytes() for k in kept]
-        expected = np.stack([k["parameters"] for k in kept], axis=1)
-        found["pictures"] += len(kept)
+    for batch in _batches([dict(np.load(p.kept)) for p in job.pictures], setting.batch):
+        files = [kept["data"].tobytes() for kept in batch]
+        expected = np.stack([kept["parameters"] for kept in batch], axis=1)
+        found["files"] += len(files)
+        found["bytes"] += sum(map(len, files))
         found["indexes"] += expected[0].size
         try:
-            with under(job.setting):
-                seen = entropy_parameters(job.load(), files)
+            with under(setting):
+                parameters, pixels = decode_batch(model, files)
         except BitstreamError:
+            found["files_with_other_symbols"] += len(files)
             found["differing_indexes"] += expected[0].size
             worst[:] = np.inf
             continue
         for b, data in enumerate(files):
-            differ = scale_indexes(data, seen[:, b]) != scale_indexes(data, expected[:, b])
+            differ = scale_indexes(data, parameters[:, b]) != scale_indexes(data, expected[:, b])
             found["differing_indexes"] += int(differ.sum())
-        difference = np.nan_to_num(np.abs(seen - expected), nan=np.inf)
+            if batch[b]["weights"] == setting.weights:
+                difference = np.abs(pixels[b].astype(int) - batch[b]["pixels"])
+                found["values"] += difference.size
+                found["differing_values"] += int((difference > 0).sum())
+                largest = max(found["largest_difference"], int(difference.max()))
+                found["largest_difference"] = largest
+        difference = np.nan_to_num(np.abs(parameters - expected), nan=np.inf)
         relative = difference / np.maximum(np.abs(expected), LEAST_FOR_RELATIVE)
-        largest = [d.reshape(2, -1).max(axis=1) for d in (difference, relative)]
-        worst = np.maximum(worst, np.stack(largest, axis=1))
+        for kind, values in enumerate((difference, relative)):
+            worst[:, kind] = np.maximum(worst[:, kind], values.reshape(2, -1).max(axis=1))
     return {**found, **dict(zip(LARGEST, worst.ravel().tolist(), strict=True))}
 
 
-def _batches(baselines: Sequence[Row], size: int) -> Iterator[list[Row]]:
-    """Latents of one shape, so many at a time; the last ones are filled up with the first."""
+def _batches(images: Sequence[Row], size: int) -> Iterator[list[Row]]:
+    """Images of one shape, so many at a time; the last ones are filled up with the first."""
 
-    def shape(baseline: Row) -> tuple[int, ...]:
-        return baseline["parameters"].shape
+    def shape(image: Row) -> tuple[int, ...]:
+        return image["pixels"].shape
 
-    for _, same in groupby(sorted(baselines, key=shape), key=shape):
+    for _, same in groupby(sorted(images, key=shape), key=shape):
         group = list(same)
         for start in range(0, len(group), size):
             yield [group[i % len(group)] for i in range(start, start + size)]
 
 
-def encode_batch(model: CMamba, pictures: Sequence[Picture]) -> list[bytes]:
-    """Code images of one size and quality as one batch; return a file of each."""
-    x = torch.from_numpy(np.stack([p.pixels() for p in pictures])).permute(0, 3, 1, 2).float() / 255
-    y_strings, z_strings = model.compress(pad(x), pictures[0].quality)["strings"]
-    height, width = x.shape[-2:]
-    return [
-        Container(model.model_id, width, height, False, y, z).pack()
-        for y, z in zip(y_strings, z_strings, strict=True)
-    ]
-
-
-def decode_batch(model: CMamba, files: Sequence[bytes]) -> np.ndarray:
-    """Decode files of one size as one batch, uint8 `[B, H, W, 3]`.
-
-    Raises:
-        BitstreamError: the symbols of one fail their check.
-    """
-    header = Container.unpack(files[0])
-    x_hat = model.decompress(*strings_of(files))["x_hat"][..., : header.height, : header.width]
-    return (x_hat.float() * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
-
-
-def write_half(job: Job) -> Row:
-    """Encode, and decode under the same setting but for the type of weights, which is the other's.
-
-    What bfloat16 does to the image is not in question here, so both sides decode with one type.
-
-    Returns:
-        the number of bytes of all files.
-    """
-    size, files = job.setting.batch, []
-    with under(job.setting):
-        for start in range(0, len(job.pictures), size):
-            files += encode_batch(job.load(), job.pictures[start : start + size])
-        model = job.load(job.other.weights)
-        decoded = [decode_batch(model, files[i : i + size]) for i in range(0, len(files), size)]
-    for i, data in enumerate(files):
-        (job.folder / f"{i}.cmb").write_bytes(data)
-    np.save(job.folder / "decoded.npy", np.concatenate(decoded))
-    return {"bytes": sum(map(len, files))}
-
-
-def read_half(job: Job) -> Row:
-    """Decode the files of `write_half`, and compare.
-
-    Returns:
-        files, how many of them fail the check of their symbols, values of pixels of the others, how
-        many of these differ, and by how much at the most.
-    """
-    files = [(job.folder / f"{i}.cmb").read_bytes() for i in range(len(job.pictures))]
-    expected, size = np.load(job.folder / "decoded.npy").astype(int), job.setting.batch
-    wrong, differences = 0, [np.zeros(0, int)]
-    with under(job.setting):
-        for start in range(0, len(files), size):
-            try:
-                decoded = decode_batch(job.load(), files[start : start + size])
-            except BitstreamError:
-                wrong += size
-                continue
-            differences.append(np.abs(decoded - expected[start : start + size]).ravel())
-    joined = np.concatenate(differences)
-    return {
-        "files": len(files),
-        "files_with_other_symbols": wrong,
-        "values": joined.size,
-        "differing_values": int((joined > 0).sum()),
-        "largest_difference": int(joined.max(initial=0)),
-    }
-
-
 # ---------------------------------------------------------------- what to measure
-
-
-def in_fresh_process(
-    function: Callable[[Job], Row],
-    jobs: Sequence[Job],
-    report: Callable[[Job, Row], object] = lambda *_: None,
-) -> None:
-    """Do `function` on jobs in a process that is set up for the first one's setting.
-
-    Raises:
-        CMambaError: the process died.
-    """
-
-    def checked(job: Job, result: Row | None) -> None:
-        if result is None:
-            raise CMambaError(f"the process died under {job.setting.label}; more memory?")
-        report(job, result)
-
-    setting = jobs[0].setting
-    ready = functools.partial(prepare, setting.threads, setting.backend)
-    pool.spread(function, jobs, 1, ready, checked)
 
 
 def find_studies(
@@ -378,8 +318,8 @@ def find_studies(
     backends: Sequence[str],
     every: int,
     folder: Path,
-) -> dict[str, list[Job]]:
-    """Return the comparisons of whole images, and those of triton on crops of a few.
+) -> list[Plan]:
+    """Return the plan for whole images, and that for triton on crops of a few.
 
     Args:
         models: for the one and the other.
@@ -389,7 +329,7 @@ def find_studies(
     combinations = [dict(zip(AXES, values, strict=True)) for values in product(*AXES.values())]
     eager = [b for b in backends if b != "triton"]
     triton = [b for b in backends if b == "triton"]
-    studies = {}
+    plans = []
     for name, model, chosen, taken, crop in (
         ("pictures", models[0], eager, paths, None),
         ("small", models[1], triton, paths[:every], CROP_OF_TRITON),
@@ -399,80 +339,99 @@ def find_studies(
             for i, path in enumerate(taken)
         )
         jobs = [
-            Job(model, Setting(backend=backend, **c), pictures[i % every :: every])
+            Job(model, BASELINE, Setting(backend=backend, **c), pictures[i % every :: every])
             for backend in chosen
             for i, c in enumerate(combinations)
         ]
+        jobs.sort(key=lambda job: job.decoder.process)
         if jobs:
-            studies[name] = sorted(jobs, key=lambda job: job.process)
-    return studies
+            read_by_key = {f"{name}: {job.decoder.label}": job for job in jobs}
+            plans.append(Plan(name, Job(model, BASELINE, BASELINE, pictures), read_by_key))
+    return plans
 
 
-def find_pairs(paths: Sequence[Path], model: str, backends: Sequence[str], count: int) -> list[Job]:
-    """Return the encoding halves; `other` is the setting that decodes. Images are taken in turn.
+def find_pairs(
+    paths: Sequence[Path], model: str, backends: Sequence[str], count: int, folder: Path
+) -> list[Plan]:
+    """Return the pairs of an encoder and a decoder. Images are taken in turn.
 
     Every axis has two values; which of them pair i takes is the parity of i under a mask of the
     axis. Two different masks meet in all four combinations over 16 pairs.
     """
     axes = {**AXES, "backend": tuple(b for b in backends if b != "triton")}
-    halves = []
+    plans = []
     for i in range(count):
         masks = iter(range(1, 2 * len(axes) + 1))
         encoder, decoder = (
             Setting(**{a: v[(i & next(masks)).bit_count() % 2 % len(v)] for a, v in axes.items()})
             for _ in range(2)
         )
-        taken = [paths[(PER_PAIR * i + k) % len(paths)] for k in range(PER_PAIR)]
         quality = QUALITIES[i % len(QUALITIES)]
-        pictures = tuple(Picture(path, CROP_OF_PAIRS, quality) for path in taken)
-        halves.append(Job(model, encoder, pictures, decoder))
-    return halves
+        pictures = tuple(
+            Picture(paths[k % len(paths)], CROP_OF_PAIRS, quality, folder / f"{i}-{k}.npz")
+            for k in range(PER_PAIR * i, PER_PAIR * (i + 1))
+        )
+        job = Job(model, encoder, decoder, pictures)
+        plans.append(Plan("pairs", job, {f"pair {i}": job}))
+    return plans
 
 
-def measure_study(name: str, study: Sequence[Job], kept: PartialResults, bar: tqdm) -> None:
-    """Compare every setting that is not kept yet."""
-    waiting = [job for job in study if f"{name}: {job.setting.label}" not in kept.results]
-    bar.update(len(study) - len(waiting))
+def in_fresh_process(
+    function: Callable[[Job], Row],
+    jobs: Sequence[Job],
+    setting: Setting,
+    report: Callable[[Job, Row], object] = lambda *_: None,
+) -> None:
+    """Do `function` on jobs in a process that is set up for `setting`.
+
+    Raises:
+        CMambaError: the process died.
+    """
+
+    def checked(job: Job, result: Row | None) -> None:
+        if result is None:
+            raise CMambaError(f"the process died under {job.decoder.label}; more memory?")
+        report(job, result)
+
+    ready = functools.partial(prepare, setting.threads, setting.backend)
+    pool.spread(function, jobs, 1, ready, checked)
+
+
+def measure(plan: Plan, kept: PartialResults, bar: tqdm) -> None:
+    """Measure every job of a plan that is not kept yet."""
+    waiting = {job: key for key, job in plan.read.items() if key not in kept.results}
+    bar.update(len(plan.read) - len(waiting))
     if not waiting:
         return
-    bar.set_description_str(f"{name}: encoding")
-    pictures = dict.fromkeys(picture for job in study for picture in job.pictures)
-    in_fresh_process(keep_baseline, [Job(study[0].model, BASELINE, tuple(pictures))])
+    bar.set_description_str(f"{plan.name}: encoding")
+    in_fresh_process(write, [plan.write], plan.write.encoder)
 
     def report(job: Job, result: Row) -> None:
-        kept.add(f"{name}: {job.setting.label}", result)
+        kept.add(waiting[job], result)
         bar.update()
 
-    for (backend, threads), together in groupby(waiting, key=lambda job: job.process):
-        bar.set_description_str(f"{name}: {backend}, {threads} threads")
-        in_fresh_process(compare, list(together), report)
-
-
-def measure_pair(half: Job) -> Row:
-    """Encode in one process and decode in another."""
-    found: Row = {}
-    with tempfile.TemporaryDirectory() as folder:
-        writer = replace(half, folder=Path(folder))
-        reader = replace(writer, setting=half.other, other=half.setting)
-        for function, job in ((write_half, writer), (read_half, reader)):
-            in_fresh_process(function, [job], lambda _, row: found.update(row))
-    return found
+    for (backend, threads), jobs in groupby(waiting, key=lambda job: job.decoder.process):
+        bar.set_description_str(f"{plan.name}: {backend}, {threads} threads")
+        together = list(jobs)
+        in_fresh_process(read, together, together[0].decoder, report)
 
 
 # ---------------------------------------------------------------- the report
 
 
-def report_of_study(name: str, study: Sequence[Job], results: dict[str, Row]) -> Row:
+def summed(rows: Sequence[Row]) -> Row:
+    """Return the sums of counts over rows, and the largest differences."""
+    sums = {key: sum(row[key] for row in rows) for key in COUNTS}
+    largest = (*LARGEST, "largest_difference")
+    return {**sums, **{key: max((row[key] for row in rows), default=0) for key in largest}}
+
+
+def report_of_study(plan: Plan, results: dict[str, Row]) -> Row:
     """Return all settings of a study, and sums and largest differences for each backend."""
-    rows = [{**asdict(c.setting), **results[f"{name}: {c.setting.label}"]} for c in study]
-
-    def summed(rows: Sequence[Row]) -> Row:
-        sums = {key: sum(row[key] for row in rows) for key in ("indexes", "differing_indexes")}
-        return {**sums, **{key: max(row[key] for row in rows) for key in LARGEST}}
-
+    rows = [{**asdict(job.decoder), **results[key]} for key, job in plan.read.items()]
     backends = dict.fromkeys(row["backend"] for row in rows)
     return {
-        "model": Path(study[0].model).name,
+        "model": Path(plan.write.model).name,
         "settings": len(rows),
         **summed(rows),
         "backends": {b: summed([r for r in rows if r["backend"] == b]) for b in backends},
@@ -480,43 +439,36 @@ def report_of_study(name: str, study: Sequence[Job], results: dict[str, Row]) ->
     }
 
 
-def report_of_pairs(halves: Sequence[Job], results: dict[str, Row]) -> Row:
+def report_of_pairs(plans: Sequence[Plan], results: dict[str, Row]) -> Row:
     """Return all pairs, and sums; pixels apart by the type of weights that decodes them."""
     rows = [
         {
-            "encoder": asdict(half.setting),
-            "decoder": asdict(half.other),
-            "quality": half.pictures[0].quality,
-            "pictures": [picture.path.name for picture in half.pictures],
-            **results[f"pair {i}"],
+            "encoder": asdict(job.encoder),
+            "decoder": asdict(job.decoder),
+            "quality": job.pictures[0].quality,
+            "pictures": [picture.path.name for picture in job.pictures],
+            **results[key],
         }
-        for i, half in enumerate(halves)
+        for plan in plans
+        for key, job in plan.read.items()
     ]
     by_weights = {}
     for weights in WEIGHTS:
-        mine = [row for row in rows if row["decoder"]["weights"] == weights]
-        sums = {key: sum(row[key] for row in mine) for key in ("values", "differing_values")}
-        by_weights[weights] = {
-            **sums,
-            "share": sums["differing_values"] / max(1, sums["values"]),
-            "largest_difference": max((row["largest_difference"] for row in mine), default=0),
-        }
-    totals = {
-        key: sum(row[key] for row in rows) for key in ("files", "files_with_other_symbols", "bytes")
-    }
-    return {"pairs": len(rows), **totals, "pixels": by_weights, "rows": rows}
+        found = summed([row for row in rows if row["decoder"]["weights"] == weights])
+        kept = {key: found[key] for key in ("values", "differing_values", "largest_difference")}
+        share = found["differing_values"] / max(1, found["values"])
+        by_weights[weights] = {**kept, "share": share}
+    return {"pairs": len(rows), **summed(rows), "pixels": by_weights, "rows": rows}
 
 
 def is_kept(report: Row) -> bool:
     """Whether all that is promised held: equal indexes and symbols, pixels within 1."""
-    studies = [report[name] for name in ("pictures", "small") if name in report]
-    pairs = report.get("pairs")
-    return all(
-        s["differing_indexes"] == 0 and s["ln_scale_absolute"] < MARGIN for s in studies
-    ) and (
-        pairs is None
-        or pairs["files_with_other_symbols"] == 0
-        and pairs["pixels"]["float32"]["largest_difference"] <= 1
+    parts = [report[name] for name in ("pictures", "small", "pairs") if name in report]
+    pixels = report["pairs"]["pixels"]["float32"] if "pairs" in report else {}
+    return pixels.get("largest_difference", 0) <= 1 and all(
+        part["differing_indexes"] == part["files_with_other_symbols"] == 0
+        and part["ln_scale_absolute"] < MARGIN
+        for part in parts
     )
 
 
@@ -575,29 +527,24 @@ def main(argv: list[str] | None = None) -> int:
             ]
             conditions |= {"pictures": images, "models": used, "every": args.every}
             studies = find_studies(paths, models, args.backends, args.every, folder)
-            halves = find_pairs(paths, args.model, args.backends, args.pairs)
+            pairs = find_pairs(paths, args.model, args.backends, args.pairs, folder)
             kept = PartialResults(args.output, conditions, fresh=args.fresh)
         except (CMambaError, OSError) as error:
             parser.error(str(error))
-        total = sum(map(len, studies.values())) + len(halves)
+        total = sum(len(plan.read) for plan in (*studies, *pairs))
         try:
             with tqdm(total=total, dynamic_ncols=True) as bar:
-                for study_name, study in studies.items():
-                    measure_study(study_name, study, kept, bar)
-                for i, half in enumerate(halves):
-                    bar.set_description_str(f"pair {i + 1} of {len(halves)}")
-                    if f"pair {i}" not in kept.results:
-                        kept.add(f"pair {i}", measure_pair(half))
-                    bar.update()
+                for plan in (*studies, *pairs):
+                    measure(plan, kept, bar)
         except KeyboardInterrupt:
             print("interrupted; with -o the same command resumes", file=sys.stderr)
             return 130
         except CMambaError as error:
             print(error, file=sys.stderr)
             return 1
-    report: Row = {name: report_of_study(name, s, kept.results) for name, s in studies.items()}
-    if halves:
-        report["pairs"] = report_of_pairs(halves, kept.results)
+    report: Row = {plan.name: report_of_study(plan, kept.results) for plan in studies}
+    if pairs:
+        report["pairs"] = report_of_pairs(pairs, kept.results)
     print(summary(report))
     report["meta"] = {
         **provenance,

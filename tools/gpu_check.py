@@ -48,7 +48,7 @@ import torch
 from bench_cpu import photograph
 from bench_training import write_photographs
 from compile_kernels import MapScan, SequenceScan, Target, Variant
-from determinism import entropy_parameters, scale_indexes
+from determinism import decode_batch, scale_indexes
 from provenance import ROOT, of_run, versions
 from stage_clock import time_by_stage
 
@@ -306,9 +306,8 @@ def exchange(args: argparse.Namespace) -> dict[str, Any]:
         for quality in (1, 4, 8):
             file = cmamba_ref.encode(writer, pixels, quality)
             # Other symbols would fail their check in either.
-            indexes = [
-                scale_indexes(file, entropy_parameters(m, [file])[:, 0]) for m in (writer, reader)
-            ]
+            parameters = [decode_batch(m, [file])[0][:, 0] for m in (writer, reader)]
+            indexes = [scale_indexes(file, of_device) for of_device in parameters]
             decoded = [cmamba_ref.decode(file, m).astype(int) for m in (writer, reader)]
             found[f"{name}, quality {quality}"] = {
                 "bytes": len(file),
