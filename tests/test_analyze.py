@@ -244,7 +244,7 @@ def test_ctrl_c_leaves_what_a_second_run_completes(weights, folder, tmp_path, mo
 
     monkeypatch.setattr(analyze, "look_at", look_at)
     assert analyze.main(arguments) == 130
-    assert "1 pictures are kept" in capsys.readouterr().err
+    assert "1 images are kept" in capsys.readouterr().err
     assert not (output / "analysis.json").exists()
     assert analyze.main(arguments) == 0
     assert looked == [(70, 140, 3), "interrupted", (128, 64, 3)]

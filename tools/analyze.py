@@ -233,21 +233,13 @@ def mean_ceiling(
 # ---------------------------------------------------------------- means
 
 
-def mean_of(rows: list[Numbers], shown: str, numbers_of_shown: Numbers) -> Numbers:
-    """Over pictures, everything but the map of bits, which is that of one picture.
-
-    Args:
-        rows: of all pictures.
-        shown: the name of that picture.
-        numbers_of_shown: its own.
-    """
+def mean_of(rows: list[Numbers], shown: str, bit_map: list) -> Numbers:
+    """Average everything over images but the map of bits, which is that of the image shown."""
+    kept = ("spectrum", "log_amplitude", "correlation", "field")
     alphas = {block: [row["alpha"][block] for row in rows] for block in rows[0]["alpha"]}
     return {
         "spectrum_of": rows[0]["spectrum_of"],
-        "spectrum": _mean([row["spectrum"] for row in rows]),
-        "log_amplitude": _mean([row["log_amplitude"] for row in rows]),
-        "correlation": _mean([row["correlation"] for row in rows]),
-        "field": _mean([row["field"] for row in rows]),
+        **{key: _mean([row[key] for row in rows]) for key in kept},
         "field_square": FIELD_SQUARE,
         "fusion": {
             block: {
@@ -258,10 +250,9 @@ def mean_of(rows: list[Numbers], shown: str, numbers_of_shown: Numbers) -> Numbe
             for block, values in alphas.items()
         },
         "bits": {
-            "y_bpp": _mean([row["bits"]["y_bpp"] for row in rows]),
-            "z_bpp": _mean([row["bits"]["z_bpp"] for row in rows]),
+            **{key: _mean([row["bits"][key] for row in rows]) for key in ("y_bpp", "z_bpp")},
             "picture": shown,
-            "map": numbers_of_shown["bits"]["map"],
+            "map": bit_map,
         },
     }
 
@@ -279,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("folder", type=Path, help="folder of pictures with sides of at least 64 pixels")
+    add("folder", type=Path, help="folder of images with sides of at least 64 pixels")
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the results")
     add("--model", default="tiny", help="name or directory (default: tiny)")
     add("--quality", type=float, help="default: 4, where a model has qualities")
@@ -291,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
         "these qualities (default: all whole ones)"
     )
     add("--ceiling", nargs="*", type=float, metavar="QUALITY", help=ceiling)
-    add("--fresh", action="store_true", help="forget what an earlier run left unfinished")
+    add("--fresh", action="store_true", help="discard what an earlier run left unfinished")
     args = parser.parse_args(argv)
     provenance = {
         **of_run("analyze.py", argv),
@@ -306,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
             apart = Path(args.picture)
             if not apart.is_file():
                 raise CMambaError(
-                    f"--picture must be one of the pictures or a file, got {args.picture!r}"
+                    f"--picture must be one of the images or a file, got {args.picture!r}"
                 )
         model = CMamba.from_pretrained(args.model)
         quality = model.check_quality(args.quality)
@@ -326,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     waiting: list[Path] = [*paths, apart] if apart else paths
     bad = 0
     try:
-        for path in tqdm(waiting, unit="picture", disable=None):
+        for path in tqdm(waiting, unit="image", disable=None):
             try:
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
                 # A picture apart is in no mean.
@@ -344,16 +335,16 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             seen[path] = kept.results[key]
     except KeyboardInterrupt:
-        print(f"interrupted; {len(kept.results)} pictures are kept in {kept.path}", file=sys.stderr)
+        print(f"interrupted; {len(kept.results)} images are kept in {kept.path}", file=sys.stderr)
         return 130
     used = [path for path in paths if path in seen]
     if not used:
-        print(f"no picture in {args.folder} that can be analysed", file=sys.stderr)
+        print(f"no image in {args.folder} that can be analysed", file=sys.stderr)
         return 1
 
     wanted = apart or args.folder / (args.picture or "")
     shown = wanted if wanted in seen else used[0]
-    numbers = mean_of([seen[path] for path in used], shown.name, seen[shown])
+    numbers = mean_of([seen[path] for path in used], shown.name, seen[shown]["bits"]["map"])
     if ceilings:
         numbers["ceiling"] = mean_ceiling([seen[path]["ceiling"] for path in used], ceilings)
     for name, draw in FIGURES.items():
