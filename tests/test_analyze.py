@@ -5,13 +5,12 @@ import json
 from pathlib import Path
 
 import analyze
-import feature_statistics
 import numpy as np
 import observe
 import pytest
 import torch
+from analyze import GRID, REACH
 from codec_helpers import ONE_RATE, SMALL, as_input, picture, random_model, recording
-from feature_statistics import GRID, REACH
 from PIL import Image
 
 import cmamba_ref
@@ -102,7 +101,7 @@ def test_the_receptive_field_is_where_a_pixel_matters(model):
 def test_a_wave_has_its_place_in_the_spectrum(size):
     """A quarter of a turn per position to the right is pi/2; 0 is the constant."""
     wave = np.cos(np.pi / 2 * np.arange(size[1]))[None, None].repeat(size[0], 1)
-    spectrum = feature_statistics.log_spectrum(np.concatenate([wave + 0.1]))
+    spectrum = analyze.log_spectrum(np.concatenate([wave + 0.1]))
     assert spectrum.shape == (GRID, GRID) and spectrum[MIDDLE, MIDDLE] == 0
     away = spectrum.copy()
     away[MIDDLE, MIDDLE] = -np.inf
@@ -114,51 +113,48 @@ def test_amplitudes_are_relative_and_logarithmic():
     """An impulse has all frequencies alike; twice the constant part is ln 2 less of the rest."""
     impulse = np.zeros((2, 16, 24))
     impulse[:, 3, 5] = 1
-    assert np.abs(feature_statistics.log_spectrum(impulse)).max() < 1e-9
+    assert np.abs(analyze.log_spectrum(impulse)).max() < 1e-9
     constant = impulse + 1 / impulse[0].size
-    spectrum = feature_statistics.log_spectrum(constant)
-    assert feature_statistics.half_diagonal(spectrum)[-1] == pytest.approx(-np.log(2))
-    assert len(feature_statistics.half_diagonal(spectrum)) == MIDDLE + 1
+    spectrum = analyze.log_spectrum(constant)
+    assert analyze.half_diagonal(spectrum)[-1] == pytest.approx(-np.log(2))
+    assert len(analyze.half_diagonal(spectrum)) == MIDDLE + 1
 
 
 def test_a_blurred_map_has_less_of_high_frequencies():
     noise = np.random.default_rng(0).normal(size=(8, 64, 64)) + 1
     blurred = noise + np.roll(noise, 1, axis=2) + np.roll(noise, 1, axis=1)
-    sharp, soft = (
-        feature_statistics.half_diagonal(feature_statistics.log_spectrum(maps))
-        for maps in (noise, blurred)
-    )
+    sharp, soft = (analyze.half_diagonal(analyze.log_spectrum(maps)) for maps in (noise, blurred))
     assert soft[-2] < sharp[-2] - 0.5
 
 
 def test_correlation_of_known_maps():
     noise = np.random.default_rng(0).normal(size=(16, 60, 70))
-    white = feature_statistics.spatial_correlation(noise + 5)  # the offset is no correlation
+    white = analyze.spatial_correlation(noise + 5)  # the offset is no correlation
     assert white[REACH, REACH] == pytest.approx(1)
     white[REACH, REACH] = 0
     assert np.abs(white).max() < 0.02
     # Each value shares a half with its neighbour to the right.
-    pairs = feature_statistics.spatial_correlation(noise[:, :, 1:] + noise[:, :, :-1])
+    pairs = analyze.spatial_correlation(noise[:, :, 1:] + noise[:, :, :-1])
     assert pairs[REACH, REACH + 1] == pytest.approx(0.5, abs=0.02)
     assert pairs[REACH, REACH - 1] == pytest.approx(0.5, abs=0.02)
     assert abs(pairs[REACH + 1, REACH]) < 0.02
-    down = feature_statistics.spatial_correlation(noise[:, 2:] - noise[:, :-2])
+    down = analyze.spatial_correlation(noise[:, 2:] - noise[:, :-2])
     assert down[REACH + 2, REACH] == pytest.approx(-0.5, abs=0.02)
 
 
 def test_correlation_of_small_and_constant_maps():
-    small = feature_statistics.spatial_correlation(np.random.default_rng(0).normal(size=(2, 2, 9)))
+    small = analyze.spatial_correlation(np.random.default_rng(0).normal(size=(2, 2, 9)))
     assert small[REACH, REACH] == pytest.approx(1) and not small[0].any()
-    assert not feature_statistics.spatial_correlation(np.ones((2, 8, 8))).any()
+    assert not analyze.spatial_correlation(np.ones((2, 8, 8))).any()
 
 
 def test_bits_go_to_their_slice():
     bits = np.zeros((6, 2, 3))
     bits[4, 1, 2], bits[0, 0, 0], bits[1, 0, 0] = 7, 1, 2
-    by_slice = feature_statistics.bits_by_slice(bits, (2, 2, 2))
+    by_slice = analyze.bits_by_slice(bits, (2, 2, 2))
     assert by_slice.shape == (3, 2, 3) and by_slice.sum() == 10
     assert by_slice[2, 1, 2] == 7 and by_slice[0, 0, 0] == 3
-    by_slice = feature_statistics.bits_by_slice(bits, (1, 3, 2))
+    by_slice = analyze.bits_by_slice(bits, (1, 3, 2))
     assert by_slice.shape == (3, 2, 3) and by_slice.sum() == 10
     assert by_slice[2, 1, 2] == 7 and by_slice[:2, 0, 0].tolist() == [1, 2]
 
@@ -205,7 +201,7 @@ def test_command(model, weights, folder, tmp_path, capsys):
     for crop in (picture(70, 140)[:64, :128], picture(128, 64, seed=1)[..., :1].repeat(3, axis=2)):
         seen = observe.observe(model, as_input(crop), 3)
         bpp = seen.y_bits.sum() / (crop.shape[0] * crop.shape[1])
-        rows.append((bpp, feature_statistics.spatial_correlation(seen.normalised)))
+        rows.append((bpp, analyze.spatial_correlation(seen.normalised)))
     assert sum(numbers["bits"]["y_bpp"]) == pytest.approx(np.mean([bpp for bpp, _ in rows]))
     np.testing.assert_allclose(numbers["correlation"], np.mean([c for _, c in rows], axis=0))
     assert numbers["bits"]["picture"] == "b.png"
@@ -248,7 +244,7 @@ def test_ctrl_c_leaves_what_a_second_run_completes(weights, folder, tmp_path, mo
 
     monkeypatch.setattr(analyze, "look_at", look_at)
     assert analyze.main(arguments) == 130
-    assert "1 pictures are kept" in capsys.readouterr().err
+    assert "1 images are kept" in capsys.readouterr().err
     assert not (output / "analysis.json").exists()
     assert analyze.main(arguments) == 0
     assert looked == [(70, 140, 3), "interrupted", (128, 64, 3)]

@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 
 import determinism
-import determinism_work as work
 import numpy as np
 import pytest
 import torch
@@ -27,7 +26,6 @@ from codec_helpers import (
     with_field,
     without_onednn,
 )
-from covering import covering_array
 from PIL import Image
 
 import cmamba_ref
@@ -258,118 +256,100 @@ def test_every_scale_of_a_photograph_keeps_the_margin(kodak_paths):
 # All combinations of settings (tools/determinism.py).
 
 
-def test_a_covering_array_holds_every_pair():
-    factors = {"a": (1, 2), "b": (True, False), "c": ("x", "y", "z"), "d": (1, 2), "e": (None, 0)}
-    rows = covering_array(factors, 9)
-    assert len(rows) == 9 and all(list(row) == list(factors) for row in rows)
-    for one, other in itertools.combinations(factors, 2):
-        met = {(row[one], row[other]) for row in rows}
-        assert met == set(itertools.product(factors[one], factors[other]))
-    with pytest.raises(cmamba_ref.InvalidArgumentError, match="got 5, which leave out"):
-        covering_array(factors, 5)  # 2 x 3 pairs of b and c need six
-
-
 def test_the_pairs_of_encoder_and_decoder_cover_all_settings():
-    halves = determinism.find_pairs(
-        [Path("a.png")], "tiny", determinism.BACKENDS, determinism.PAIRS, Path()
-    )
-    rows = [dataclasses.astuple(h.setting) + dataclasses.astuple(h.other) for h in halves]
+    plans = determinism.find_pairs([Path("a.png")], "tiny", determinism.BACKENDS, 16, Path())
+    rows = [
+        dataclasses.astuple(p.write.encoder) + dataclasses.astuple(p.write.decoder) for p in plans
+    ]
     values = [set(column) for column in zip(*rows, strict=True)]
-    assert [len(column) for column in values] == 2 * [2, 2, 2, 3, 2, 2]
+    assert [len(column) for column in values] == 2 * [2, 2, 2, 2, 2, 2]
     for one, other in itertools.combinations(range(len(values)), 2):
         met = {(row[one], row[other]) for row in rows}
         assert met == set(itertools.product(values[one], values[other]))
 
 
+OTHER = {"onednn": False, "layout": "channels_last", "backend": "reference"}
+
+
 @pytest.fixture
-def comparison(tmp_path, monkeypatch):
-    """Makes a comparison of two pictures under a setting, with the small random model."""
+def job(tmp_path, monkeypatch):
+    """Make a job of two images for two settings, with the small random model; they are encoded."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     pictures = []
     for i in range(2):
         Image.fromarray(picture(70, 90, seed=i)).save(tmp_path / f"{i}.png")
-        pictures.append(work.Picture(tmp_path / f"{i}.png", None, 4, tmp_path / f"{i}.npz"))
+        kept = tmp_path / f"{i}.npz"
+        pictures.append(determinism.Picture(tmp_path / f"{i}.png", None, 4, kept))
 
-    def compare(**setting):
-        return work.Comparison(
-            str(determinism.SMALL_MODEL), work.Setting(**setting), tuple(pictures)
-        )
+    def make(encoder: dict | None = None, **decoder):
+        settings = [determinism.Setting(**setting) for setting in (encoder or {}, decoder)]
+        made = determinism.Job(str(determinism.SMALL_MODEL), *settings, tuple(pictures))
+        determinism.write(made)
+        return made
 
-    work.keep_baseline(compare())
-    return compare
+    return make
 
 
-def test_entropy_parameters_agree_under_other_settings(comparison):
-    settings = {"onednn": False, "layout": "channels_last", "batch": 4, "weights": "bfloat16"}
-    found = work.compare(comparison(**settings, backend="reference"))
-    # The second picture of the batch of four is taken twice.
-    assert (found["pictures"], found["indexes"]) == (4, 4 * 16 * 8 * 8)
-    assert found["differing_indexes"] == 0
+def test_entropy_parameters_agree_under_other_settings(job):
+    found = determinism.read(job(**OTHER, batch=4, weights="bfloat16"))
+    # The second image of the batch of four is taken twice.
+    assert (found["files"], found["indexes"]) == (4, 4 * 16 * 8 * 8)
+    assert found["differing_indexes"] == found["files_with_other_symbols"] == 0
     assert 0 < found["ln_scale_absolute"] < 1e-12
     assert 0 < found["mean_absolute"] < 1e-12
 
 
-def test_the_comparison_walks_as_the_decoder_does(comparison):
-    """The kept symbols and log-scales are those that decoding the same file goes through."""
-    one = comparison().pictures[0]
-    model = work.load_model(str(determinism.SMALL_MODEL), "contiguous", "float32")
-    data = work.encode(model, [one])
+def test_what_is_watched_is_what_the_decoder_goes_through(job):
+    one = job().pictures[0]
+    model = determinism.load_model(str(determinism.SMALL_MODEL), "contiguous", "float32")
+    data = cmamba_ref.encode(model, one.pixels(), one.quality)
     with recording() as seen:
-        work.decode(model, data)
+        decoded = cmamba_ref.decode(data, model)
     kept = np.load(one.kept)
-    slices = np.split(kept["y"], len(model.config.slice_widths))
-    symbols = np.concatenate([kept["z"].ravel(), *(part.ravel() for part in slices)])
-    assert np.array_equal(symbols, seen[0].symbols)
-    assert np.array_equal(kept["log_scales"].ravel(), seen[0].log_scales)
+    assert kept["data"].tobytes() == data and np.array_equal(kept["pixels"], decoded)
+    assert np.array_equal(kept["parameters"][1].ravel(), seen[0].log_scales)
+    indexes = determinism.scale_indexes(data, kept["parameters"])
+    assert np.array_equal(indexes.ravel(), seen[0].indexes[-indexes.size :])
 
 
-def test_a_comparison_finds_what_differs(comparison):
-    """One log-scale in the baseline moved across a boundary, one mean by a millionth."""
-    one = comparison().pictures[0]
+def test_differing_scales_and_means_are_found(job):
+    """One log-scale moved across a boundary, one mean by a millionth."""
+    made = job()
+    one = made.pictures[0]
     kept = dict(np.load(one.kept))
-    kept["log_scales"].flat[5] += LOG_SCALE_STEP * (-1 if kept["log_scales"].flat[5] > 0 else 1)
-    kept["means"].flat[7] += 1e-6
+    means, log_scales = kept["parameters"]
+    log_scales.flat[5] += LOG_SCALE_STEP * (-1 if log_scales.flat[5] > 0 else 1)
+    means.flat[7] += 1e-6
     np.savez(one.kept, **kept)
-    found = work.compare(comparison())
+    found = determinism.read(made)
     assert found["differing_indexes"] == 1
     assert found["ln_scale_absolute"] == pytest.approx(LOG_SCALE_STEP)
     assert found["mean_absolute"] == pytest.approx(1e-6, rel=1e-6)
 
 
-@pytest.fixture
-def halves(comparison, tmp_path):
-    """A pair that encodes two pictures at a time and decodes one at a time, otherwise too."""
-    one = comparison(batch=2, weights="bfloat16")
-    other = work.Setting(onednn=False, layout="channels_last", backend="reference")
-    writer = work.Half(one.model, one.setting, other, one.pictures, tmp_path)
-    return writer, dataclasses.replace(writer, setting=other, other=one.setting)
-
-
-def test_what_one_half_writes_the_other_reads(halves):
-    writer, reader = halves
-    size = work.write_half(writer)
-    assert size == sum(path.stat().st_size for path in writer.folder.glob("*.cmb"))
-    found = work.read_half(reader)
+def test_what_one_half_writes_the_other_reads(job):
+    """One encodes two images at a time, the other decodes one at a time, otherwise too."""
+    made = job({"batch": 2, "weights": "bfloat16"}, **OTHER)
+    found = determinism.read(made)
     assert (found["files"], found["files_with_other_symbols"]) == (2, 0)
+    assert found["bytes"] == sum(np.load(p.kept)["data"].size for p in made.pictures)
     assert found["values"] == 2 * 70 * 90 * 3
     assert found["largest_difference"] <= 1
 
 
-def test_a_half_finds_what_differs(halves):
+def test_other_symbols_and_pixels_are_found(job):
     """A file with a wrong check of its symbols, and three pixels of the other one moved."""
-    writer, reader = halves
-    work.write_half(writer)
-    path = writer.folder / "0.cmb"
-    path.write_bytes(with_field(path.read_bytes(), "symbols' check", 0))
-    decoded = np.load(writer.folder / "decoded.npy")
-    decoded[1] = work.decode(
-        work.load_model(reader.model, reader.setting.layout, "float32"),
-        [(writer.folder / "1.cmb").read_bytes()],
-    )[0]
-    decoded[1, 0, 0] ^= 4
-    np.save(writer.folder / "decoded.npy", decoded)
-    found = work.read_half(reader)
+    made = job({"batch": 2}, **OTHER)
+    first, second = (dict(np.load(p.kept)) for p in made.pictures)
+    data = with_field(first["data"].tobytes(), "symbols' check", 0)
+    first["data"] = np.frombuffer(data, np.uint8)
+    second["pixels"][0, 0] ^= 4
+    for one, kept in zip(made.pictures, (first, second), strict=True):
+        np.savez(one.kept, **kept)
+    found = determinism.read(made)
     assert (found["files_with_other_symbols"], found["values"]) == (1, 70 * 90 * 3)
+    assert (found["indexes"], found["differing_indexes"]) == (2 * 16 * 8 * 8, 16 * 8 * 8)
+    assert found["ln_scale_absolute"] == np.inf
     assert found["differing_values"] >= 3 and 3 <= found["largest_difference"] <= 5
 
 

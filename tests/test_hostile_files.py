@@ -24,7 +24,7 @@ from codec_helpers import (
     with_checksum,
     with_field,
 )
-from hostile_helpers import completed, damage
+from fuzz import completed, mutate_file
 from safetensors.torch import load_file, save_file
 
 import cmamba_ref
@@ -231,7 +231,7 @@ def mutations() -> Iterator[bytes]:
         small_file(130, 100, 6.3, 3),
     ]
     for k in range(500):
-        data = damage(files[rng.integers(len(files))], files, k // 2 % 6, rng)
+        data = mutate_file(files[rng.integers(len(files))], files, rng)
         yield completed(data) if k % 2 else data
 
 

@@ -28,7 +28,6 @@ if what == "wait":
         sys.exit(130)
 sys.exit(int(what))
 """
-USUAL = ["rd", "fine", "plots", "complexity", "analyze", "report", "cpu", "training"]
 
 
 @pytest.fixture
@@ -37,8 +36,8 @@ def tools(tmp_path: Path, monkeypatch) -> Path:
     log = tmp_path / "log"
     folder = tmp_path / "tools"
     folder.mkdir()
-    for stage in measure_all.STAGES.values():
-        for tool, *_ in stage.commands(measure_all.Inputs(tmp_path, None, "tiny", tmp_path, False)):
+    for stage in measure_all.STAGES:
+        for tool, *_ in measure_all.Inputs(tmp_path, None, "tiny", tmp_path).commands(stage):
             assert (measure_all.TOOLS / tool).is_file()
             (folder / tool).write_text(TOOL.format(log=str(log)))
     monkeypatch.setattr(measure_all, "TOOLS", folder)
@@ -178,7 +177,7 @@ def test_results_of_less_do_not_replace_those_of_the_repository(tools, arguments
 def test_no_folder_of_pictures(tools, tmp_path, capsys):
     with pytest.raises(SystemExit):
         measure_all.main([str(tmp_path / "none")])
-    assert "must be a folder of pictures" in capsys.readouterr().err
+    assert "must be a folder of images" in capsys.readouterr().err
 
 
 @pytest.mark.slow

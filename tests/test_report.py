@@ -9,8 +9,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import embedded
-import equal_size
 import numpy as np
 import pytest
 import report
@@ -253,30 +251,30 @@ def test_the_page_works_in_a_browser(made, tmp_path):
 @pytest.mark.parametrize("size", [10, 900, 1500, 10**6])
 def test_the_nearest_file_is_the_nearest_of_all(size):
     original = picture(48, 64)
-    quality, data = equal_size.nearest_file(CODECS["jpeg420"], original, size)
+    quality, data = report.nearest_file(CODECS["jpeg420"], original, size)
     assert data == CODECS["jpeg420"].encode(original, quality)
-    every = [len(CODECS["jpeg420"].encode(original, q)) for q in equal_size.QUALITIES]
+    every = [len(CODECS["jpeg420"].encode(original, q)) for q in report.QUALITIES]
     assert abs(len(data) - size) == min(abs(length - size) for length in every)
 
 
 def test_the_most_detailed_place():
     flat = np.full((120, 200, 3), 90, np.uint8)
     flat[60:100, 130:170] = picture(40, 40)
-    found = embedded.most_detailed(flat, 40)
+    found = report.most_detailed(flat, 40)
     assert abs(found.left - 130) <= 1 and abs(found.top - 60) <= 1
     assert (found.width, found.height) == (40, 40)
-    assert embedded.most_detailed(flat[:30], 40).height == 30
+    assert report.most_detailed(flat[:30], 40).height == 30
 
 
 def test_a_window_keeps_to_the_picture():
     original = picture(60, 90)
-    corner = embedded.Window(80, 50, 10, 10)
-    window, (uri,) = embedded.embed([original], corner, 4000)
+    corner = report.Window(80, 50, 10, 10)
+    window, (uri,) = report.embed([original], corner, 4000)
     assert (
         len(uri) <= 4000 and window.left + window.width == 90 and window.top + window.height == 60
     )
     assert np.array_equal(decoded(uri), window.of(original))
-    assert embedded.embed([original], corner, 0)[0] == embedded.Window(84, 54, 1, 1)
+    assert report.embed([original], corner, 0)[0] == report.Window(84, 54, 1, 1)
 
 
 def test_without_pictures_there_is_no_script(results, tmp_path):

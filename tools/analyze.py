@@ -1,4 +1,4 @@
-"""What a model does inside, over a folder of pictures: the paper's Figs. 1 and 6, and more.
+"""Analyse a model over a folder of images: the paper's Figs. 1 and 6, and more.
 
     python tools/analyze.py photos -o analysis
     python tools/analyze.py photos -o analysis --model runs/mine/model --quality 6 --picture a.png
@@ -6,19 +6,19 @@
 
 Writes into the folder of -o:
 
-    spectra.png      Fig. 1: (a) Fourier spectra of the last block of g_a that has both paths, for
-                     the SSM path, the CNN path and what leaves the block; (b) log amplitude of the
-                     highest frequency relative to the lowest, block by block.  The paper compares
-                     three models there, one of each kind; these are the paths of one model
-    correlation.png  Fig. 6: correlation of the normalised latent (y - mean) / scale with itself at
-                     distances of up to 3 positions; the less, the more the model has explained
-    fusion.png       how CA-SSM weighs its paths: alpha (SSM) of every channel of each block; beta
+    spectra.png      Fig. 1: (a) Fourier spectra of the last block of g_a with both paths, for the
+                     SSM path, the CNN path and the block's output; (b) log amplitude of the highest
+                     frequency relative to the lowest, block by block. The paper compares three
+                     models there; these are the paths of one model
+    correlation.png  Fig. 6: autocorrelation of the normalised latent (y - mean) / scale up to
+                     3 positions away; the less, the more the model has explained
+    fusion.png       how CA-SSM weights its paths: alpha (SSM) of every channel of each block; beta
                      (CNN) is 1 - alpha
-    bits.png         one picture and where its bits go, slice by slice: the first, or the --picture,
-                     which may be any file; one that is not in the folder is in no mean
-    field.png        effective receptive field of g_a, from the centre of each picture
-    analysis.json    all numbers that are drawn, means over pictures, and how they were made; with
-                     --ceiling also `ceiling`, one object per quality, which is printed as a table:
+    bits.png         the bits of each slice over one image: the first, or the --picture, which may
+                     be any file; one that is not in the folder is in no mean
+    field.png        effective receptive field of g_a, from the centre of each image
+    analysis.json    all numbers that are drawn, means over images, and provenance; with --ceiling
+                     also `ceiling`, one object per quality, which is printed as a table:
                        psnr             of the decoded files, dB, mean over images
                        psnr_ceiling     of synthesize(analyze(x)), the quantiser off: about the most
                                         that these weights reach at any rate
@@ -27,10 +27,9 @@ Writes into the folder of -o:
                                         error that no rate removes
                      All three are of 8-bit images at their full size
 
-Definitions stand with the functions in tools/feature_statistics.py and tools/observe.py.  Pictures
-are cut to multiples of 64 pixels, so that no padding is in the numbers; those that are smaller or
-cannot be read are named and left out, and the exit status is then 1.  What has been seen is kept
-(analysis.json.partial): after Ctrl-C, exit status 130, the same command goes on where it stopped.
+Images are cut to multiples of 64 pixels, so that no padding is in the numbers; those that are
+smaller or cannot be read are named and left out, and the exit status is then 1. Finished images are
+kept (analysis.json.partial): after Ctrl-C, exit status 130, the same command resumes.
 """
 
 from __future__ import annotations
@@ -46,15 +45,8 @@ from typing import Any
 import numpy as np
 import torch
 from analysis_figures import FIGURES
-from feature_statistics import (
-    bits_by_slice,
-    half_diagonal,
-    log_spectrum,
-    pooled,
-    spatial_correlation,
-)
 from figures import new_figure, save
-from observe import Observation, observe, receptive_field
+from observe import observe, receptive_field
 from partial_results import PartialResults
 from provenance import of_run, versions
 from rd_measure import picture_paths, read_rgb
@@ -70,37 +62,100 @@ from cmamba_ref.model import MULTIPLE
 # The receptive field is taken on the middle of a picture, of at most this side, and drawn and kept
 # as means over squares.
 FIELD_SIDE, FIELD_SQUARE = 256, 4
+# Spectra of maps of any size are brought to this many frequencies per axis, -pi to pi.
+GRID = 33
+# Added to amplitudes, so that a frequency that a map does not have at all has a logarithm.
+FLOOR = 1e-12
+REACH = 3  # of the correlation, in positions
 
 Numbers = dict[str, Any]
 
 
-def look_at(model: CMamba, picture: np.ndarray, quality: float | None) -> Numbers:
-    """All numbers of one picture, as JSON holds them.
+# ---------------------------------------------------------------- statistics
+
+
+def log_spectrum(maps: np.ndarray) -> np.ndarray:
+    """Return log amplitude over frequency relative to frequency 0, mean over channels.
+
+    Natural logarithm; the mean is over logarithms, as in Park & Kim 2022, whose relative log
+    amplitude this is. Between the frequencies of the map it is interpolated.
 
     Args:
-        picture: uint8 `[H, W, 3]`.
+        maps: `[C, h, w]`.
+
+    Returns:
+        `[GRID, GRID]` over vertical and horizontal frequencies from -pi to pi, 0 in the middle.
+    """
+    spectrum = np.log(np.abs(np.fft.fft2(maps.astype(np.float64))) + FLOOR).mean(axis=0)
+    wanted = np.linspace(-np.pi, np.pi, GRID)
+    for _ in range(2):  # one axis, then the other
+        present = 2 * np.pi * np.fft.fftfreq(len(spectrum))
+        lines = [np.interp(wanted, present, line, period=2 * np.pi) for line in spectrum.T]
+        spectrum = np.array(lines)
+    return spectrum - spectrum[GRID // 2, GRID // 2]
+
+
+def half_diagonal(spectrum: np.ndarray) -> np.ndarray:
+    """Return a spectrum from its middle to a corner: frequencies 0 to pi in both axes."""
+    return np.diagonal(spectrum)[GRID // 2 :]
+
+
+def spatial_correlation(normalised: np.ndarray) -> np.ndarray:
+    """Return the autocorrelation of a normalised latent, over all channels and positions.
+
+    Sums of products over roots of sums of squares, both over the positions that overlap, after the
+    mean of each channel was subtracted: a channel that is never coded may keep a constant distance
+    from its mean, which costs no bits and would look like correlation.
+
+    Args:
+        normalised: (y - mean) / scale, `[M, h, w]`.
+
+    Returns:
+        `[2 REACH + 1, 2 REACH + 1]`, vertical and horizontal distances, 1 in the middle; 0 where
+        the map is too small, or constant.
+    """
+    values = normalised - normalised.mean(axis=(1, 2), keepdims=True, dtype=np.float64)
+    _, height, width = values.shape
+    correlation = np.zeros((2 * REACH + 1, 2 * REACH + 1))
+    for at in np.ndindex(correlation.shape):
+        down, right = (distance - REACH for distance in at)
+        here = values[:, max(0, -down) : height - down, max(0, -right) : width - right]
+        there = values[:, max(0, down) : height + down, max(0, right) : width + right]
+        if abs(down) < height and abs(right) < width:
+            norm = np.sqrt((here**2).sum() * (there**2).sum())
+            correlation[at] = (here * there).sum() / norm if norm > 0 else 0
+    return correlation
+
+
+def bits_by_slice(y_bits: np.ndarray, slice_widths: Sequence[int]) -> np.ndarray:
+    """Add up the bits of each slice at each position: `[M, h, w]` to `[slices, h, w]`."""
+    return np.add.reduceat(y_bits, np.cumsum([0, *slice_widths[:-1]]), axis=0)
+
+
+# ---------------------------------------------------------------- one image
+
+
+def look_at(model: CMamba, image: np.ndarray, quality: float | None) -> Numbers:
+    """Return all numbers of one image, as JSON holds them.
+
+    Args:
+        image: uint8 `[H, W, 3]`.
 
     Raises:
-        CMambaError: a side has less than 64 pixels, or the quality is none of the model's.
+        CMambaError: a side has less than 64 pixels, or the quality is out of range.
     """
-    height, width = (side // MULTIPLE * MULTIPLE for side in picture.shape[:2])
+    height, width = (side // MULTIPLE * MULTIPLE for side in image.shape[:2])
     if not height or not width:
         raise CMambaError(f"has a side of less than {MULTIPLE} pixels")
-    x = torch.from_numpy(picture[:height, :width].copy()).permute(2, 0, 1)[None].float() / 255
-    return numbers_of(observe(model, x, quality), model.config.slice_widths, width * height) | {
-        "field": _field(model, x, quality)
-    }
-
-
-def numbers_of(seen: Observation, slice_widths: Sequence[int], pixels: int) -> Numbers:
-    """The numbers of an observation, without the receptive field."""
+    x = _as_input(image[:height, :width])
+    seen = observe(model, x, quality)
     spectra = {
         block.name: {path: log_spectrum(maps) for path, maps in block.paths.items()}
         for block in seen.blocks
         if block.name.startswith("g_a")
     }
     fused = [name for name, paths in spectra.items() if "fused" in paths]
-    bits = bits_by_slice(seen.y_bits, slice_widths)
+    bits = bits_by_slice(seen.y_bits, model.config.slice_widths)
     return {
         "spectrum_of": fused[-1] if fused else None,
         "spectrum": {path: s.tolist() for path, s in spectra[fused[-1]].items()} if fused else {},
@@ -111,11 +166,28 @@ def numbers_of(seen: Observation, slice_widths: Sequence[int], pixels: int) -> N
         "correlation": spatial_correlation(seen.normalised).tolist(),
         "alpha": {b.name: b.alpha.tolist() for b in seen.blocks if b.alpha is not None},
         "bits": {
-            "y_bpp": (bits.sum(axis=(1, 2)) / pixels).tolist(),
-            "z_bpp": seen.z_bits / pixels,
+            "y_bpp": (bits.sum(axis=(1, 2)) / (width * height)).tolist(),
+            "z_bpp": seen.z_bits / (width * height),
             "map": bits.tolist(),
         },
+        "field": _field(model, x, quality),
     }
+
+
+def _as_input(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def _field(model: CMamba, x: torch.Tensor, quality: float | None) -> list[list[float]]:
+    """The receptive field on the middle of an image, with zeros around a smaller one."""
+    height, width = (min(side, FIELD_SIDE) for side in x.shape[-2:])
+    top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
+    field = receptive_field(model, x[..., top : top + height, left : left + width], quality)
+    down, right = (FIELD_SIDE - height) // 2, (FIELD_SIDE - width) // 2
+    framed = np.zeros((FIELD_SIDE, FIELD_SIDE))
+    framed[down : down + height, right : right + width] = field
+    side = FIELD_SIDE // FIELD_SQUARE
+    return framed.reshape(side, FIELD_SQUARE, side, FIELD_SQUARE).mean(axis=(1, 3)).tolist()
 
 
 def ceiling_of(model: CMamba, image: np.ndarray, qualities: list[float | None]) -> list[Numbers]:
@@ -127,27 +199,19 @@ def ceiling_of(model: CMamba, image: np.ndarray, qualities: list[float | None]) 
     Returns:
         one object per quality.
     """
-    x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
-    height, width = image.shape[:2]
+    x, (height, width) = _as_input(image), image.shape[:2]
     rows = []
     for quality in qualities:
         decoded = cmamba_ref.decode(cmamba_ref.encode(image, model, quality), model)
         with torch.no_grad():
             x_hat = model.synthesize(model.analyze(x, quality), quality)[0, :, :height, :width]
         unquantised = (x_hat.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-        rows.append(
-            {
-                "psnr": psnr(image, decoded),
-                "psnr_ceiling": psnr(image, unquantised),
-                "mse": _squared_error(image, decoded),
-                "mse_ceiling": _squared_error(image, unquantised),
-            }
-        )
+        row = {}
+        for name, other in (("", decoded), ("_ceiling", unquantised)):
+            row["psnr" + name] = psnr(image, other)
+            row["mse" + name] = float(np.mean((image.astype(np.float64) - other) ** 2))
+        rows.append(row)
     return rows
-
-
-def _squared_error(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.mean((a.astype(np.float64) - b) ** 2))
 
 
 def mean_ceiling(
@@ -166,35 +230,16 @@ def mean_ceiling(
     ]
 
 
-def _field(model: CMamba, x: torch.Tensor, quality: float | None) -> list[list[float]]:
-    """The receptive field on the middle of a picture, surrounded by zeros where that is smaller."""
-    height, width = (min(side, FIELD_SIDE) for side in x.shape[-2:])
-    top, left = (
-        (side - part) // 2 for side, part in zip(x.shape[-2:], (height, width), strict=True)
-    )
-    middle = x[..., top : top + height, left : left + width]
-    field = receptive_field(model, middle, quality)
-    down, right = ((FIELD_SIDE - side) // 2 for side in field.shape)
-    framed = np.zeros((FIELD_SIDE, FIELD_SIDE))
-    framed[down : down + height, right : right + width] = field
-    return pooled(framed, FIELD_SQUARE).tolist()
+# ---------------------------------------------------------------- means
 
 
-def mean_of(rows: list[Numbers], shown: str, numbers_of_shown: Numbers) -> Numbers:
-    """Over pictures, everything but the map of bits, which is that of one picture.
-
-    Args:
-        rows: of all pictures.
-        shown: the name of that picture.
-        numbers_of_shown: its own.
-    """
+def mean_of(rows: list[Numbers], shown: str, bit_map: list) -> Numbers:
+    """Average everything over images but the map of bits, which is that of the image shown."""
+    kept = ("spectrum", "log_amplitude", "correlation", "field")
     alphas = {block: [row["alpha"][block] for row in rows] for block in rows[0]["alpha"]}
     return {
         "spectrum_of": rows[0]["spectrum_of"],
-        "spectrum": _mean([row["spectrum"] for row in rows]),
-        "log_amplitude": _mean([row["log_amplitude"] for row in rows]),
-        "correlation": _mean([row["correlation"] for row in rows]),
-        "field": _mean([row["field"] for row in rows]),
+        **{key: _mean([row[key] for row in rows]) for key in kept},
         "field_square": FIELD_SQUARE,
         "fusion": {
             block: {
@@ -205,10 +250,9 @@ def mean_of(rows: list[Numbers], shown: str, numbers_of_shown: Numbers) -> Numbe
             for block, values in alphas.items()
         },
         "bits": {
-            "y_bpp": _mean([row["bits"]["y_bpp"] for row in rows]),
-            "z_bpp": _mean([row["bits"]["z_bpp"] for row in rows]),
+            **{key: _mean([row["bits"][key] for row in rows]) for key in ("y_bpp", "z_bpp")},
             "picture": shown,
-            "map": numbers_of_shown["bits"]["map"],
+            "map": bit_map,
         },
     }
 
@@ -226,25 +270,19 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("folder", type=Path, help="folder of pictures with sides of at least 64 pixels")
+    add("folder", type=Path, help="folder of images with sides of at least 64 pixels")
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the results")
     add("--model", default="tiny", help="name or directory (default: tiny)")
     add("--quality", type=float, help="default: 4, where a model has qualities")
-    add("--limit", type=int, metavar="N", help="only the first N pictures")
-    add(
-        "--picture",
-        metavar="NAME",
-        help="the picture of bits.png: one of the folder, or another file (default: the first)",
+    add("--limit", type=int, metavar="N", help="only the first N images")
+    shown = "the image of bits.png: one of the folder, or another file (default: the first)"
+    add("--picture", metavar="NAME", help=shown)
+    ceiling = (
+        "also PSNR with the quantiser off, and the share of the error that no rate removes, at "
+        "these qualities (default: all whole ones)"
     )
-    add(
-        "--ceiling",
-        nargs="*",
-        type=float,
-        metavar="QUALITY",
-        help="also PSNR with the quantiser off, and the share of the error that no rate removes, "
-        "at these qualities (default: all whole ones)",
-    )
-    add("--fresh", action="store_true", help="forget what an earlier run left unfinished")
+    add("--ceiling", nargs="*", type=float, metavar="QUALITY", help=ceiling)
+    add("--fresh", action="store_true", help="discard what an earlier run left unfinished")
     args = parser.parse_args(argv)
     provenance = {
         **of_run("analyze.py", argv),
@@ -259,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
             apart = Path(args.picture)
             if not apart.is_file():
                 raise CMambaError(
-                    f"--picture must be one of the pictures or a file, got {args.picture!r}"
+                    f"--picture must be one of the images or a file, got {args.picture!r}"
                 )
         model = CMamba.from_pretrained(args.model)
         quality = model.check_quality(args.quality)
@@ -279,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     waiting: list[Path] = [*paths, apart] if apart else paths
     bad = 0
     try:
-        for path in tqdm(waiting, unit="picture", disable=None):
+        for path in tqdm(waiting, unit="image", disable=None):
             try:
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
                 # A picture apart is in no mean.
@@ -297,16 +335,16 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             seen[path] = kept.results[key]
     except KeyboardInterrupt:
-        print(f"interrupted; {len(kept.results)} pictures are kept in {kept.path}", file=sys.stderr)
+        print(f"interrupted; {len(kept.results)} images are kept in {kept.path}", file=sys.stderr)
         return 130
     used = [path for path in paths if path in seen]
     if not used:
-        print(f"no picture in {args.folder} that can be analysed", file=sys.stderr)
+        print(f"no image in {args.folder} that can be analysed", file=sys.stderr)
         return 1
 
     wanted = apart or args.folder / (args.picture or "")
     shown = wanted if wanted in seen else used[0]
-    numbers = mean_of([seen[path] for path in used], shown.name, seen[shown])
+    numbers = mean_of([seen[path] for path in used], shown.name, seen[shown]["bits"]["map"])
     if ceilings:
         numbers["ceiling"] = mean_ceiling([seen[path]["ceiling"] for path in used], ceilings)
     for name, draw in FIGURES.items():

@@ -53,6 +53,10 @@ class BDRate:
     of_test: float
 
 
+# A curve with its BD-rate, or why there is none.
+Outcome = tuple[Curve, BDRate | CurveError]
+
+
 def bd_rate(anchor: Points, test: Points, min_overlap: float = MIN_OVERLAP) -> BDRate:
     """BD-rate of `test` against `anchor`.
 
@@ -101,22 +105,19 @@ def bd_rate(anchor: Points, test: Points, min_overlap: float = MIN_OVERLAP) -> B
 
 def compare(
     anchor: Curve, tests: Sequence[Curve], metric: str, min_overlap: float = MIN_OVERLAP
-) -> list[tuple[Curve, BDRate | CurveError]]:
+) -> list[Outcome]:
     """The BD-rate of each curve against the anchor, or why there is none."""
-    outcomes: list[tuple[Curve, BDRate | CurveError]] = []
+    outcomes: list[Outcome] = []
     for test in tests:
         try:
             found = bd_rate(anchor.points(metric), test.points(metric), min_overlap)
+            outcomes.append((test, found))
         except CurveError as error:
             outcomes.append((test, error))
-        else:
-            outcomes.append((test, found))
     return outcomes
 
 
-def as_json(
-    anchor: Curve, metric: str, outcomes: Sequence[tuple[Curve, BDRate | CurveError]]
-) -> dict[str, object]:
+def as_json(anchor: Curve, metric: str, outcomes: Sequence[Outcome]) -> dict[str, object]:
     """The outcomes as JSON holds them."""
     return {
         "metric": metric,
@@ -130,7 +131,7 @@ def as_json(
     }
 
 
-def table(anchor: Curve, metric: str, outcomes: Sequence[tuple[Curve, BDRate | CurveError]]) -> str:
+def table(anchor: Curve, metric: str, outcomes: Sequence[Outcome]) -> str:
     """The outcomes as text, those that have a number by rising BD-rate."""
     several = len({test.file for test, _ in outcomes}) > 1
     names = {id(t): f"{t.file}:{t.name}" if several else t.name for t, _ in outcomes}
@@ -160,24 +161,18 @@ def main(argv: list[str] | None = None) -> int:
     add("anchor", help="FILE:NAME, or FILE with one curve")
     add("tests", nargs="+", metavar="test", help="FILE:NAME, or FILE for all curves in it")
     add("--metric", choices=METRICS, default="psnr", help="default: psnr")
-    add(
-        "--min-overlap",
-        type=float,
-        default=MIN_OVERLAP,
-        help="part of the smaller curve that the other must cover (default: %(default)s)",
-    )
+    part = "part of the smaller curve that the other must cover (default: %(default)s)"
+    add("--min-overlap", type=float, default=MIN_OVERLAP, help=part)
     add("--json", type=Path, metavar="FILE", help="write the numbers here")
     args = parser.parse_args(argv)
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json must lie in an existing directory, got {str(args.json)!r}")
     try:
         anchor = load_curve(args.anchor)
-        tests = [curve for spec in args.tests for curve in load_curves(spec)]
+        tests = [curve for spec in args.tests for curve in load_curves(spec) if curve != anchor]
+        outcomes = compare(anchor, tests, args.metric, args.min_overlap)
     except CurveError as error:
         parser.error(str(error))
-    try:
-        others = [test for test in tests if test != anchor]
-        outcomes = compare(anchor, others, args.metric, args.min_overlap)
     except ImportError as error:
         parser.error(f"{error}; install the extra: pip install 'cmamba-ref[eval]'")
     print(table(anchor, args.metric, outcomes))

@@ -56,9 +56,6 @@ class ClassicalCodec:
             return np.array(image.convert("RGB"))
 
 
-JPEG_QUALITIES = (5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95)
-
-
 def _jpeg(subsampling: str) -> Callable[[float], dict[str, object]]:
     return lambda quality: {"quality": quality, "subsampling": subsampling, "optimize": True}
 
@@ -92,49 +89,26 @@ CODECS = {
     codec.key: codec
     for codec in (
         ClassicalCodec(
-            "jpeg420",
-            "JPEG 4:2:0, optimised tables",
-            "JPEG",
-            ".jpg",
-            "libjpeg_turbo",
-            JPEG_QUALITIES,
-            _jpeg("4:2:0"),
+            f"jpeg{subsampling.replace(':', '')}", f"JPEG {subsampling}, optimised tables", "JPEG",
+            ".jpg", "libjpeg_turbo", (5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95),
+            _jpeg(subsampling),
+        )
+        for subsampling in ("4:2:0", "4:4:4")
+    )
+} | {
+    codec.key: codec
+    for codec in (
+        ClassicalCodec(
+            "webp", "WebP, method 6", "WEBP", ".webp", "webp",
+            (1, 5, 10, 20, 35, 50, 65, 80, 90), _webp,
         ),
         ClassicalCodec(
-            "jpeg444",
-            "JPEG 4:4:4, optimised tables",
-            "JPEG",
-            ".jpg",
-            "libjpeg_turbo",
-            JPEG_QUALITIES,
-            _jpeg("4:4:4"),
+            "jpeg2000", "JPEG 2000, irreversible", "JPEG2000", ".jp2", "jpg_2000",
+            (0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0), _jpeg2000,
         ),
         ClassicalCodec(
-            "webp",
-            "WebP, method 6",
-            "WEBP",
-            ".webp",
-            "webp",
-            (1, 5, 10, 20, 35, 50, 65, 80, 90),
-            _webp,
-        ),
-        ClassicalCodec(
-            "jpeg2000",
-            "JPEG 2000, irreversible",
-            "JPEG2000",
-            ".jp2",
-            "jpg_2000",
-            (0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0),
-            _jpeg2000,
-        ),
-        ClassicalCodec(
-            "avif",
-            "AVIF 4:4:4, speed 4, tune psnr",
-            "AVIF",
-            ".avif",
-            "avif",
-            (10, 20, 30, 40, 50, 60, 70),
-            _avif,
+            "avif", "AVIF 4:4:4, speed 4, tune psnr", "AVIF", ".avif", "avif",
+            (10, 20, 30, 40, 50, 60, 70), _avif,
         ),
     )
-}
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Rate and distortion of models on a folder of pictures, measured on real files, beside JPEG & Co.
+"""Measure rate and distortion of models on a folder of images, on real files.
 
     python tools/eval_rd.py photos -o rd.json
     python tools/eval_rd.py photos --model tiny --qualities 1 4 8 --codecs jpeg420 webp
@@ -6,36 +6,33 @@
     python tools/eval_rd.py photos --qualities 1:8:0.1 --codecs --brief --jobs 2 -o fine.json
     python tools/eval_rd.py photos --reuse rd.json -o rd.json
 
-Every picture is encoded to a file and decoded from it.  bpp is 8 times the size of the file, header
+Every image is encoded to a file and decoded from it. bpp is 8 times the size of the file, header
 included, over the number of pixels; PSNR (RGB) and MS-SSIM (linear) are those of the decoded 8-bit
-pictures; what is said of a folder is the mean over its pictures.  Times are those of the codec,
-from picture to bytes and back, without the disk; ours are split into the transforms g_a and g_s,
-what gives the entropy parameters (h_a, h_s, CAE, LRP), the entropy coder, and the rest.  Peaks are
-those of the process, with torch and the model.  With several processes (--jobs) each has its share
-of the cores, and times are longer than those of one alone.
+images; the values of a folder are means over its images. Times are those of the codec, from pixels
+to bytes and back, without the disk; ours are split into the transforms g_a and g_s, the entropy
+parameters (h_a, h_s, CAE, LRP), the entropy coder, and the rest. Peaks of memory are those of the
+process, with torch and the model. With several processes (--jobs) each has its share of the cores,
+and times are longer than those of one alone.
 
-Each --model is a curve.  A model with a range of qualities gives one point for each; several
+Each --model is a curve. A model with a range of qualities gives one point for each; several
 directories after one --model, for instance models trained for one lambda each, are points of one
-curve.  The classical codecs run on the same pictures, as far as this Pillow has them.
-
-With --brief there are only bpp and PSNR: of the time of a point of ours, MS-SSIM takes more than a
-third, and where times are not asked for, several processes of one thread each (--jobs) do more than
-one process of several.
+curve. The classical codecs run on the same images, as far as this Pillow has them. --brief measures
+only bpp and PSNR: MS-SSIM takes more than a third of the time of a point.
 
 Along each curve, bpp and PSNR should rise from every quality to the next; where they do not, the
-steps are named, and `meta` has them under `not_rising`.
+steps are printed, and `meta` has them under `not_rising`.
 
 The JSON has CompressAI's layout, one object per codec: `results` holds a list per measure with an
-entry per point, `per_picture` the same for each picture.  `meta` says what it was measured with and
-gives BD-rates against the --anchor by PSNR and MS-SSIM (see tools/bd_rate.py), each with the
-interval in which 95 % of the BD-rates over resampled images lie (bootstrap).
+entry per point, `per_picture` the same for each image. `meta` holds provenance, and BD-rates
+against the --anchor by PSNR and MS-SSIM (see tools/bd_rate.py), each with the interval in which
+95 % of the BD-rates over resampled images lie (bootstrap).
 
 With --reuse the classical codecs' results are taken from an earlier report on images of the same
 names, as far as it was made with the same versions of these codecs; the others are measured.
 
-With -o, what has been measured is kept beside the output as it comes (FILE.partial): after Ctrl-C
-or a failure the same command goes on where it stopped.  The exit status is 1 if a measurement
-failed, 2 for wrong arguments or pictures, 130 after Ctrl-C.
+With -o, finished measurements are kept beside the output (FILE.partial): after Ctrl-C or a failure
+the same command resumes. The exit status is 1 if a measurement failed, 2 for wrong arguments or
+images, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -45,8 +42,7 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import bd_rate
@@ -69,66 +65,45 @@ OURS = "cmamba"
 # For the interval of a BD-rate: draws of the images, and how few say nothing.
 RESAMPLES = 1000
 MIN_IMAGES = 8
-# Those that have a part in the numbers.
 PACKAGES = ("cmamba-ref", "torch", "numpy", "pillow", "pytorch-msssim")
 
-
-@dataclass(frozen=True)
-class Picture:
-    """A file to measure on; the digest is of its bytes."""
-
-    path: Path
-    digest: str
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One model of a curve.
-
-    Attributes:
-        name: of its configuration.
-        qualities: at which it is measured; [None] for a model of one rate.
-    """
-
-    source: str
-    name: str
-    model_id: str
-    qualities: tuple[float | None, ...]
+# The digest of each image file.
+Digests = Mapping[Path, str]
 
 
 # ---------------------------------------------------------------- what to measure
 
 
-def find_pictures(folder: Path, limit: int | None) -> list[Picture]:
-    """The pictures of a folder, each of which can be measured.
+def find_images(folder: Path, limit: int | None) -> Digests:
+    """Return the images of a folder, each of which can be measured.
 
     Raises:
         CMambaError: there is none, or some cannot; all of those are named.
     """
     paths = rd_measure.picture_paths(folder, limit)
-    pictures, bad = [], []
-    for path in tqdm(paths, desc="checking pictures", leave=False, disable=None):
+    bad, digests = [], {}
+    for path in tqdm(paths, desc="checking images", leave=False, disable=None):
         try:
             if min(rd_measure.read_rgb(path).shape[:2]) < MS_SSIM_MIN_SIDE:
                 raise CMambaError(
                     f"{path} has a side of less than {MS_SSIM_MIN_SIDE} pixels, too few for MS-SSIM"
                 )
-            pictures.append(Picture(path, hashlib.sha256(path.read_bytes()).hexdigest()))
+            digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
         except (CMambaError, OSError) as error:
             bad.append(str(error))
     if bad:
         raise CMambaError(
-            f"{len(bad)} of {len(paths)} pictures cannot be measured:\n  "
+            f"{len(bad)} of {len(paths)} images cannot be measured:\n  "
             + "\n  ".join(bad)
-            + "\nmove them away, so that it is clear over which pictures the means are"
+            + "\nmove them away, so that it is clear over which images the means are"
         )
-    return pictures
+    return digests
 
 
-def find_curves(
-    given: Sequence[Sequence[str]], qualities: Sequence[float] | None
-) -> dict[str, list[Checkpoint]]:
-    """The checkpoints of each curve, by the name of the curve.
+def find_points(
+    given: Sequence[Sequence[str]], qualities: Sequence[float] | None, codecs: Sequence[str]
+) -> list[Point]:
+    """Return all points, curve by curve and model by model.
 
     Args:
         given: for each curve its models; the first may begin with `NAME=`.
@@ -138,82 +113,53 @@ def find_curves(
         CMambaError: a model cannot be loaded, a quality is out of range, or a name is taken.
         OSError: a model cannot be read.
     """
-    curves: dict[str, list[Checkpoint]] = {}
+    points: list[Point] = []
     for sources in given:
         name, equals, first = sources[0].partition("=")
         if not equals:
             name, first = OURS, sources[0]
-        if name in curves or name in CODECS or name in ("", "meta"):
+        if name in {"", "meta", *CODECS, *(point.codec for point in points)}:
             raise CMambaError(
                 f"each curve must have a name of its own, got {name!r} again; "
                 "name it: --model NAME=MODEL"
             )
-        curves[name] = [_checkpoint(source, qualities) for source in (first, *sources[1:])]
-    used = {q for checkpoints in curves.values() for c in checkpoints for q in c.qualities}
-    if qualities and used == {None}:
+        for source in (first, *sources[1:]):
+            model = rd_measure.load_model(source)
+            config, model_id = model.config, model.model_id.hex()
+            whole = qualities or range(1, len(config.lmbdas) + 1)
+            for quality in whole if config.variable_rate else [None]:
+                checked = model.check_quality(quality)
+                points.append(Point(name, checked, source, model_id, config.name))
+    if qualities and all(point.setting is None for point in points):
         raise CMambaError("--qualities are for models with a range of them; these have one rate")
-    return curves
-
-
-def _checkpoint(source: str, qualities: Sequence[float] | None) -> Checkpoint:
-    model = rd_measure.load_model(source)
-    chosen: Sequence[float | None] = [None]
-    if model.config.variable_rate:
-        chosen = qualities or range(1, len(model.config.lmbdas) + 1)
-    checked = tuple(model.check_quality(quality) for quality in chosen)
-    return Checkpoint(source, model.config.name, model.model_id.hex(), checked)
-
-
-def find_points(curves: dict[str, list[Checkpoint]], codecs: Sequence[str]) -> list[Point]:
-    """All points, curve by curve and model by model."""
-    points = [
-        Point(name, quality, checkpoint.source, checkpoint.model_id)
-        for name, checkpoints in curves.items()
-        for checkpoint in checkpoints
-        for quality in checkpoint.qualities
-    ]
     return points + [Point(key, setting) for key in codecs for setting in CODECS[key].settings]
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def key_of(point: Point, picture: Picture) -> str:
-    """What a result is kept under: everything that it depends on beside the conditions."""
-    return f"{point.codec} {point.label} {picture.digest}"
+def key_of(point: Point, digest: str) -> str:
+    """Return the key of a result: everything that it depends on beside the conditions."""
+    return f"{point.codec} {point.label} {digest}"
 
 
-def measure_all(
-    points: Sequence[Point],
-    pictures: Sequence[Picture],
-    kept: PartialResults,
-    jobs: int,
-    keep: Path | None,
-    brief: bool,
-) -> int:
-    """Measure what is not yet in `kept`, into it; returns how many measurements failed."""
-    keys = {
-        Task(point, picture.path, keep, brief): key_of(point, picture)
-        for point in points
-        for picture in pictures
-    }
+def measure_all(keys: dict[Task, str], kept: PartialResults, jobs: int) -> int:
+    """Measure what is not yet in `kept`, into it; return how many measurements failed."""
     waiting = [task for task, key in keys.items() if key not in kept.results]
-    failed = 0
+    failed, done = 0, len(keys) - len(waiting)
     form = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} to go"
-    with tqdm(
-        total=len(keys), initial=len(keys) - len(waiting), bar_format=form, disable=None
-    ) as bar:
+    with tqdm(total=len(keys), initial=done, bar_format=form, disable=None) as bar:
 
         def report(task: Task, outcome: Row | str | None) -> None:
             nonlocal failed
-            bar.set_description_str(f"{task.point.codec} {task.point.label}", refresh=False)
+            name = f"{task.point.codec} {task.point.label}"
+            bar.set_description_str(name, refresh=False)
             bar.update()
             if isinstance(outcome, dict):
                 kept.add(keys[task], outcome)
                 return
             failed += 1
-            text = outcome or PROCESS_DIED
-            bar.write(f"{task.point.codec}, {task.picture}: {text}", file=sys.stderr)
+            bar.write(f"{name}, {task.picture}: {outcome or PROCESS_DIED}", file=sys.stderr)
 
         if jobs == 1:
             for task in waiting:
@@ -226,21 +172,22 @@ def measure_all(
 
 
 def reusable(
-    path: Path, points: Sequence[Point], pictures: Sequence[Picture], brief: bool
+    path: Path, points: Sequence[Point], images: Digests, brief: bool
 ) -> tuple[dict[str, Row], dict[str, object]]:
-    """Results of classical codecs in an earlier report, by key, and how they were measured.
+    """Return results of classical codecs in an earlier report, by key, and their provenance.
 
     Raises:
         CMambaError: it is no report, or one on other images.
     """
     try:
         earlier = json.loads(path.read_text())
-        names = earlier["meta"]["pictures"]["names"]
+        meta = earlier["meta"]
+        names = meta["pictures"]["names"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CMambaError(
             f"--reuse must be a report of this tool, got {path}: {error!r}"
         ) from error
-    if names != [picture.path.name for picture in pictures]:
+    if names != [image.name for image in images]:
         raise CMambaError(f"--reuse must be a report on the same images, got {path}")
     found, wanted = {}, {"bpp", "psnr-rgb"} if brief else set(MEASURES)
     for point in points:
@@ -250,10 +197,9 @@ def reusable(
         settings = codec["results"]["quality"]
         if point.setting in settings:
             rows = codec["per_picture"][settings.index(point.setting)]
-            if not all(wanted <= row.keys() for row in rows):
-                continue
-            found |= {key_of(point, p): row for p, row in zip(pictures, rows, strict=True)}
-    meta = earlier["meta"]
+            if all(wanted <= row.keys() for row in rows):
+                keys = (key_of(point, digest) for digest in images.values())
+                found |= dict(zip(keys, rows, strict=True))
     kept = ("command", "commit", "date", "machine", "threads", "versions")
     return found, meta.get("reused") or {key: meta[key] for key in kept if key in meta}
 
@@ -262,36 +208,41 @@ def reusable(
 
 
 def _description(codec: str) -> str:
-    """Which version of a classical codec it is."""
+    """The version of a classical codec."""
     return f"Pillow, {CODECS[codec].version()}"
 
 
-def report_of(
-    points: Sequence[Point],
-    pictures: Sequence[Picture],
-    curves: dict[str, list[Checkpoint]],
-    results: dict[str, Row],
-) -> dict[str, dict]:
-    """Every curve as the JSON has it, without `meta`."""
+def _models(points: Sequence[Point]) -> list[dict[str, object]]:
+    """The models of one curve, with the qualities of each."""
+    return [
+        {"name": p.name, "id": p.model_id, "qualities": [q.setting for q in points
+                                                         if q.model == source]}
+        for source, p in {point.model: point for point in points}.items()
+    ]  # fmt: skip
+
+
+def report_of(points: Sequence[Point], images: Digests, results: dict[str, Row]) -> dict[str, dict]:
+    """Return every curve as the JSON has it, without `meta`."""
     report: dict[str, dict] = {}
     for codec in dict.fromkeys(point.codec for point in points):
         mine = [point for point in points if point.codec == codec]
-        rows = [[results[key_of(point, picture)] for picture in pictures] for point in mine]
-        checkpoints = curves.get(codec)
-        if checkpoints:
-            name = f"CMamba {', '.join(dict.fromkeys(c.name for c in checkpoints))}"
-            description = f"{len(checkpoints)} model(s), see meta"
-        else:
-            name = CODECS[codec].name
-            description = _description(codec)
+        rows = [[results[key_of(p, digest)] for digest in images.values()] for p in mine]
         means: dict[str, list] = {"quality": [point.setting for point in mine]}
-        if checkpoints:
+        measures = MEASURES
+        if codec in CODECS:
+            name, description = CODECS[codec].name, _description(codec)
+        else:
+            models = _models(mine)
+            name = f"CMamba {', '.join(dict.fromkeys(str(m['name']) for m in models))}"
+            description = f"{len(models)} model(s), see meta"
             means["model"] = [point.model_id for point in mine]
-        measures = MEASURES + (OUR_MEASURES if checkpoints else ())
+            measures += OUR_MEASURES
         for measure in measures:
             # The peak of memory is not counted everywhere, and not all measures are asked for.
             if all(measure in row for of_point in rows for row in of_point):
-                means[measure] = [_mean(row[measure] for row in of_point) for of_point in rows]
+                means[measure] = [
+                    float(np.mean([row[measure] for row in of_point])) for of_point in rows
+                ]
         report[codec] = {
             "name": name,
             "description": description,
@@ -301,14 +252,10 @@ def report_of(
     return report
 
 
-def _mean(values: Iterator[float]) -> float:
-    return float(np.mean(list(values)))
-
-
 def not_rising(report: dict[str, dict]) -> dict[str, list[dict[str, object]]]:
-    """The steps of quality at which a mean does not rise, by codec; [] where all rise.
+    """Return the steps of quality at which a mean does not rise, by codec; [] where all rise.
 
-    A step leads from one setting of a codec, or of one model, to the next higher one.  Codecs with
+    A step leads from one setting of a codec, or of one model, to the next higher one. Codecs with
     no step are left out.
     """
     found: dict[str, list[dict[str, object]]] = {}
@@ -330,7 +277,7 @@ def not_rising(report: dict[str, dict]) -> dict[str, list[dict[str, object]]]:
 
 
 def rising_lines(report: dict[str, dict], falls: dict[str, list[dict[str, object]]]) -> str:
-    """The verdict on each codec that has steps, as text."""
+    """Write the verdict on each codec that has steps."""
     lines = []
     for codec, steps in falls.items():
         points = len(report[codec]["results"]["quality"])
@@ -346,7 +293,7 @@ def rising_lines(report: dict[str, dict], falls: dict[str, list[dict[str, object
 
 
 def bd_rates(report: dict[str, dict], anchor: str) -> tuple[dict[str, object], str]:
-    """BD-rates of all other codecs against the anchor, by each metric: as JSON and as text."""
+    """Return BD-rates of all other codecs against the anchor, as JSON and as text."""
     found = {curve.name: curve for curve in rd_curves.curves_in(report, Path("this run"))}
     others = [curve for name, curve in found.items() if name != anchor]
     as_json, text = {}, []
@@ -358,9 +305,8 @@ def bd_rates(report: dict[str, dict], anchor: str) -> tuple[dict[str, object], s
             if isinstance(outcome, bd_rate.BDRate):
                 ends = entry["interval_95"] = interval(report, anchor, curve.name, metric)
                 if ends is not None:
-                    lines.append(
-                        f"{curve.name}: {ends[0]:+.2f} to {ends[1]:+.2f} % in 95 % of resamples"
-                    )
+                    low, high = ends
+                    lines.append(f"{curve.name}: {low:+.2f} to {high:+.2f} % in 95 % of resamples")
         text.append("\n".join(lines))
     return as_json, "\n\n".join(text)
 
@@ -399,7 +345,7 @@ def interval(
 
 
 def table(report: dict[str, dict]) -> str:
-    """The means as text."""
+    """Write the means as text."""
     shown = [m for m in MEASURES if all(m in curve["results"] for curve in report.values())]
     lines = [f"{'codec':<12}{'quality':>8}" + "".join(f"{measure:>15}" for measure in shown)]
     for codec, curve in report.items():
@@ -436,40 +382,20 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("folder", type=Path, help="folder of pictures with sides of at least 161 pixels")
-    add(
-        "--model",
-        nargs="+",
-        action="append",
-        metavar="[NAME=]MODEL",
-        help="a curve: name or directory of a model, or of several (default: cmamba=tiny)",
-    )
-    add(
-        "--qualities",
-        type=quality_range,
-        nargs="+",
-        metavar="QUALITY",
-        help="numbers, or FROM:TO:STEP (default: every whole quality of the model)",
-    )
-    add(
-        "--codecs",
-        nargs="*",
-        choices=CODECS,
-        metavar="CODEC",
-        help=f"classical codecs: {' '.join(CODECS)} (default: all; --codecs alone: none)",
-    )
+    add("folder", type=Path, help="folder of images with sides of at least 161 pixels")
+    models = "a curve: name or directory of a model, or of several (default: cmamba=tiny)"
+    add("--model", nargs="+", action="append", metavar="[NAME=]MODEL", help=models)
+    range_ = "numbers, or FROM:TO:STEP (default: every whole quality of the model)"
+    add("--qualities", type=quality_range, nargs="+", metavar="QUALITY", help=range_)
+    classical = f"of {' '.join(CODECS)} (default: all; --codecs alone: none)"
+    add("--codecs", nargs="*", choices=CODECS, metavar="CODEC", help=classical)
     add("--anchor", default="jpeg420", metavar="CODEC", help="of BD-rates (default: jpeg420)")
-    add("--limit", type=int, metavar="N", help="only the first N pictures")
+    add("--limit", type=int, metavar="N", help="only the first N images")
     add("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
     add("--brief", action="store_true", help="only bpp and PSNR: no MS-SSIM, no times, no memory")
-    add(
-        "--keep",
-        type=Path,
-        metavar="DIR",
-        help="keep the files that this run makes, and the decoded pictures, in here",
-    )
+    add("--keep", type=Path, metavar="DIR", help="keep this run's files and decoded images in here")
     add("--reuse", type=Path, metavar="FILE", help="take classical codecs from this report")
-    add("--fresh", action="store_true", help="forget what an earlier run left unfinished")
+    add("--fresh", action="store_true", help="discard what an earlier run left unfinished")
     add("-o", "--output", type=Path, metavar="FILE", help="write the JSON here")
     args = parser.parse_args(argv)
     if args.qualities:
@@ -485,75 +411,72 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser, args = parse(argv)
-    codecs = list(CODECS) if args.codecs is None else args.codecs
-    left_out = [key for key in codecs if not CODECS[key].is_available()]
-    codecs = [key for key in codecs if key not in left_out]
+    asked = list(CODECS) if args.codecs is None else args.codecs
+    left_out = [key for key in asked if not CODECS[key].is_available()]
+    codecs = [key for key in asked if key not in left_out]
     provenance = {**of_run("eval_rd.py", argv), "versions": versions(*PACKAGES), "jobs": args.jobs}
     if args.brief:
         provenance["brief"] = True
     conditions = {key: provenance[key] for key in provenance if key not in ("command", "date")}
+    reused, made = {}, None
     try:
-        pictures = find_pictures(args.folder, args.limit)
-        curves = find_curves(args.model or [[f"{OURS}=tiny"]], args.qualities)
-        points = find_points(curves, codecs)
-        reused, made = ({}, {})
+        images = find_images(args.folder, args.limit)
+        points = find_points(args.model or [[f"{OURS}=tiny"]], args.qualities, codecs)
         if args.reuse:
-            reused, made = reusable(args.reuse, points, pictures, args.brief)
+            reused, made = reusable(args.reuse, points, images, args.brief)
         kept = PartialResults(args.output, conditions, fresh=args.fresh)
     except (CMambaError, OSError) as error:
         parser.error(str(error))
     kept.results |= reused
     for key in left_out:
         print(f"{key} is left out: this Pillow cannot write it", file=sys.stderr)
+    keys = {
+        Task(point, path, args.keep, args.brief): key_of(point, digest)
+        for point in points
+        for path, digest in images.items()
+    }
 
+    what_is_kept = "without -o nothing is kept"
     try:
-        failed = measure_all(points, pictures, kept, args.jobs, args.keep, args.brief)
+        failed = measure_all(keys, kept, args.jobs)
     except KeyboardInterrupt:
-        print(f"interrupted; {_what_is_kept(kept)}", file=sys.stderr)
-        return 130
-    if failed:
-        print(f"{failed} measurements failed; {_what_is_kept(kept)}", file=sys.stderr)
-        return 1
+        failed = None
+    if failed != 0:
+        if kept.path is not None:
+            what_is_kept = f"{len(kept.results)} are kept in {kept.path}, the same command resumes"
+        reason = "interrupted" if failed is None else f"{failed} measurements failed"
+        print(f"{reason}; {what_is_kept}", file=sys.stderr)
+        return 130 if failed is None else 1
 
-    report = report_of(points, pictures, curves, kept.results)
+    report = report_of(points, images, kept.results)
     falls = not_rising(report)
     print(table(report))
     print(f"\n{rising_lines(report, falls)}\n")
-    report["meta"] = {
+    ours = dict.fromkeys(point.codec for point in points if point.model is not None)
+    meta = {
         **provenance,
-        "models": {
-            name: [
-                {"name": c.name, "id": c.model_id, "qualities": c.qualities} for c in checkpoints
-            ]
-            for name, checkpoints in curves.items()
-        },
+        "models": {name: _models([p for p in points if p.codec == name]) for name in ours},
         "pictures": {
             "folder": args.folder.resolve().name,
-            "names": [picture.path.name for picture in pictures],
+            "names": [path.name for path in images],
         },
         "codecs_left_out": left_out,
         # How the classical codecs' results were measured, where this run took them over.
         "reused": made if reused else None,
         "not_rising": falls,
     }
+    text = f"no BD-rates: the anchor {args.anchor!r} is not in this run"
     if args.anchor in report:
         try:
-            report["meta"]["bd_rates"], text = bd_rates(report, args.anchor)
+            meta["bd_rates"], text = bd_rates(report, args.anchor)
         except ImportError as error:
             text = f"no BD-rates: {error}; pip install scipy"
-    else:
-        text = f"no BD-rates: the anchor {args.anchor!r} is not in this run"
     print(text)
     if args.output:
-        write_atomically(args.output, (json.dumps(report, indent=1) + "\n").encode())
+        content = json.dumps({**report, "meta": meta}, indent=1) + "\n"
+        write_atomically(args.output, content.encode())
         kept.discard()
     return 0
-
-
-def _what_is_kept(kept: PartialResults) -> str:
-    if kept.path is None:
-        return "without -o nothing is kept"
-    return f"{len(kept.results)} are kept in {kept.path}, the same command goes on from there"
 
 
 if __name__ == "__main__":

@@ -37,17 +37,13 @@ def save(figure: Figure, path: Path, *, few_colours: bool = False) -> None:
     """
     kind = path.suffix.lower().removeprefix(".")
     data = as_file(figure, kind)
-    write_atomically(path, _with_palette(data) if few_colours and kind == "png" else data)
-
-
-def _with_palette(png: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with Image.open(io.BytesIO(png)) as image:
-        few = image.convert("RGB").quantize(
-            256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
-        )
-    few.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    if few_colours and kind == "png":
+        buffer, colours = io.BytesIO(), Image.Quantize.FASTOCTREE
+        with Image.open(io.BytesIO(data)) as image:
+            few = image.convert("RGB").quantize(256, method=colours, dither=Image.Dither.NONE)
+        few.save(buffer, "PNG", optimize=True)
+        data = buffer.getvalue()
+    write_atomically(path, data)
 
 
 def as_file(figure: Figure, kind: str) -> bytes:

@@ -1,269 +1,706 @@
-"""Damages files and weights at random, for as long as you like, and looks at what becomes of them.
+"""Mutate valid files, weights and images at random, and check what the package makes of them.
 
     python tools/fuzz.py --minutes 60 --seed 1 -o fuzz.json
 
-Every damaged input has to end in a sound result or in an error that the documentation names, in
-bounded time and memory.  What does not is a finding: the input and the traceback go into the folder
-of `--findings`, and the exit status is 1.  `tools/fuzz_targets.py` says what is attacked,
-`tests/hostile_helpers.py` how, and `tools/fuzz_worker.py` within which limits.
+Every input has to end in a sound result or in an error that the documentation names, within
+limits of CPU time and memory. Anything else is a finding: the input and the traceback go into the
+folder of `--findings`, and the exit status is 1. `--replay` tries findings again.
 
-An input that reaches lines of the package that its target had not reached, or a new reason, is kept
-and damaged further.  Trials are a function of the seed alone, up to where the time ends.
-
-A file that exists is added to: it lists its runs and sums them up, and refuses a seed it has.
-Linux only, for the limits on memory.
+An input with an outcome that is new for its target is kept and mutated further. Inputs are drawn in
+batches; with one process (--jobs) they are a function of the seed alone. The time ends with a
+batch. Linux only, for the limits.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
+import gc
 import hashlib
+import io
 import json
+import re
+import resource
+import signal
+import struct
 import sys
+import tempfile
 import time
+import traceback
+import warnings
+import zlib
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import provenance
-from fuzz_targets import TARGETS, scratch
-from fuzz_worker import (
-    DEADLINE,
-    MEMORY_LIMIT,
-    SECONDS_LIMIT,
-    Trial,
-    Worker,
-    executable_lines,
-    set_up,
-    sources,
-)
+import resident
+import torch
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from safetensors.torch import load as deserialize
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 
+from cmamba_ref import CMamba, MemoryLimitError, cli, codec, pillow_plugin
 from cmamba_ref.atomic_write import write_atomically
-from cmamba_ref.errors import InvalidArgumentError
+from cmamba_ref.cli import process_pool
+from cmamba_ref.cli.demo import PHOTOGRAPH
+from cmamba_ref.codec import container
+from cmamba_ref.codec.container import HEADER_BYTES
+from cmamba_ref.codec.images import parse_image
+from cmamba_ref.config import CMambaConfig
+from cmamba_ref.entropy import gaussian, latent_coder, latent_prefix, rans
+from cmamba_ref.entropy.precision import float64_copy
+from cmamba_ref.entropy.tables import gaussian_tables, tables_from_pmfs
+from cmamba_ref.errors import BitstreamError, CMambaError, ImageError, PillowError, WeightsError
+from cmamba_ref.weights import CONFIG_FILE, WEIGHTS_FILE
 
-SAVE_EVERY = 60.0
-# Kept inputs are small; more than this per target would only make each one rarer.
-MOST_KEPT = 1000
-# Larger inputs are no examples for `--examples`.
+GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
+MEMORY_LIMIT = 1 << 30  # bytes of address space beyond what the process had before
+SECONDS_LIMIT = 5  # of CPU time; a trial is ended after four times as long
+DEADLINE = 600.0  # of wall-clock time: other work on the machine counts
+BATCH = 2000  # inputs that are drawn, and tried by the same processes, at a time
+DIED = "the process died"
+MAX_PIXELS = 1_000_000  # of images, so that what is allowed stays far within the memory
+MOST_KEPT = 1000  # inputs per target
 MOST_EXAMPLE_BYTES = 300
+# Behind the signature, the version, the flags and the model id: mutations go deepest there.
+BEHIND_ID = 14
+SIZES = (0, 1, 63, 64, 65, 500, 9_999, 10_000, 65_535, 2**20, 2**31 - 1, 2**31, 2**32 - 1)
+
+Generator = np.random.Generator
+
+
+# ---------------------------------------------------------------- mutations
+
+
+def mutate(data: bytes, others: Sequence[bytes], rng: Generator, begin: int = 0) -> bytes:
+    """Mutate an input once, in one of six ways; two of them may reach what lies before `begin`."""
+    if len(data) <= begin + 1:
+        return data + rng.bytes(8)
+    changed, kind = np.frombuffer(data, np.uint8).copy(), rng.integers(6)
+    if kind == 0:  # flipped bits
+        for bit in rng.integers(8 * begin, 8 * len(data), rng.integers(1, 40)):
+            changed[bit // 8] ^= 1 << bit % 8
+        return changed.tobytes()
+    if kind == 1:  # other bytes
+        places = rng.integers(begin, len(data), rng.integers(1, 8))
+        changed[places] = rng.integers(0, 256, len(places))
+        return changed.tobytes()
+    if kind == 2:  # truncation
+        return data[: rng.integers(len(data))]
+    if kind == 3:  # the beginning of another input
+        other = others[int(rng.integers(len(others)))] or data
+        cut = int(rng.integers(min(len(data), len(other))))
+        return other[:cut] + data[cut:]
+    if kind == 4:  # noise in the place of a piece
+        cut, end = sorted(rng.integers(begin, len(data), 2))
+        return data[:cut] + rng.bytes(int(rng.integers(0, 50))) + data[end:]
+    size = int(rng.choice([1, 2, 4, 8]))  # a little-endian number at an end of its range
+    top, place = 2 ** (8 * size), int(rng.integers(begin, len(data)))
+    value = (0, 1, top // 2 - 1, top // 2, top - 2, top - 1)[int(rng.integers(6))]
+    return data[:place] + value.to_bytes(size, "little") + data[place + size :]
+
+
+def mutate_often(data: bytes, others: Sequence[bytes], rng: Generator) -> bytes:
+    """Mutate an input one to four times."""
+    for _ in range(min(int(rng.geometric(0.6)), 4)):
+        data = mutate(data, others, rng)
+    return data
+
+
+def completed(data: bytes) -> bytes:
+    """Return a .cmb file with a right checksum, and what is shorter than one as it is."""
+    return data[:-4] + struct.pack("<I", zlib.crc32(data[:-4])) if len(data) > 4 else data
+
+
+def mutate_file(data: bytes, others: Sequence[bytes], rng: Generator) -> bytes:
+    """Mutate a .cmb file; half of the results have a right checksum."""
+    kind = rng.integers(6)
+    if kind == 0 and len(data) > HEADER_BYTES:  # another size
+        data = data[:14] + struct.pack("<II", *map(int, rng.choice(SIZES, 2))) + data[22:]
+    elif kind < 3:
+        data = mutate(data, others, rng, BEHIND_ID)
+    else:
+        data = mutate_often(data, others, rng)
+    return completed(data) if rng.integers(2) else data
+
+
+def _mutate_head(data: bytes, others: Sequence[bytes], rng: Generator) -> bytes:
+    end = HEADER_BYTES + 7  # with the prefix of y
+    begin = 5 if rng.integers(8) else 0  # mostly behind signature and version
+    changed = mutate(data[:end], [other[:end] for other in others], rng, begin) + data[end:]
+    return completed(changed) if rng.integers(2) else changed
+
+
+def _mutate_image(data: bytes, others: Sequence[bytes], rng: Generator) -> bytes:
+    data = mutate_often(data, others, rng)
+    return with_png_checksums(data) if rng.integers(2) else data
+
+
+def with_png_checksums(data: bytes) -> bytes:
+    """Return a PNG file with right checksums of its chunks, and other files as they are."""
+    position, parts = 8, [data[:8]]
+    if parts[0] != b"\x89PNG\r\n\x1a\n":
+        return data
+    while position + 12 <= len(data):
+        end = position + 8 + int.from_bytes(data[position : position + 4], "big")
+        if end + 4 > len(data):
+            break
+        parts += [data[position:end], struct.pack(">I", zlib.crc32(data[position + 4 : end]))]
+        position = end + 4
+    return b"".join([*parts, data[position:]])
+
+
+def _mutate_weights(data: bytes, others: Sequence[bytes], rng: Generator) -> bytes:
+    if rng.integers(2):
+        data = _other_number(data, rng)
+    if rng.integers(2):
+        data = mutate_often(data, others, rng)
+    if rng.integers(2) and len(data) >= 8:  # the length of the JSON made right
+        data = (len(data) - 8).to_bytes(8, "little") + data[8:]
+    return data
+
+
+def _other_number(data: bytes, rng: Generator) -> bytes:
+    """Replace one of the numbers in a text."""
+    found = list(re.finditer(rb"\d{1,999}", data))
+    if not found:
+        return data
+    match = found[rng.integers(len(found))]
+    n = int(match[0])
+    others = (0, 1, n + 1, n - 1, 2 * n, -n, 2**31, 2**63, 2**64, 10**50)
+    return data[: match.start()] + b"%d" % others[rng.integers(len(others))] + data[match.end() :]
+
+
+# All keys of a configuration, and what may stand where something else belongs.
+_KEYS = tuple(f.name for f in fields(CMambaConfig))
+_VALUES = tuple(
+    map(
+        json.dumps,
+        (
+            None, True, False, 0, 1, 2, 3, -1, 8, 16, 17, 1024, 65_536, 65_537, 2**31, 2**63,
+            10**40, 0.5, 1e-300, 1e300, float("nan"), float("inf"), "", "8", "a" * 1000, [], {},
+            [8, 8, 16], [[8]] * 3, [0, 0, 0], [1, 1, 1], [1024] * 3, [65_536] * 3, [0.01, 0.02],
+            [0.01] * 655, [1e308] * 8, [True] * 3, ["x"] * 2, {"a": 1}, "haar", [1, 15], [1] * 16,
+        ),
+    )
+)  # fmt: skip
+
+
+def _mutate_config(data: bytes, others: Sequence[bytes], rng: Generator) -> bytes:
+    kind = rng.integers(3)
+    if kind == 0:
+        return mutate_often(data, others, rng)
+    if kind == 1:
+        return _other_number(data, rng)
+    values = json.loads(_golden(CONFIG_FILE))
+    for _ in range(int(rng.integers(1, 3))):
+        key, chosen = rng.choice(_KEYS), json.loads(rng.choice(_VALUES))
+        if isinstance(values.get(key), list) and values[key] and rng.integers(2):
+            values[key][rng.integers(len(values[key]))] = chosen
+        else:
+            values[key] = chosen
+    return json.dumps(values).encode()
+
+
+def _mutate_tables(data: bytes, others: Sequence[bytes], rng: Generator) -> bytes:
+    """Change elements of int32 tables `[n]`, put some in or take some out."""
+    tensors = {name: t.numpy() for name, t in sorted(deserialize(data).items())}
+    for _ in range(int(rng.integers(1, 4))):
+        name, kind = rng.choice(list(tensors)), rng.integers(8)
+        array = tensors[name].copy()
+        place = int(rng.integers(max(1, array.size)))
+        if kind == 0 or not array.size:
+            array = np.insert(array, place, int(rng.integers(-2, 65_540)))
+        elif kind == 1:
+            array = np.delete(array, place)
+        elif kind < 5:
+            values = (0, 1, -1, 65_535, 65_536, 2**31 - 1, -(2**31), int(array[place - 1]))
+            array[place] = values[rng.integers(len(values))]
+        else:
+            array[place] = np.clip(int(array[place]) + rng.integers(-3, 4), -(2**31), 2**31 - 1)
+        tensors[name] = array
+    return serialize({name: torch.from_numpy(array) for name, array in tensors.items()})
+
+
+# ---------------------------------------------------------------- targets
+
+
+class UnexpectedError(Exception):
+    """A target did what its documentation rules out, without an error of its own."""
+
+
+@cache
+def _golden(name: str) -> bytes:
+    return (GOLDEN / "model" / name).read_bytes()
+
+
+@cache
+def golden_model() -> CMamba:
+    """Return the small model that made the golden files."""
+    return CMamba.from_pretrained(GOLDEN / "model")
+
+
+@cache
+def _golden_files() -> list[bytes]:
+    return [path.read_bytes() for path in sorted(GOLDEN.glob("*.cmb"))]
+
+
+_scratch = tempfile.TemporaryDirectory(prefix="fuzz-")  # removed by the process that made it
+
+
+def _load(config: bytes | None = None, weights: bytes | None = None) -> CMamba:
+    """Load the golden model from disk, with another configuration or other weights."""
+    for file, data in ((CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
+        (Path(_scratch.name) / file).write_bytes(_golden(file) if data is None else data)
+    return CMamba.from_pretrained(_scratch.name)
+
+
+def _check(image: np.ndarray, shape: tuple[int, ...]) -> str:
+    if image.shape != shape or image.dtype != np.uint8:
+        raise UnexpectedError(f"{image.dtype}{image.shape} where {shape} was declared")
+    return "picture"
+
+
+def _decode(data: bytes) -> str:
+    image = codec.decode(data, golden_model())
+    header = container.Header.unpack(data)
+    return _check(image, (header.height, header.width, *(() if header.grey else (3,))))
+
+
+def _info(data: bytes) -> str:
+    path = Path(_scratch.name) / "file.cmb"
+    path.write_bytes(data)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(["info", str(path)])
+    said = err.getvalue().replace(str(path), "file")
+    if (code, bool(out.getvalue()), said.count("\n")) not in ((0, True, 0), (1, False, 1)):
+        raise UnexpectedError(f"exit code {code}, stderr {said!r:.200}")
+    return said.strip() or "described"
+
+
+def _open_with_pillow(data: bytes) -> str:
+    pillow_plugin.use_model(golden_model())
+    with Image.open(io.BytesIO(data), formats=[pillow_plugin.FORMAT]) as opened:
+        width, height = opened.size
+        opened.load()
+        image = np.asarray(opened)
+    return _check(image, (height, width, *image.shape[2:]))
+
+
+def _images() -> list[bytes]:
+    """Small images in the formats that people have, some with EXIF and a profile."""
+    with Image.open(PHOTOGRAPH) as photograph:
+        colour = photograph.convert("RGB").crop((200, 150, 233, 170))
+    palette, grey = colour.quantize(40), colour.convert("L")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.ImageDescription] = "an image of the tests"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExposureTime] = (1, 100)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = profile[:24] + bytes(12) + profile[36:]  # the time at which it was made
+    carried = {"exif": exif, "icc_profile": profile}
+    wanted: list[tuple[Image.Image, str, dict]] = [
+        (colour, "PNG", carried),
+        (palette, "PNG", {}),
+        (colour.convert("1"), "PNG", {}),
+        (colour, "JPEG", carried),
+        (colour, "JPEG", {"progressive": True, "subsampling": 0}),
+        (grey, "JPEG", {}),
+        (colour, "WEBP", {"lossless": True, **carried}),
+        (colour, "WEBP", {}),
+        (palette, "GIF", {}),
+        (colour, "TIFF", {"compression": "tiff_lzw", **carried}),
+        (grey, "TIFF", {"compression": "tiff_adobe_deflate"}),
+        (colour, "TIFF", {}),
+        (colour, "BMP", {}),
+        (colour, "PPM", {}),
+    ]
+    buffers = [io.BytesIO() for _ in wanted]
+    for buffer, (image, kind, options) in zip(buffers, wanted, strict=True):
+        image.save(buffer, kind, **options)
+    return [buffer.getvalue() for buffer in buffers]
+
+
+def _read_image(data: bytes) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about what it repairs
+        image = parse_image(data, "file", max_pixels=MAX_PIXELS)
+    _check(image, (*image.shape[:2], *((3,) if image.ndim == 3 else ())))
+    if not 0 < image.shape[0] * image.shape[1] <= MAX_PIXELS:
+        raise UnexpectedError(f"{image.shape} where {MAX_PIXELS} pixels are allowed")
+    return "colour" if image.ndim == 3 else "grey"
+
+
+@cache
+def _blocks() -> list[tuple[np.ndarray, np.ndarray]]:
+    """Symbols and table indexes of a string, some of the symbols far outside their tables."""
+    rng, blocks = np.random.default_rng(7), []
+    for count in (10, 300, 40):
+        indexes = rng.integers(0, 64, count)
+        symbols = np.rint(rng.standard_t(2, count) * np.exp(indexes / 12)).astype(np.int64)
+        symbols[::17] = rng.integers(-(2**31), 2**31, len(symbols[::17]))
+        blocks.append((symbols, indexes))
+    return blocks
+
+
+def _streams() -> list[bytes]:
+    tables = golden_model().gaussian_conditional.stored.tables()
+    return [rans.encode(tables, _blocks(), lanes) for lanes in (1, 2, 5, 64, 256)]
+
+
+def _read_stream(data: bytes) -> str:
+    decoder = rans.Decoder(golden_model().gaussian_conditional.stored.tables(), data)
+    for _, indexes in _blocks():
+        symbols = decoder.take(indexes)
+        if symbols.shape != indexes.shape or symbols.dtype != np.int32:
+            raise UnexpectedError(f"{symbols.dtype}{symbols.shape}")
+    decoder.finish()
+    return "symbols"
+
+
+@cache
+def _coding_path() -> list[torch.nn.Module]:
+    model = golden_model()
+    return [float64_copy(m, torch.device("cpu")) for m in (model.h_s, model.context)]
+
+
+def _forge(data: bytes) -> str:
+    """Decode a file of arbitrary symbols, coded as the context model then demands."""
+    rng, model = np.random.default_rng(list(data)), golden_model()
+    magnitude, part = 2.0 ** rng.uniform(0, 31), rng.choice([0.001, 0.1, 1.0])
+    height, width = (int(side) for side in rng.integers(1, 140, 2))
+    rows, columns = latent_coder.hyper_latent_shape(height, width)
+    channels = model.config.hyper_widths[-1]
+    blocks, indexes = [], []
+
+    def draw(shape: Sequence[int]) -> torch.Tensor:
+        usual, wild = rng.normal(0, 1, shape), rng.uniform(-magnitude, magnitude, shape)
+        symbols = np.rint(np.where(rng.random(shape) < part, wild, usual))
+        blocks.append(symbols.astype(np.int32).ravel())
+        return torch.from_numpy(symbols)
+
+    def code(_: int, means: torch.Tensor, log_scales: torch.Tensor) -> torch.Tensor:
+        if not log_scales.isfinite().all():
+            raise BitstreamError("the scales are not finite")
+        indexes.append(gaussian.scale_index(log_scales, 0).to(torch.int32).flatten().numpy())
+        return draw(means.shape) + means
+
+    h_s, context = _coding_path()
+    with torch.no_grad():
+        z_hat = draw((1, channels, rows, columns)) + model.entropy_bottleneck.medians.double()
+        context(h_s(z_hat), code)
+    z_index = np.repeat(np.arange(channels, dtype=np.int32), rows * columns)
+    z, *y = blocks
+    prefix = latent_prefix.LatentPrefix(
+        int(rng.integers(100, 801)), 0, latent_prefix.symbols_crc(blocks)
+    )
+    y_tables = model.gaussian_conditional.stored.tables()
+    coded = rans.encode(y_tables, list(zip(y, indexes, strict=True)))
+    z_string = rans.encode(model.entropy_bottleneck.stored.tables(), [(z, z_index)])
+    y_string = latent_prefix.pack_latent(prefix, coded)
+    return _decode(
+        container.Container(model.model_id, width, height, False, y_string, z_string).pack()
+    )
+
+
+def _weights_header() -> bytes:
+    whole = _golden(WEIGHTS_FILE)
+    return whole[: 8 + int.from_bytes(whole[:8], "little")]
+
+
+def _load_weights(data: bytes) -> str:
+    _load(weights=data + _golden(WEIGHTS_FILE)[len(_weights_header()) :])
+    return "model"
+
+
+def _load_config(data: bytes) -> str:
+    _load(config=data)
+    return "model"
+
+
+@cache
+def _state() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "model" / WEIGHTS_FILE)
+
+
+def _tables() -> list[bytes]:
+    """The real tables, and short ones, in which mutations hit more often."""
+    state, short = _state(), {}
+    for part, tables in (
+        ("gaussian_conditional", gaussian_tables([0.11] * 64)),
+        (
+            "entropy_bottleneck",
+            tables_from_pmfs([(-1, [0.2, 0.5], 0.3)] * golden_model().config.hyper_widths[-1]),
+        ),
+    ):
+        for name in ("cdf", "starts", "offsets"):
+            short[f"{part}.stored.{name}"] = torch.from_numpy(getattr(tables, name))
+    return [
+        serialize({name: t for name, t in state.items() if ".stored." in name}),
+        serialize(short),
+    ]
+
+
+def _code_with_tables(data: bytes) -> str:
+    """Send an image through a file with tables, where they are accepted."""
+    state = _state() | deserialize(data)
+    model = _load(weights=serialize(state))
+    image = np.arange(20 * 70 * 3, dtype=np.uint32).astype(np.uint8).reshape(20, 70, 3)
+    try:
+        decoded = codec.decode(codec.encode(image, model), model)
+    except CMambaError as error:  # tables that were accepted have to do
+        raise UnexpectedError(f"loaded, but: {error}") from error
+    return "loaded, " + _check(decoded, image.shape)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One way in which bytes from elsewhere enter the package.
+
+    Attributes:
+        share: of the trials, relative to the others: what is quick and goes deep gets more.
+        errors: that `use` may raise.
+        seeds: make valid inputs.
+        use: do with an input what a user would, and say what it ended in; raises UnexpectedError
+            where the result is not what is promised.
+        mutate: an input, given others and a generator.
+    """
+
+    share: int
+    errors: tuple[type[Exception], ...]
+    seeds: Callable[[], list[bytes]]
+    use: Callable[[bytes], str]
+    mutate: Callable[[bytes, Sequence[bytes], Generator], bytes] = mutate_often
+
+
+_REFUSED = (BitstreamError, MemoryLimitError)
+_BY_PILLOW = (PillowError, UnidentifiedImageError, Image.DecompressionBombError, MemoryLimitError)
+TARGETS = {
+    "container": Target(4, _REFUSED, _golden_files, _decode, mutate_file),
+    "header": Target(3, _REFUSED, _golden_files, _decode, _mutate_head),
+    "rANS stream": Target(5, (BitstreamError,), _streams, _read_stream),
+    "forged symbols": Target(1, _REFUSED, lambda: [bytes([k]) * 4 for k in range(8)], _forge),
+    "tables": Target(2, (WeightsError,), _tables, _code_with_tables, _mutate_tables),
+    "safetensors header": Target(
+        1, (WeightsError,), lambda: [_weights_header()], _load_weights, _mutate_weights
+    ),
+    "config.json": Target(
+        2, (WeightsError,), lambda: [_golden(CONFIG_FILE)], _load_config, _mutate_config
+    ),
+    "cmamba info": Target(2, (), _golden_files, _info, mutate_file),
+    "Pillow": Target(2, _BY_PILLOW, _golden_files, _open_with_pillow, mutate_file),
+    "photograph": Target(3, (ImageError,), _images, _read_image, _mutate_image),
+}
+
+
+# ---------------------------------------------------------------- trials
+
+Input = tuple[str, bytes]  # the name of a target, and what it is given
+
+
+class Trial(NamedTuple):
+    """The result of one input.
+
+    Attributes:
+        outcome: "picture" and the like, or type and template of the error.
+        finding: what is wrong, with a traceback if there is one; empty where all is well.
+        seconds: of CPU time.
+        memory: bytes by which the process grew at the most.
+    """
+
+    outcome: str
+    finding: str = ""
+    seconds: float = 0.0
+    memory: int = 0
+
+
+def prepare() -> None:
+    """Limit a fresh process; where it is when it crashes, or is ended, goes to stderr."""
+    torch.set_num_threads(1)
+    golden_model()
+    faulthandler.enable()
+    for ending in (signal.SIGPROF, signal.SIGALRM):
+        faulthandler.register(ending, chain=True)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + MEMORY_LIMIT
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def attempt(item: Input, targets: dict[str, Target] | None = None) -> Trial:
+    """Try an input, in a process that `prepare` has limited."""
+    target, finding = (targets or TARGETS)[item[0]], ""
+    # Timers for each trial, and no limit for the process: that counts by the kernel's ticks, which
+    # drift away from `process_time`, and would end trials that have hardly begun once the process
+    # is old.
+    signal.setitimer(signal.ITIMER_PROF, 4 * SECONDS_LIMIT)
+    signal.setitimer(signal.ITIMER_REAL, DEADLINE)
+    resident.restart_peak()
+    before, start = resident.resident_bytes() or 0, time.process_time()
+    try:
+        outcome = template(target.use(item[1]))
+    except Exception as error:  # noqa: BLE001  # others than the target's are the findings
+        outcome = template(f"{type(error).__name__}: {error}")
+        if not isinstance(error, target.errors):
+            finding = traceback.format_exc()
+    for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+        signal.setitimer(timer, 0)
+    seconds = time.process_time() - start
+    if seconds > SECONDS_LIMIT and not finding:
+        finding = f"took {seconds:.1f} s of CPU time"
+    gc.collect(1)  # models are cycles
+    return Trial(outcome, finding, seconds, max((resident.peak_bytes() or 0) - before, 0))
+
+
+def try_all(
+    items: Sequence[Input],
+    note: Callable[[Input, Trial], None],
+    jobs: int = 1,
+    work: Callable[[Input], Trial] = attempt,
+) -> None:
+    """Try inputs in fresh processes, and note each with its result.
+
+    An input that ends its process is tried once more by itself before that is its finding.
+    """
+
+    def report(item: Input, trial: Trial | None) -> None:
+        note(item, trial or Trial(DIED, f"{DIED}, or was ended by a limit; see stderr"))
+
+    process_pool.spread(work, items, jobs, prepare, report)
+
+
+def template(text: str) -> str:
+    """Return a message without what differs from input to input, so that reasons are counted."""
+    text = re.sub(r"""'[^']*'|"[^"]*"|\[[^\]]*\]""", "…", text)
+    word = re.compile(r"[`(]*[A-Za-z][A-Za-z-]*[`);:,.]*")
+    words = [w if word.fullmatch(w) else "…" for w in text.split()]
+    return re.sub(r"(… )+", "… ", " ".join(words))[:90].strip()
+
+
+# ---------------------------------------------------------------- a run
 
 
 class Run:
-    """One run: what it tried and what came of it.
+    """One run: its inputs and their outcomes.
 
     Args:
         seed: of all that is drawn.
-        findings: folder for inputs that showed a defect; made when there is one.
+        findings: folder for inputs that are findings; made when there is one.
     """
 
     def __init__(self, seed: int, findings: Path) -> None:
-        self.outcomes: dict[str, Counter[str]] = {name: Counter() for name in TARGETS}
-        self.seconds = dict.fromkeys(TARGETS, 0.0)
-        self.slowest: dict[str, Any] = {"seconds": 0.0}
-        self.largest: dict[str, Any] = {"bytes": 0}
-        self.findings: list[dict[str, str]] = []
-        self.examples: dict[str, dict[str, bytes]] = {name: {} for name in TARGETS}
-        self.worker = Worker()
-        self._folder = findings
+        self.findings = findings
+        self.outcomes = {name: Counter[str]() for name in TARGETS}
+        self.examples: dict[tuple[str, str], bytes] = {}
+        self.found: list[dict[str, str]] = []
+        self.slowest = self.largest = 0.0, ""
+        self.seeds = {name: target.seeds() for name, target in TARGETS.items()}
         self._rng = np.random.default_rng(seed)
         self._names = [name for name, target in TARGETS.items() for _ in range(target.share)]
-        self._seeds = {name: target.seeds() for name, target in TARGETS.items()}
         self._kept: dict[str, list[bytes]] = {name: [] for name in TARGETS}
 
-    def sound_inputs(self) -> None:
-        """Try every input undamaged first: it must be taken."""
-        for name, seeds in self._seeds.items():
-            for data in seeds:
-                self._note(name, data, self.worker.run(name, data))
+    def draw(self) -> Input:
+        """Draw a target and mutate an input of it."""
+        name = self._names[self._rng.integers(len(self._names))]
+        seeds, kept = self.seeds[name], self._kept[name]
+        chosen = kept if kept and self._rng.integers(2) else seeds
+        data = chosen[self._rng.integers(len(chosen))]
+        return name, TARGETS[name].mutate(data, [*seeds, *kept[-20:]], self._rng)
 
-    def step(self) -> None:
-        """Draw a target, damage an input and try it."""
-        rng = self._rng
-        name = self._names[rng.integers(len(self._names))]
-        seeds, kept = self._seeds[name], self._kept[name]
-        chosen = kept if kept and rng.integers(2) else seeds
-        data = chosen[rng.integers(len(chosen))]
-        changed = TARGETS[name].damaged(data, [*seeds, *kept[-20:]], rng)
-        self._note(name, changed, self.worker.run(name, changed))
-
-    def _note(self, name: str, data: bytes, trial: Trial) -> None:
-        is_new = trial.outcome not in self.outcomes[name]
-        self.outcomes[name][trial.outcome] += 1
-        self.seconds[name] += trial.seconds
-        if (is_new or trial.lines) and not trial.finding:
+    def note(self, item: Input, trial: Trial) -> None:
+        """Count an outcome; keep an input whose outcome is new, and save one that is a finding."""
+        (name, data), key = item, (item[0], trial.outcome)
+        if trial.outcome not in self.outcomes[name] and not trial.finding:
             self._kept[name] = [*self._kept[name], data][-MOST_KEPT:]
-        smallest = self.examples[name].get(trial.outcome)
-        if len(data) <= MOST_EXAMPLE_BYTES and (smallest is None or len(data) < len(smallest)):
-            self.examples[name][trial.outcome] = data
-        if trial.seconds > self.slowest["seconds"]:
-            self.slowest = {
-                "seconds": round(trial.seconds, 3), "target": name, "outcome": trial.outcome,
-            }  # fmt: skip
-        if trial.memory > self.largest["bytes"]:
-            self.largest = {"bytes": trial.memory, "target": name, "outcome": trial.outcome}
+        self.outcomes[name][trial.outcome] += 1
+        self.slowest = max(self.slowest, (round(trial.seconds, 3), ": ".join(key)))
+        self.largest = max(self.largest, (trial.memory, ": ".join(key)))
+        if len(data) <= min(MOST_EXAMPLE_BYTES, len(self.examples.get(key, bytes(10**6))) - 1):
+            self.examples[key] = data
         if trial.finding:
-            self._keep_finding(name, data, trial)
+            known = sum(f["target"] == name and f["outcome"] == trial.outcome for f in self.found)
+            digest = hashlib.sha256(data).hexdigest()[:16]
+            self.found.append({"target": name, "outcome": trial.outcome, "sha256": digest})
+            if known < 5:  # of one kind a few are enough
+                self.findings.mkdir(parents=True, exist_ok=True)
+                stem = self.findings / f"{name.replace(' ', '-')}-{digest}"
+                stem.with_suffix(".bin").write_bytes(data)
+                stem.with_suffix(".txt").write_text(trial.finding)
+                print(f"finding: {stem}.bin: {trial.outcome}", file=sys.stderr)
 
-    def _keep_finding(self, name: str, data: bytes, trial: Trial) -> None:
-        """Save input and reason; of one kind a few are enough."""
-        known = sum(f["target"] == name and f["outcome"] == trial.outcome for f in self.findings)
-        digest = hashlib.sha256(data).hexdigest()[:16]
-        self.findings.append({"target": name, "outcome": trial.outcome, "sha256": digest})
-        if known < 5:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            stem = self._folder / f"{name.replace(' ', '-')}-{digest}"
-            stem.with_suffix(".bin").write_bytes(data)
-            stem.with_suffix(".txt").write_text(trial.finding)
-            print(f"finding: {stem}.bin: {trial.outcome}", file=sys.stderr)
-
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Counts of this run."""
-        reached = {
-            name: sorted(
-                {line for lines in self.worker.seen.values() for n, line in lines if n == name}
-            )
-            for name in executable_lines()
-        }
         return {
+            "trials": sum(sum(counts.values()) for counts in self.outcomes.values()),
             "outcomes": {n: dict(counts.most_common()) for n, counts in self.outcomes.items()},
-            "processor_seconds": {name: round(s, 1) for name, s in self.seconds.items()},
-            "slowest": self.slowest,
-            "largest": self.largest,
-            "findings": self.findings,
-            "sources": sources(),
-            "lines": reached,
+            "slowest": dict(zip(("seconds", "input"), self.slowest, strict=True)),
+            "largest": dict(zip(("bytes", "input"), self.largest, strict=True)),
+            "findings": self.found,
         }
-
-
-def summed_up(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """All runs together; lines only of those with the sources of now."""
-    # An earlier run may lack a target that is new.
-    outcomes = {name: [run["outcomes"].get(name, {}) for run in runs] for name in TARGETS}
-    trials = {name: sum(sum(of_run.values()) for of_run in outcomes[name]) for name in TARGETS}
-    reasons = {name: len(set().union(*outcomes[name])) for name in TARGETS}
-    of_now = [run["lines"] for run in runs if run["sources"] == sources()]
-    lines = {
-        name: f"{len(possible & set().union(*(r[name] for r in of_now)))} of {len(possible)}"
-        for name, possible in executable_lines().items()
-    }
-    return {
-        "minutes": round(sum(r["minutes"] for r in runs), 1),
-        "processor_minutes": round(sum(sum(r["processor_seconds"].values()) for r in runs) / 60, 1),
-        "trials": sum(trials.values()),
-        "trials_by_target": trials,
-        "distinct_outcomes_by_target": reasons,
-        "findings": sum(len(r["findings"]) for r in runs),
-        "slowest": max((r["slowest"] for r in runs), key=lambda s: s["seconds"]),
-        "largest": max((r["largest"] for r in runs), key=lambda s: s["bytes"]),
-        "lines_reached": lines,
-    }
-
-
-def _earlier(output: Path | None, seed: int) -> list[dict[str, Any]]:
-    """The runs that the output holds already."""
-    if output is None or not output.exists():
-        return []
-    runs = json.loads(output.read_text())["runs"]
-    if seed in [run["seed"] for run in runs]:
-        raise InvalidArgumentError(
-            f"`--seed` must be one that {output} has no run of, got {seed}; give another one"
-        )
-    return runs
 
 
 def replay(paths: list[Path]) -> int:
-    """Try inputs that a run has saved, and say what comes of them now; 1 if it is a finding."""
-    worker, is_wrong = Worker(), False
+    """Try inputs that a run has saved, and print the outcomes; 1 if one is a finding."""
     by_stem = {name.replace(" ", "-"): name for name in TARGETS}
-    for path in paths:
-        trial = worker.run(by_stem[path.stem.rpartition("-")[0]], path.read_bytes())
-        is_wrong |= bool(trial.finding)
-        print(f"{path}: {trial.outcome}, {trial.seconds:.2f} s, {trial.memory >> 20} MiB")
-        print(trial.finding)
-    worker.stop()
-    return int(is_wrong)
+    items = [(by_stem[path.stem.rpartition("-")[0]], path.read_bytes()) for path in paths]
+    trials: list[Trial] = []
+    try_all(items, lambda _, trial: trials.append(trial))
+    for trial in trials:
+        print(f"{trial.outcome}, {trial.seconds:.2f} s, {trial.memory >> 20} MiB\n{trial.finding}")
+    return int(any(trial.finding for trial in trials))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add, folder = parser.add_argument, Path("runs/fuzz")
     add("--minutes", type=float, default=5.0, help="how long; default: %(default)s")
     add("--trials", type=int, help="end after so many trials, if that comes first")
+    add("--jobs", type=int, default=1, help="processes; default: %(default)s")
     add("--seed", type=int, default=0, help="of all that is drawn; default: %(default)s")
-    add("-o", "--output", type=Path, help="JSON to write or to add to; saved every minute")
-    add(
-        "--findings", type=Path, default=Path("runs/fuzz"),
-        help="folder for inputs that show a defect; default: %(default)s",
-    )  # fmt: skip
-    add(
-        "--replay",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="try findings again, and nothing else",
-    )
+    add("-o", "--output", type=Path, help="JSON to write")
+    add("--findings", type=Path, default=folder, help="folder for findings; default: %(default)s")
+    add("--replay", nargs="+", type=Path, metavar="FILE", help="only try these findings again")
     add("--examples", type=Path, help="JSON to write, the smallest input of each outcome")
     arguments = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(arguments)
     if args.replay:
-        set_up()
-        scratch()
         return replay(args.replay)
+    run, start = Run(args.seed, args.findings), time.monotonic()
+    batch: Sequence[Input] = [(name, data) for name, seeds in run.seeds.items() for data in seeds]
+    left = sys.maxsize if args.trials is None else args.trials
     try:
-        earlier = _earlier(args.output, args.seed)
-    except InvalidArgumentError as error:
-        parser.error(str(error))
-    set_up()
-    scratch()  # here, so that this process removes it
-    run = Run(args.seed, args.findings)
-    meta = provenance.of_run("fuzz.py", arguments)
-    meta["versions"] = provenance.versions("torch", "numpy", "safetensors", "pillow")
-    start = saved = time.monotonic()
-
-    def result() -> dict[str, Any]:
-        minutes = round((time.monotonic() - start) / 60, 2)
-        this = {"seed": args.seed, "minutes": minutes, "meta": meta, **run.as_json()}
-        limits = {
-            "bytes": MEMORY_LIMIT,
-            "processor_seconds": SECONDS_LIMIT,
-            "wall_clock_seconds": DEADLINE,
-        }
-        return {
-            "limits": limits,
-            "total": summed_up([*earlier, this]),
-            "runs": [*earlier, this],
-        }
-
-    def save() -> None:
-        if args.output is not None:
-            write_atomically(args.output, (json.dumps(result()) + "\n").encode())
-
-    trials = 0
-    try:
-        run.sound_inputs()
-        while (now := time.monotonic()) - start < 60 * args.minutes and trials != args.trials:
-            run.step()
-            trials += 1
-            if now - saved > SAVE_EVERY:
-                saved = now
-                save()
+        while batch:
+            try_all(batch, run.note, args.jobs)
+            if time.monotonic() - start > 60 * args.minutes:
+                break
+            batch = [run.draw() for _ in range(min(BATCH, left))]
+            left -= len(batch)
     except KeyboardInterrupt:
         print("interrupted; what was done is kept", file=sys.stderr)
-    run.worker.stop()
-    save()
+    result = {
+        "seed": args.seed,
+        "minutes": round((time.monotonic() - start) / 60, 2),
+        **run.as_json(),
+        "limits": {"bytes": MEMORY_LIMIT, "cpu_seconds": SECONDS_LIMIT, "seconds": DEADLINE},
+        "meta": provenance.of_run("fuzz.py", arguments)
+        | {"versions": provenance.versions("torch", "numpy", "safetensors", "pillow")},
+    }
+    if args.output is not None:
+        write_atomically(args.output, (json.dumps(result) + "\n").encode())
     if args.examples is not None:
-        examples = [
-            json.dumps([name, outcome, data.hex()])
-            for name, by_outcome in run.examples.items()
-            for outcome, data in sorted(by_outcome.items())
-        ]
-        write_atomically(args.examples, ("[\n" + ",\n".join(examples) + "\n]\n").encode())
-    total = {key: value for key, value in result()["total"].items() if key != "lines_reached"}
-    print(json.dumps(total, indent=2))
-    return 1 if run.findings else 0
+        rows = [json.dumps([*key, data.hex()]) for key, data in sorted(run.examples.items())]
+        write_atomically(args.examples, ("[\n" + ",\n".join(rows) + "\n]\n").encode())
+    print(json.dumps({key: value for key, value in result.items() if key != "outcomes"}, indent=2))
+    return 1 if run.found else 0
 
 
 if __name__ == "__main__":

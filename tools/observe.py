@@ -141,7 +141,8 @@ def receptive_field(model: CMamba, x: Tensor, quality: float | None = None) -> n
         `[H, W]`.
     """
     x = x.clone().requires_grad_()
-    gains = model._gains(quality, 1)
+    quality = model.check_quality(quality)
+    gains = None if model.gain is None else model.gain(torch.tensor([quality]))
     y = model.g_a(x, None if gains is None else gains.analysis)
     target = y[0, :, y.shape[-2] // 2, y.shape[-1] // 2].sum()
     (gradient,) = torch.autograd.grad(target, x)

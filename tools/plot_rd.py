@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import bd_rate
 from bd_rate import BDRate
 from figures import SUFFIXES, new_figure, save
-from rd_curves import METRICS, Curve, CurveError, load_curve, load_curves
+from rd_curves import METRICS, Curve, CurveError, load_with_anchor
 
 from cmamba_ref.atomic_write import write_atomically
 
@@ -80,8 +80,13 @@ def draw(
                 "bd_rate_percent": rate.percent if isinstance(rate, BDRate) else None,
             }
         )
-    if bpp is not None:
-        _zoom(axes, curves, metric, bpp)
+    if bpp is not None:  # and the qualities of the points that have these rates
+        axes.set_xlim(*bpp)
+        of_points = [point for curve in curves for point in curve.points(metric)]
+        inside = [quality for rate, quality in of_points if bpp[0] <= rate <= bpp[1]]
+        if inside:
+            margin = 0.04 * (max(inside) - min(inside)) or 1
+            axes.set_ylim(min(inside) - margin, max(inside) + margin)
     axes.set_xlabel("bits per pixel")
     axes.set_ylabel(AXES[metric])
     if title:
@@ -97,15 +102,6 @@ def draw(
         "curves": shown,
     }
     return figure, numbers
-
-
-def _zoom(axes, curves: Sequence[Curve], metric: str, bpp: tuple[float, float]) -> None:
-    """Show these rates, and the qualities of the points that have them."""
-    axes.set_xlim(*bpp)
-    inside = [q for curve in curves for rate, q in curve.points(metric) if bpp[0] <= rate <= bpp[1]]
-    if inside:
-        margin = 0.04 * (max(inside) - min(inside)) or 1
-        axes.set_ylim(min(inside) - margin, max(inside) + margin)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,10 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.output.parent.is_dir():
         parser.error(f"-o must lie in an existing directory, got {str(args.output)!r}")
     try:
-        curves = [curve for spec in args.curves for curve in load_curves(spec)]
-        anchor = load_curve(args.anchor) if args.anchor else None
-        if anchor is not None and anchor not in curves:
-            curves.append(anchor)
+        curves, anchor = load_with_anchor(args.curves, args.anchor)
         pictures = {curve.pictures for curve in curves}
         if len(pictures) > 1:
             names = ", ".join(sorted(name or "not named" for name in pictures))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,14 +92,13 @@ def ms_ssim_db(linear: float) -> float:
 
 
 def load_curves(spec: str) -> list[Curve]:
-    """The curves that FILE or FILE:NAME stands for, at least one.
+    """Return the curves that FILE or FILE:NAME stands for, at least one.
 
     Raises:
         CurveError: no such file, no JSON, no curve of that name, or malformed points.
     """
     path, name = split(spec)
-    data = _read(path)
-    found = list(curves_in(data, path))
+    found = list(curves_in(_read(path), path))
     chosen = [c for c in found if name in ("", c.name) or c.name.startswith(f"{name}/")]
     if not chosen:
         known = ", ".join(c.name for c in found) or "none"
@@ -108,7 +107,7 @@ def load_curves(spec: str) -> list[Curve]:
 
 
 def load_curve(spec: str) -> Curve:
-    """The one curve that FILE or FILE:NAME stands for.
+    """Return the one curve that FILE or FILE:NAME stands for.
 
     Raises:
         CurveError: as `load_curves`, or there are several.
@@ -120,8 +119,17 @@ def load_curve(spec: str) -> Curve:
     return curves[0]
 
 
+def load_with_anchor(specs: Sequence[str], anchor: str | None) -> tuple[list[Curve], Curve | None]:
+    """Return all curves, and that of the anchor, which is among them."""
+    curves = [curve for spec in specs for curve in load_curves(spec)]
+    found = load_curve(anchor) if anchor else None
+    if found is not None and found not in curves:
+        curves.append(found)
+    return curves, found
+
+
 def load_meta(path: Path) -> dict[str, object]:
-    """What an evaluation says of itself: command, commit, machine ...; empty for a table.
+    """Return the provenance that an evaluation holds; empty for a table.
 
     Raises:
         CurveError: no such file, or no JSON.
@@ -141,22 +149,19 @@ def _read(path: Path) -> object:
 
 
 def split(spec: str) -> tuple[Path, str]:
-    """The file and the name that FILE or FILE:NAME stands for; the name may be empty."""
-    whole = Path(spec)
-    if whole.exists() or ":" not in spec:
-        return whole, ""
+    """Return the file and the name that FILE or FILE:NAME stands for; the name may be empty."""
     path, _, name = spec.rpartition(":")
-    return Path(path), name
+    return (Path(spec), "") if Path(spec).exists() or not path else (Path(path), name)
 
 
 def curves_in(data: object, path: Path) -> Iterator[Curve]:
-    """Every curve in what a file of that path holds, in its order."""
+    """Return every curve in what a file of that path holds, in its order."""
     if not isinstance(data, dict):
         raise CurveError(f"{path} must hold a JSON object, got {type(data).__name__}")
     dataset = data.get("dataset", "")
     if isinstance(meta := data.get("meta"), dict):
         dataset = meta.get("pictures", {}).get("folder", "")
-    # A table that names its pictures has its curves one level down.
+    # A table that names its images has its curves one level down.
     yield from _below(data.get("codecs", data), (), str(dataset), path)
 
 
@@ -173,33 +178,34 @@ def _below(node: dict, keys: tuple[str, ...], dataset: str, path: Path) -> Itera
 def _curve(node: dict, results: dict, keys: tuple[str, ...], dataset: str, path: Path) -> Curve:
     name = "/".join(keys) or str(node.get("name", path.stem))
     where = f"{path}:{name}"
-    bpp = _numbers(results["bpp"], f"bpp of {where}")
+
+    def numbers(key: str) -> tuple[float, ...]:
+        values = results[key]
+        if not isinstance(values, list) or not all(
+            isinstance(v, int | float) and not math.isnan(v) for v in values
+        ):
+            raise CurveError(f"{key} of {where} must be a list of numbers")
+        if len(values) != len(results["bpp"]):
+            raise CurveError(f"{where} has {len(results['bpp'])} rates and {len(values)} {key}")
+        return tuple(float(v) for v in values)
+
+    bpp = numbers("bpp")
     if not all(value > 0 for value in bpp):
         raise CurveError(f"bpp of {where} must be positive, got {min(bpp)}")
-    qualities = {}
-    for metric, spellings in METRICS.items():
-        for spelling in spellings:
-            if spelling in results and metric not in qualities:
-                values = _numbers(results[spelling], f"{spelling} of {where}")
-                if len(values) != len(bpp):
-                    raise CurveError(f"{where} has {len(bpp)} rates and {len(values)} {spelling}")
-                qualities[metric] = values
-    label = str(node.get("name", keys[-1] if keys else name))
-    source = str(node.get("source", path.name))
-    measured = results is not node
-    details = {
-        key: tuple(results[key])
-        for key in DETAILS
-        if isinstance(results.get(key), list)
-        and len(results[key]) == len(bpp)
-        and all(isinstance(value, int | float | None) for value in results[key])
-    }
-    return Curve(path.name, name, label, dataset, source, bpp, qualities, measured, details)
-
-
-def _numbers(values: object, what: str) -> tuple[float, ...]:
-    if not isinstance(values, list) or not all(
-        isinstance(v, int | float) and not math.isnan(v) for v in values
-    ):
-        raise CurveError(f"{what} must be a list of numbers")
-    return tuple(float(v) for v in values)
+    keys_of = {m: [k for k in spellings if k in results] for m, spellings in METRICS.items()}
+    details = {key: results[key] for key in DETAILS if isinstance(results.get(key), list)}
+    return Curve(
+        file=path.name,
+        name=name,
+        label=str(node.get("name", keys[-1] if keys else name)),
+        dataset=dataset,
+        source=str(node.get("source", path.name)),
+        bpp=bpp,
+        qualities={metric: numbers(found[0]) for metric, found in keys_of.items() if found},
+        is_measured=results is not node,
+        details={
+            key: tuple(values)
+            for key, values in details.items()
+            if len(values) == len(bpp) and all(isinstance(v, int | float | None) for v in values)
+        },
+    )

@@ -49,13 +49,14 @@ class Point:
         codec: the key of the curve; for a classical codec one of `CODECS`.
         setting: our quality, or a classical codec's setting; None for a model of one rate.
         model: name or directory of our model; None for a classical codec.
-        model_id: its id in hexadecimal, "" for a classical codec.
+        model_id, name: its id in hexadecimal, and that of its configuration; "" for others.
     """
 
     codec: str
     setting: float | None
     model: str | None = None
     model_id: str = ""
+    name: str = ""
 
     @property
     def label(self) -> str:
@@ -133,54 +134,41 @@ def measure(task: Task) -> Row | str:
 
 
 def _measure(task: Task) -> Row:
-    picture = read_rgb(task.picture)
-    code = _through_model if task.point.model is not None else _through_pillow
+    original, point = read_rgb(task.picture), task.point
+    if point.model is None:
+        codec, setting = CODECS[point.codec], point.setting or 0.0
+        suffix, watched = codec.suffix, _timed
+        encode, decode = functools.partial(codec.encode, original, setting), codec.decode
+    else:
+        model = load_model(point.model)
+        suffix, watched = ".cmb", functools.partial(_watched, model)
+        encode = functools.partial(cmamba_ref.encode, original, model, point.setting)
+        decode = functools.partial(cmamba_ref.decode, model=model)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if task.keep is not None:
-            folder = task.keep / task.point.codec / task.point.label
+            folder = task.keep / point.codec / point.label
             folder.mkdir(parents=True, exist_ok=True)
-        file = folder / (task.picture.name + _suffix(task.point))
-        decoded, costs = code(task.point, picture, file)
-        size = file.stat().st_size
+        file = folder / (task.picture.name + suffix)
+        data, encoding = watched(encode)
+        write_atomically(file, data)
+        stored = file.read_bytes()
+        decoded, decoding = watched(functools.partial(decode, stored))
         if task.keep is not None:
             write_png(folder / f"{task.picture.name}.decoded.png", decoded)
-    height, width = picture.shape[:2]
-    row = {"bpp": bits_per_pixel(size, width, height), "psnr-rgb": psnr(picture, decoded)}
-    if task.brief:
-        return row
-    return {**row, "ms-ssim-rgb": ms_ssim(picture, decoded), **costs}
+    height, width = original.shape[:2]
+    row = {"bpp": bits_per_pixel(len(stored), width, height), "psnr-rgb": psnr(original, decoded)}
+    if not task.brief:
+        row["ms-ssim-rgb"] = ms_ssim(original, decoded)
+        row |= {f"encoding_{key}": value for key, value in encoding.items()}
+        row |= {f"decoding_{key}": value for key, value in decoding.items()}
+    return row
 
 
-def _suffix(point: Point) -> str:
-    return ".cmb" if point.model is not None else CODECS[point.codec].suffix
-
-
-def _through_pillow(point: Point, picture: np.ndarray, file: Path) -> tuple[np.ndarray, Row]:
-    codec, setting = CODECS[point.codec], point.setting
-    assert setting is not None  # for the type checker
-    data, encoding = _timed(lambda: codec.encode(picture, setting))
-    write_atomically(file, data)
-    stored = file.read_bytes()
-    decoded, decoding = _timed(lambda: codec.decode(stored))
-    return decoded, {"encoding_time": encoding, "decoding_time": decoding}
-
-
-def _timed(call: Callable[[], ResultT]) -> tuple[ResultT, float]:
+def _timed(call: Callable[[], ResultT]) -> tuple[ResultT, Row]:
     start = time.perf_counter()
     result = call()
-    return result, time.perf_counter() - start
-
-
-def _through_model(point: Point, picture: np.ndarray, file: Path) -> tuple[np.ndarray, Row]:
-    assert point.model is not None  # for the type checker
-    model = load_model(point.model)
-    data, encoding = _watched(model, lambda: cmamba_ref.encode(picture, model, point.setting))
-    write_atomically(file, data)
-    stored = file.read_bytes()
-    decoded, decoding = _watched(model, lambda: cmamba_ref.decode(stored, model))
-    costs = {f"encoding_{key}": value for key, value in encoding.items()}
-    return decoded, costs | {f"decoding_{key}": value for key, value in decoding.items()}
+    return result, {"time": time.perf_counter() - start}
 
 
 def _watched(model: CMamba, call: Callable[[], ResultT]) -> tuple[ResultT, Row]:
