@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import pickle
 import re
 from pathlib import Path
 
@@ -321,6 +322,34 @@ def test_encoding_a_batch_is_encoding_each_picture():
         alone = model.compress(x[b : b + 1], 4)
         y_bar, _ = model.decode_latent(alone["strings"], alone["shape"])
         assert float(((batch[b] - y_bar[0]).abs() > 1e-9).double().mean()) < 0.01
+
+
+def test_the_latent_coder_is_what_compress_and_decompress_code_with():
+    model = small_model()
+    x, coder = as_input(picture(70, 130)), model.latent_coder
+    with torch.no_grad():
+        y = model.analyze(x, 6.3)
+        symbols = coder.symbols(y, model.h_a(y))
+    assert [tuple(s.shape[1:]) for s in (y, symbols.z)] == list(
+        model.latent_shapes(70, 130).values()
+    )
+    assert all(torch.equal(s, s.round()) for s in (symbols.z, *symbols.y))
+    out = coder.encode(symbols, 6.3)
+    assert out == model.compress(x, 6.3)
+    y_bar, quality = coder.decode(**out)
+    assert y_bar.dtype == torch.float64 and quality.tolist() == [6.3]
+    x_hat = model.reconstruct(y_bar, quality)
+    assert torch.equal(x_hat, model.decompress(**out)["x_hat"])
+
+
+def test_a_pickled_model_codes_the_same_with_a_float64_path_of_its_own():
+    model, x = random_model(), as_input(picture(40, 60))
+    out = model.compress(x, 4)
+    again = pickle.loads(pickle.dumps(model))
+    assert again.compress(x, 4) == out and again.model_id == model.model_id
+    for parameter in again.context.parameters():
+        parameter.data.add_(0.1)
+    assert again.compress(x, 4) != out == model.compress(x, 4)
 
 
 # Ids and tables.

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ if sys.platform != "linux":
 
 import fuzz
 import numpy as np
-from codec_helpers import TESTS
+from codec_helpers import TESTS, run_elsewhere
 from fuzz import TARGETS, UnexpectedError
 from PIL import Image
 
@@ -65,71 +66,67 @@ def misbehaving(data: bytes) -> str:
     return "symbols"
 
 
-def attempt_misbehaving(item: fuzz.Input) -> fuzz.Trial:
-    """Runs in other processes, with limits that are soon reached."""
-    fuzz.SECONDS_LIMIT, fuzz.DEADLINE = 1, 5.0 if item[1] == b"sleep" else 600.0
-    target = dataclasses.replace(TARGETS["rANS stream"], use=misbehaving)
-    return fuzz.attempt(item, {"rANS stream": target})
+def misbehave(report: Path) -> None:
+    """Runs in the other process: every way to go wrong, with a good trial after each."""
+    TARGETS["rANS stream"] = dataclasses.replace(TARGETS["rANS stream"], use=misbehaving)
+    fuzz.SECONDS_LIMIT = 1
+    kinds = ("crash", "segfault", "loop", "fill", "raise", "wrong", "grow")
+    # After each a good trial.
+    inputs = [("rANS stream", data) for kind in kinds for data in (kind.encode(), b"well")]
+    trials = list(fuzz.attempt(inputs))
+    assert all(trial[:2] == ("symbols", "") for trial in trials[1::2])
+    fuzz.DEADLINE = 3.0
+    (slept,) = fuzz.attempt([("rANS stream", b"sleep")])
+    report.write_text(json.dumps({**dict(zip(kinds, trials[::2], strict=True)), "sleep": slept}))
 
 
-def test_whatever_goes_wrong_is_a_finding_and_ends_nothing():
-    kinds = ("crash", "segfault", "loop", "sleep", "fill", "raise", "wrong", "grow", "well")
-    trials: dict[str, fuzz.Trial] = {}
-
-    def note(item: fuzz.Input, trial: fuzz.Trial) -> None:
-        trials[item[1].decode()] = trial
-
-    items = [("rANS stream", kind.encode()) for kind in kinds]
-    fuzz.try_all(items, note, work=attempt_misbehaving)
-    assert set(trials) == set(kinds)
-    for kind in ("crash", "segfault", "loop", "sleep"):
-        assert trials[kind].outcome == fuzz.DIED and trials[kind].finding, kind
-    for kind, reason in (
-        ("fill", "MemoryError"),
-        ("raise", "ZeroDivisionError"),
-        ("wrong", "UnexpectedError: wrong"),
-    ):
-        assert reason in trials[kind].finding and "test_fuzz.py" in trials[kind].finding, kind
-    for kind in ("grow", "well"):
-        assert trials[kind][:2] == ("symbols", "")
-    assert trials["grow"].memory > 90 << 20 > trials["well"].memory
+def test_whatever_goes_wrong_is_a_finding_and_ends_nothing(tmp_path):
+    run_elsewhere("test_fuzz.misbehave", tmp_path / "report.json")
+    trials = json.loads((tmp_path / "report.json").read_text())
+    for kind, reason in {
+        "crash": "died with exit code 7",
+        "segfault": "died with SIGSEGV",
+        "loop": "died with SIGPROF",
+        "sleep": "no end within 3.0 s",
+        "fill": "MemoryError",
+        "raise": "ZeroDivisionError",
+        "wrong": "UnexpectedError: wrong",
+    }.items():
+        _, finding, *_ = trials[kind]
+        assert reason in finding, kind
+        if kind in ("fill", "raise", "wrong"):
+            assert "test_fuzz.py" in finding, kind  # where it was
+    outcome, finding, _, memory = trials["grow"]
+    assert (outcome, finding) == ("symbols", "") and memory > 90 << 20
 
 
-def wrong(_: fuzz.Input) -> fuzz.Trial:
-    """Runs in other processes: every input is a finding."""
-    return fuzz.Trial("ZeroDivisionError: …", "a traceback")
-
-
-def test_findings_are_saved(tmp_path, monkeypatch, capsys):
-    """Five of a kind, each with its reason, and tried again by name."""
-    run = fuzz.Run(5, tmp_path / "findings")
-    drawn = [run.draw() for _ in range(60)]
-    fuzz.try_all(drawn, run.note, work=wrong)
-    assert len(run.found) == run.as_json()["trials"] == 60
-    saved = sorted((tmp_path / "findings").glob("rANS*.bin"))
-    assert len(saved) == 5 and saved[0].with_suffix(".txt").read_text() == "a traceback"
-    assert saved[0].read_bytes() in [data for name, data in drawn if name == "rANS stream"]
-    assert fuzz.main(["--replay", str(saved[0])]) == 0
-    assert "MiB" in capsys.readouterr().out
+def fuzz_a_little(folder: Path) -> None:
+    """Runs in the other process: one seed twice, another one, and a run with findings."""
+    common = ["--trials", "25", "--findings", str(folder / "findings")]
+    for seed, output in (("3", "a.json"), ("3", "b.json"), ("4", "c.json")):
+        examples = ["--examples", str(folder / "examples.json")]
+        assert fuzz.main([*common, *examples, "--seed", seed, "-o", str(folder / output)]) == 0
+    assert not (folder / "findings").exists()
+    TARGETS["rANS stream"] = dataclasses.replace(TARGETS["rANS stream"], use=lambda data: 1 // 0)
+    assert fuzz.main([*common, "--seed", "5"]) == 1
+    (saved, *_) = sorted((folder / "findings").glob("*.bin"))
+    assert fuzz.main(["--replay", str(saved)]) == 1
 
 
 @pytest.mark.slow
-def test_runs_repeat(tmp_path):
-    """One seed twice, and another one; the smallest input of each outcome is an example."""
-    found = []
-    for seed, name in (("3", "a"), ("3", "b"), ("4", "c")):
-        output, examples = tmp_path / f"{name}.json", tmp_path / "examples.json"
-        arguments = ["--trials", "25", "--seed", seed, "--findings", str(tmp_path / "findings")]
-        assert fuzz.main([*arguments, "-o", str(output), "--examples", str(examples)]) == 0
-        found.append(json.loads(output.read_text()))
-    a, b, c = found
-    assert not (tmp_path / "findings").exists() and a["findings"] == []
-    assert a["outcomes"] == b["outcomes"] != c["outcomes"]
+def test_runs_repeat_and_findings_are_saved(tmp_path):
+    run_elsewhere("test_fuzz.fuzz_a_little", tmp_path)
+    a, b, c = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "abc")
+    assert a["outcomes"] == b["outcomes"] != c["outcomes"] and a["findings"] == []
     sound = sum(len(target.seeds()) for target in TARGETS.values())
     assert a["trials"] == 25 + sound == sum(sum(n.values()) for n in a["outcomes"].values())
     assert a["slowest"]["seconds"] > 0 and a["largest"]["bytes"] > 0
-    rows = json.loads(examples.read_text())
-    assert {"container", "header", "config.json"} <= {name for name, _, _ in rows}
+    (finding, *_) = findings = sorted((tmp_path / "findings").glob("*.txt"))
+    assert "ZeroDivisionError" in finding.read_text() and finding.with_suffix(".bin").exists()
+    assert len(findings) <= 5  # of a kind
+    rows = json.loads((tmp_path / "examples.json").read_text())
+    assert {"container", "header", "forged symbols"} <= {name for name, _, _ in rows}
+    assert all(outcome in c["outcomes"][name] for name, outcome, _ in rows)
     assert max(len(data) for *_, data in rows) <= 2 * fuzz.MOST_EXAMPLE_BYTES
 
 

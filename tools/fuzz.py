@@ -6,9 +6,8 @@ Every input has to end in a sound result or in an error that the documentation n
 limits of CPU time and memory. Anything else is a finding: the input and the traceback go into the
 folder of `--findings`, and the exit status is 1. `--replay` tries findings again.
 
-An input with an outcome that is new for its target is kept and mutated further. Inputs are drawn in
-batches; with one process (--jobs) they are a function of the seed alone. The time ends with a
-batch. Linux only, for the limits.
+An input with an outcome that is new for its target is kept and mutated further. Inputs are a
+function of the seed alone, up to where the time ends. Linux only, for the limits.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import gc
 import hashlib
 import io
 import json
+import multiprocessing
 import re
 import resource
 import signal
@@ -31,9 +31,10 @@ import traceback
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,6 @@ from safetensors.torch import save as serialize
 
 from cmamba_ref import CMamba, MemoryLimitError, cli, codec, pillow_plugin
 from cmamba_ref.atomic_write import write_atomically
-from cmamba_ref.cli import process_pool
 from cmamba_ref.cli.demo import PHOTOGRAPH
 from cmamba_ref.codec import container
 from cmamba_ref.codec.container import HEADER_BYTES
@@ -64,9 +64,8 @@ GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 MEMORY_LIMIT = 1 << 30  # bytes of address space beyond what the process had before
 SECONDS_LIMIT = 5  # of CPU time; a trial is ended after four times as long
 DEADLINE = 600.0  # of wall-clock time: other work on the machine counts
-BATCH = 2000  # inputs that are drawn, and tried by the same processes, at a time
-DIED = "the process died"
 MAX_PIXELS = 1_000_000  # of images, so that what is allowed stays far within the memory
+BATCH = 100  # inputs that are drawn at a time, and tried by one process if it lives
 MOST_KEPT = 1000  # inputs per target
 MOST_EXAMPLE_BYTES = 300
 # Behind the signature, the version, the flags and the model id: mutations go deepest there.
@@ -93,7 +92,7 @@ def mutate(data: bytes, others: Sequence[bytes], rng: Generator, begin: int = 0)
         changed[places] = rng.integers(0, 256, len(places))
         return changed.tobytes()
     if kind == 2:  # truncation
-        return data[: rng.integers(len(data))]
+        return data[: int(rng.integers(len(data)))]
     if kind == 3:  # the beginning of another input
         other = others[int(rng.integers(len(others)))] or data
         cut = int(rng.integers(min(len(data), len(other))))
@@ -180,17 +179,12 @@ def _other_number(data: bytes, rng: Generator) -> bytes:
 
 # All keys of a configuration, and what may stand where something else belongs.
 _KEYS = tuple(f.name for f in fields(CMambaConfig))
-_VALUES = tuple(
-    map(
-        json.dumps,
-        (
-            None, True, False, 0, 1, 2, 3, -1, 8, 16, 17, 1024, 65_536, 65_537, 2**31, 2**63,
-            10**40, 0.5, 1e-300, 1e300, float("nan"), float("inf"), "", "8", "a" * 1000, [], {},
-            [8, 8, 16], [[8]] * 3, [0, 0, 0], [1, 1, 1], [1024] * 3, [65_536] * 3, [0.01, 0.02],
-            [0.01] * 655, [1e308] * 8, [True] * 3, ["x"] * 2, {"a": 1}, "haar", [1, 15], [1] * 16,
-        ),
-    )
-)  # fmt: skip
+_VALUES = [json.dumps(value) for value in (
+    None, True, False, 0, 1, 2, 3, -1, 8, 16, 17, 1024, 65_536, 65_537, 2**31, 2**63, 10**40, 0.5,
+    1e-300, 1e300, float("nan"), float("inf"), "", "8", "a" * 1000, [], {}, [8, 8, 16], [[8]] * 3,
+    [0, 0, 0], [1, 1, 1], [1024] * 3, [65_536] * 3, [0.01, 0.02], [0.01] * 655, [1e308] * 8,
+    [True] * 3, ["x"] * 2, {"a": 1}, "haar", [1, 15], [1] * 16,
+)]  # fmt: skip
 
 
 def _mutate_config(data: bytes, others: Sequence[bytes], rng: Generator) -> bytes:
@@ -201,7 +195,8 @@ def _mutate_config(data: bytes, others: Sequence[bytes], rng: Generator) -> byte
         return _other_number(data, rng)
     values = json.loads(_golden(CONFIG_FILE))
     for _ in range(int(rng.integers(1, 3))):
-        key, chosen = rng.choice(_KEYS), json.loads(rng.choice(_VALUES))
+        key = _KEYS[rng.integers(len(_KEYS))]
+        chosen = json.loads(_VALUES[rng.integers(len(_VALUES))])
         if isinstance(values.get(key), list) and values[key] and rng.integers(2):
             values[key][rng.integers(len(values[key]))] = chosen
         else:
@@ -213,7 +208,7 @@ def _mutate_tables(data: bytes, others: Sequence[bytes], rng: Generator) -> byte
     """Change elements of int32 tables `[n]`, put some in or take some out."""
     tensors = {name: t.numpy() for name, t in sorted(deserialize(data).items())}
     for _ in range(int(rng.integers(1, 4))):
-        name, kind = rng.choice(list(tensors)), rng.integers(8)
+        name, kind = list(tensors)[rng.integers(len(tensors))], rng.integers(8)
         array = tensors[name].copy()
         place = int(rng.integers(max(1, array.size)))
         if kind == 0 or not array.size:
@@ -503,6 +498,7 @@ TARGETS = {
 
 # ---------------------------------------------------------------- trials
 
+
 Input = tuple[str, bytes]  # the name of a target, and what it is given
 
 
@@ -522,58 +518,62 @@ class Trial(NamedTuple):
     memory: int = 0
 
 
-def prepare() -> None:
-    """Limit a fresh process; where it is when it crashes, or is ended, goes to stderr."""
-    torch.set_num_threads(1)
-    golden_model()
+def attempt(inputs: Sequence[Input]) -> Iterator[Trial]:
+    """Try inputs, each in the process of the one before if that is still there.
+
+    This process must have no other threads.
+    """
+    left, context = list(inputs), multiprocessing.get_context("fork")  # torch is there already
+    while left:
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=_attempt_here, args=(there, left))
+        process.start()
+        there.close()
+        finding = f"no end within {DEADLINE} s"
+        try:
+            while left and here.poll(DEADLINE):
+                yield here.recv()
+                del left[0]
+        except EOFError:
+            process.join()
+            code = process.exitcode or 0
+            finding = f"died with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+        finally:
+            process.kill()
+            process.join()
+            here.close()
+        if left:
+            yield Trial(finding, f"{finding}; stderr has a traceback")
+            del left[0]
+
+
+def _attempt_here(connection: Connection, inputs: Sequence[Input]) -> None:
     faulthandler.enable()
-    for ending in (signal.SIGPROF, signal.SIGALRM):
-        faulthandler.register(ending, chain=True)
+    faulthandler.register(signal.SIGPROF, chain=True)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY_LIMIT
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def attempt(item: Input, targets: dict[str, Target] | None = None) -> Trial:
-    """Try an input, in a process that `prepare` has limited."""
-    target, finding = (targets or TARGETS)[item[0]], ""
-    # Timers for each trial, and no limit for the process: that counts by the kernel's ticks, which
-    # drift away from `process_time`, and would end trials that have hardly begun once the process
-    # is old.
-    signal.setitimer(signal.ITIMER_PROF, 4 * SECONDS_LIMIT)
-    signal.setitimer(signal.ITIMER_REAL, DEADLINE)
-    resident.restart_peak()
-    before, start = resident.resident_bytes() or 0, time.process_time()
-    try:
-        outcome = template(target.use(item[1]))
-    except Exception as error:  # noqa: BLE001  # others than the target's are the findings
-        outcome = template(f"{type(error).__name__}: {error}")
-        if not isinstance(error, target.errors):
-            finding = traceback.format_exc()
-    for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
-        signal.setitimer(timer, 0)
-    seconds = time.process_time() - start
-    if seconds > SECONDS_LIMIT and not finding:
-        finding = f"took {seconds:.1f} s of CPU time"
-    gc.collect(1)  # models are cycles
-    return Trial(outcome, finding, seconds, max((resident.peak_bytes() or 0) - before, 0))
-
-
-def try_all(
-    items: Sequence[Input],
-    note: Callable[[Input, Trial], None],
-    jobs: int = 1,
-    work: Callable[[Input], Trial] = attempt,
-) -> None:
-    """Try inputs in fresh processes, and note each with its result.
-
-    An input that ends its process is tried once more by itself before that is its finding.
-    """
-
-    def report(item: Input, trial: Trial | None) -> None:
-        note(item, trial or Trial(DIED, f"{DIED}, or was ended by a limit; see stderr"))
-
-    process_pool.spread(work, items, jobs, prepare, report)
+    gc.freeze()
+    for name, data in inputs:
+        # Timers for each trial, and no limit for the process: that counts by the kernel's ticks,
+        # which drift away from `process_time`, and would end trials that have hardly begun.
+        faulthandler.dump_traceback_later(DEADLINE - 1)
+        signal.setitimer(signal.ITIMER_PROF, 4 * SECONDS_LIMIT)
+        resident.restart_peak()
+        before, start, finding = resident.resident_bytes() or 0, time.process_time(), ""
+        try:
+            outcome = template(TARGETS[name].use(data))
+        except Exception as error:  # noqa: BLE001  # others than the target's are the findings
+            outcome = template(f"{type(error).__name__}: {error}")
+            if not isinstance(error, TARGETS[name].errors):
+                finding = traceback.format_exc()
+        seconds = time.process_time() - start
+        if seconds > SECONDS_LIMIT and not finding:
+            finding = f"took {seconds:.1f} s of CPU time"
+        grown = max((resident.peak_bytes() or 0) - before, 0)
+        connection.send(Trial(outcome, finding, seconds, grown))
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    faulthandler.cancel_dump_traceback_later()
 
 
 def template(text: str) -> str:
@@ -607,16 +607,20 @@ class Run:
         self._kept: dict[str, list[bytes]] = {name: [] for name in TARGETS}
 
     def draw(self) -> Input:
-        """Draw a target and mutate an input of it."""
+        """Draw a target, and mutate an input of it."""
         name = self._names[self._rng.integers(len(self._names))]
         seeds, kept = self.seeds[name], self._kept[name]
         chosen = kept if kept and self._rng.integers(2) else seeds
         data = chosen[self._rng.integers(len(chosen))]
         return name, TARGETS[name].mutate(data, [*seeds, *kept[-20:]], self._rng)
 
-    def note(self, item: Input, trial: Trial) -> None:
-        """Count an outcome; keep an input whose outcome is new, and save one that is a finding."""
-        (name, data), key = item, (item[0], trial.outcome)
+    def attempt(self, inputs: Sequence[Input]) -> None:
+        """Try inputs; keep those whose outcome is new, and save those that are findings."""
+        for (name, data), trial in zip(inputs, attempt(inputs), strict=True):
+            self._note(name, data, trial)
+
+    def _note(self, name: str, data: bytes, trial: Trial) -> None:
+        key = name, trial.outcome
         if trial.outcome not in self.outcomes[name] and not trial.finding:
             self._kept[name] = [*self._kept[name], data][-MOST_KEPT:]
         self.outcomes[name][trial.outcome] += 1
@@ -648,13 +652,13 @@ class Run:
 
 def replay(paths: list[Path]) -> int:
     """Try inputs that a run has saved, and print the outcomes; 1 if one is a finding."""
-    by_stem = {name.replace(" ", "-"): name for name in TARGETS}
-    items = [(by_stem[path.stem.rpartition("-")[0]], path.read_bytes()) for path in paths]
-    trials: list[Trial] = []
-    try_all(items, lambda _, trial: trials.append(trial))
-    for trial in trials:
-        print(f"{trial.outcome}, {trial.seconds:.2f} s, {trial.memory >> 20} MiB\n{trial.finding}")
-    return int(any(trial.finding for trial in trials))
+    by_stem, is_wrong = {name.replace(" ", "-"): name for name in TARGETS}, False
+    inputs = [(by_stem[path.stem.rpartition("-")[0]], path.read_bytes()) for path in paths]
+    for path, trial in zip(paths, attempt(inputs), strict=True):
+        is_wrong |= bool(trial.finding)
+        print(f"{path}: {trial.outcome}, {trial.seconds:.2f} s, {trial.memory >> 20} MiB")
+        print(trial.finding)
+    return int(is_wrong)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -664,7 +668,6 @@ def main(argv: list[str] | None = None) -> int:
     add, folder = parser.add_argument, Path("runs/fuzz")
     add("--minutes", type=float, default=5.0, help="how long; default: %(default)s")
     add("--trials", type=int, help="end after so many trials, if that comes first")
-    add("--jobs", type=int, default=1, help="processes; default: %(default)s")
     add("--seed", type=int, default=0, help="of all that is drawn; default: %(default)s")
     add("-o", "--output", type=Path, help="JSON to write")
     add("--findings", type=Path, default=folder, help="folder for findings; default: %(default)s")
@@ -672,18 +675,17 @@ def main(argv: list[str] | None = None) -> int:
     add("--examples", type=Path, help="JSON to write, the smallest input of each outcome")
     arguments = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # a process with other threads must not fork
     if args.replay:
         return replay(args.replay)
     run, start = Run(args.seed, args.findings), time.monotonic()
-    batch: Sequence[Input] = [(name, data) for name, seeds in run.seeds.items() for data in seeds]
-    left = sys.maxsize if args.trials is None else args.trials
+    _decode(_golden_files()[0])  # what a first call sets up is there in every process
     try:
-        while batch:
-            try_all(batch, run.note, args.jobs)
-            if time.monotonic() - start > 60 * args.minutes:
-                break
-            batch = [run.draw() for _ in range(min(BATCH, left))]
-            left -= len(batch)
+        run.attempt([(name, data) for name, seeds in run.seeds.items() for data in seeds])
+        left = sys.maxsize if args.trials is None else args.trials
+        while left > 0 and time.monotonic() - start < 60 * args.minutes:
+            run.attempt([run.draw() for _ in range(min(left, BATCH))])
+            left -= BATCH
     except KeyboardInterrupt:
         print("interrupted; what was done is kept", file=sys.stderr)
     result = {
