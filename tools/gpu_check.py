@@ -249,7 +249,7 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
     """The scan beside VMamba's pipeline; the table is in profile.txt."""
     shapes = ("--preset", "short")
     if args.rehearse:  # the interpreter takes a minute for what a GPU does at once
-        shapes, profile_scan.GATE_MAP = ("--shape", "1x4x4x4x2x1"), (1, 3, 3)
+        shapes, profile_scan.CHECKED_MAP = ("--shape", "1x4x4x4x2x1"), (1, 3, 3)
     rows = args.out / "profile_rows.json"
     status = profile_scan.main(
         [

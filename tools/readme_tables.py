@@ -35,7 +35,7 @@ import complexity
 import numpy as np
 import rd_curves
 from bd_rate import BDRate
-from cpu_page import scan_row
+from bench_cpu import scan_row
 from markdown_table import markdown_table
 from profile_scan import BOTH, FORWARD
 from provenance import in_words
