@@ -1,4 +1,4 @@
-"""What the kernels compile to: registers, spills, exponentials, wide loads; and what is dispatched.
+"""Compiled kernels: registers, spills, exponentials, wide loads; and what is dispatched.
 
 Triton compiles in a process of its own: the one of the tests may have the interpreter on.
 """
@@ -69,7 +69,7 @@ def _report(entry: dict[str, Any]) -> Report:
     scope="module", params=["quick", pytest.param("all", marks=pytest.mark.slow)], ids=str
 )
 def reports(request: pytest.FixtureRequest, root: Path, require_triton: ModuleType) -> list[Report]:
-    """QUICK_SCANS (54 variants and targets, a minute), or whatever can be dispatched (an hour)."""
+    """QUICK_SCANS (54 variants and targets, a minute), or `all_scans` (an hour)."""
     return compiled(root, request.param, jobs=1 if request.param == "quick" else 2)
 
 

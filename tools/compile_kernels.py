@@ -10,7 +10,8 @@ compiled with the types and options that it asked for.  No kernel runs, so nothi
 
 The unit of all counts is the elt: one position, channel, state and direction.  The lanes of a warp
 work on different elts, so that I instructions in a loop body of S steps come to
-I / (S N BLOCK / 32) instructions per elt (with 64 for 32 on gfx942).
+I / (S N BLOCK / 32) instructions per elt.  For gfx942 loops are not counted, only registers, spills
+and shared memory.
 """
 
 from __future__ import annotations

@@ -169,10 +169,9 @@ def _watched(model: CMamba, clock: _Clock) -> Iterator[None]:
         # Functions are wrapped where they are looked up.
         coder = ((rans, "encode"), (rans.Decoder, "__init__"), (rans.Decoder, "take"))
         scans = ((ss2d, "selective_scan_2d"), (tiled, "scan_2d_strips"))
-        wrapped = [(*place, clock.stage("entropy coder")) for place in coder]
-        wrapped += [(*place, clock.scan()) for place in scans]
-        for owner, name, within in wrapped:
-            original = getattr(owner, name)
-            undo.callback(setattr, owner, name, original)
-            setattr(owner, name, within(original))
+        for places, within in ((coder, clock.stage("entropy coder")), (scans, clock.scan())):
+            for owner, name in places:
+                original = getattr(owner, name)
+                undo.callback(setattr, owner, name, original)
+                setattr(owner, name, within(original))
         yield
