@@ -141,11 +141,8 @@ def receptive_field(model: CMamba, x: Tensor, quality: float | None = None) -> n
         `[H, W]`.
     """
     x = x.clone().requires_grad_()
-    analysis = None
-    number = model.check_quality(quality)
-    if model.gain is not None:
-        analysis = model.gain(torch.tensor([number], device=x.device)).analysis
-    y = model.g_a(x, analysis)
+    gains = model._gains(quality, 1)
+    y = model.g_a(x, None if gains is None else gains.analysis)
     target = y[0, :, y.shape[-2] // 2, y.shape[-1] // 2].sum()
     (gradient,) = torch.autograd.grad(target, x)
     field = gradient[0].abs().sum(0).cpu().numpy()
