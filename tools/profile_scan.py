@@ -944,10 +944,14 @@ def profile_cases(
             checked[shape.kind] = {
                 c.name: check_correctness(c, shape, settings) for c in candidates
             }
+        outcomes, arguments = checked[shape.kind], {}
         try:
-            arguments, outcomes = draw_arguments(shape, settings), checked[shape.kind]
+            arguments = draw_arguments(shape, settings)
         except RuntimeError as error:  # even the arguments are too much
-            arguments, outcomes = {}, {c.name: outcome_of(error) for c in candidates}
+            too_much = outcome_of(error)
+            outcomes = {
+                name: too_much if found == OK else found for name, found in outcomes.items()
+            }
         for mode in settings.modes:
             results = measure(candidates, outcomes, arguments, mode, settings, meter)
             for candidate in candidates:
