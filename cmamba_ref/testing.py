@@ -145,28 +145,35 @@ def to_double(arguments: Arguments) -> Arguments:
 # ---------------------------------------------------------------- accuracy
 
 
-def evaluate(arguments: Arguments, scan: Scan, seed: int = 1) -> dict[str, Tensor]:
+def evaluate(
+    arguments: Arguments, scan: Scan, seed: int = 1, *, gradients: bool = True
+) -> dict[str, Tensor]:
     """Compute outputs and every gradient by name, for arguments of either scan.
 
-    The gradients of the outputs are drawn in fp64 and rounded to the outputs' types.
+    The gradients of the outputs are drawn in fp64 and rounded to the outputs' types.  Without
+    `gradients` only the outputs are computed, without autograd.
     """
-    if "proj" in arguments:
-        call = partial(selective_scan_2d, backend=scan) if isinstance(scan, str) else scan
-        outputs = {"y": call(**arguments)}
-    else:
-        call = partial(selective_scan, backend=scan) if isinstance(scan, str) else scan
-        y, last_state = call(**arguments, return_last_state=True)
-        outputs = {"y": y, "last_state": last_state}
+    is_2d = "proj" in arguments
+    call = partial(selective_scan_2d if is_2d else selective_scan, backend=scan)
+    call = call if isinstance(scan, str) else scan
+    with torch.set_grad_enabled(gradients):
+        if is_2d:
+            outputs = {"y": call(**arguments)}
+        else:
+            y, last_state = call(**arguments, return_last_state=True)
+            outputs = {"y": y, "last_state": last_state}
+    io_dtype = arguments["x" if is_2d else "u"].dtype
+    assert outputs["y"].dtype == io_dtype, f"y is {outputs['y'].dtype} and not {io_dtype}"
+    if not gradients:
+        return outputs
 
     generator = torch.Generator().manual_seed(seed)
-    io_dtype = arguments["u" if "u" in arguments else "x"].dtype
     grad_outputs = []
     for y in outputs.values():
         grad = torch.randn(y.shape, generator=generator, dtype=torch.float64)
         # Exact in bf16, so that every precision differentiates the same function.
         grad = grad.to(torch.bfloat16).to(y.device, y.dtype)
         grad_outputs.append(grad)
-    assert outputs["y"].dtype == io_dtype, f"y is {outputs['y'].dtype} and not {io_dtype}"
 
     inputs = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
     grads = torch.autograd.grad(list(outputs.values()), list(inputs.values()), grad_outputs)
@@ -249,11 +256,17 @@ class AccuracyRule:
         assert not failures, "; ".join(failures)
 
 
-def accuracy(scan: Scan, arguments: Arguments, judge: Scan = "reference") -> AccuracyRule:
-    """Compare outputs and all gradients of a scan with those of `judge`, in fp64 and as given."""
-    oracle = evaluate(to_double(arguments), judge)
-    rounded = evaluate(arguments, judge)
-    tested = evaluate(arguments, scan)
+def accuracy(
+    scan: Scan, arguments: Arguments, judge: Scan = "reference", *, gradients: bool = True
+) -> AccuracyRule:
+    """Compare outputs and all gradients of a scan with those of `judge`, in fp64 and as given.
+
+    Args:
+        gradients: False for a scan that has no backward.
+    """
+    oracle = evaluate(to_double(arguments), judge, gradients=gradients)
+    rounded = evaluate(arguments, judge, gradients=gradients)
+    tested = evaluate(arguments, scan, gradients=gradients)
     rule = AccuracyRule()
     for name, expected in oracle.items():
         rule.compare(name, tested[name], rounded[name], expected)

@@ -1,4 +1,4 @@
-"""What is run in the first minutes on a GPU, rehearsed without one."""
+"""The check for the first minutes on a GPU, rehearsed without one."""
 
 import argparse
 import json

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import profile_scan
@@ -12,7 +13,7 @@ import resident
 import torch
 from profile_scan import BACKWARD, BOTH, FORWARD, Candidate, Shape
 
-from cmamba_ref import CMamba
+from cmamba_ref import CMamba, testing
 from cmamba_ref.config import CONFIGS
 from cmamba_ref.errors import BackendUnavailableError
 from cmamba_ref.nn import ss2d
@@ -20,14 +21,14 @@ from cmamba_ref.ops import selective_scan, selective_scan_2d
 
 TINY = "1x4x3x8x2x1"
 CPU = torch.device("cpu")
-GATE_MAP = profile_scan.GATE_MAP
+CHECKED_MAP = profile_scan.CHECKED_MAP
 H200 = profile_scan.Gpu(4.3e12, 132, 1.755e9)
 
 
 @pytest.fixture(autouse=True)
-def _small_gate(monkeypatch):
+def _small_check(monkeypatch):
     """The reference takes one position after another; fewer of them show the same."""
-    monkeypatch.setattr(profile_scan, "GATE_MAP", (2, 4, 5))
+    monkeypatch.setattr(profile_scan, "CHECKED_MAP", (2, 4, 5))
 
 
 def settings(dtype="fp32", modes=profile_scan.MODES, repeats=3, device=CPU):
@@ -46,8 +47,8 @@ def one_backend_replaced(monkeypatch, name, replacement):
 
 
 def is_large(x):
-    """Whether this is the map to be timed and not that of the gate."""
-    return x.shape[:3] != profile_scan.GATE_MAP
+    """Whether this is the map to be timed and not that of the check."""
+    return x.shape[:3] != profile_scan.CHECKED_MAP
 
 
 # ---------------------------------------------------------------- reports
@@ -110,11 +111,11 @@ def test_interruption_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
     measure = profile_scan.measure
     modes = []
 
-    def interrupted(candidates, shape, mode, *args):
+    def interrupted(candidates, outcomes, arguments, mode, *args):
         modes.append(mode)
         if len(modes) == 3:
             raise KeyboardInterrupt
-        return measure(candidates, shape, mode, *args)
+        return measure(candidates, outcomes, arguments, mode, *args)
 
     monkeypatch.setattr(profile_scan, "measure", interrupted)
     path = tmp_path / "scan.json"
@@ -162,11 +163,11 @@ def test_floor_is_that_of_the_published_model(size, microseconds):
 def test_fraction_of_the_floor():
     case = profile_scan.Case("kernels", Shape(1, 128, 128, 192, 16, 6))
     measurement = profile_scan.Measurement(times=[122.2e-6] * 5, peak_bytes=3 * 2**20)
-    arguments = (case, Candidate("triton", selective_scan_2d), FORWARD, measurement)
+    arguments = (case, "triton", FORWARD, measurement)
     row = profile_scan.to_row(*arguments, settings(), H200)
-    assert row.of_floor == pytest.approx(0.5, rel=1e-3)
-    assert row.peak_mib == 3 and row.iqr_ms == 0
-    assert profile_scan.to_row(*arguments, settings("fp64"), H200).of_floor is None
+    assert row["of_floor"] == pytest.approx(0.5, rel=1e-3)
+    assert row["peak_mib"] == 3 and row["iqr_ms"] == 0
+    assert profile_scan.to_row(*arguments, settings("fp64"), H200)["of_floor"] is None
 
 
 def test_device_models(monkeypatch):
@@ -220,7 +221,7 @@ def test_quick_shapes_are_small():
     assert all(case.shape.elts < 2e6 for case in profile_scan.quick_cases())
 
 
-# ---------------------------------------------------------------- gate
+# ---------------------------------------------------------------- the check
 
 
 def slightly_off(*args, **kwargs):
@@ -245,7 +246,21 @@ def wrong_type(x, **kwargs):
     return selective_scan_2d(x, **kwargs, backend="chunked").double()
 
 
-def error_at_the_gate(x, **kwargs):
+def reads_beyond_the_end(x, **kwargs):
+    y = selective_scan_2d(x, **kwargs, backend="chunked")
+    if not x.storage_offset():  # not when it is asked whether it is there
+        return y
+    return y + torch.as_strided(x.detach(), (), (), x.storage_offset() + x.numel())
+
+
+def leaves_a_hole(x, **kwargs):
+    y = selective_scan_2d(x, **kwargs, backend="chunked")
+    written = torch.empty_like(y)
+    written[:, 1:] = y[:, 1:]
+    return written
+
+
+def error_at_the_check(x, **kwargs):
     if x.shape[0] > 1:  # not when it is asked whether it is there
         raise ZeroDivisionError("no such\nluck")
     return x
@@ -256,10 +271,12 @@ def error_at_the_gate(x, **kwargs):
     [
         (slightly_off, "y: error"),
         (off_without_skip, "y: error"),
-        (wrong_gradient, "gradient of dt_bias: error"),
+        (wrong_gradient, "grad of dt_bias: error"),
         (not_a_number, "y: error inf"),
         (wrong_type, "y is torch.float64 and not torch.float32"),
-        (error_at_the_gate, "ZeroDivisionError: no such"),
+        (reads_beyond_the_end, "y: error inf"),
+        (leaves_a_hole, "y: error inf"),
+        (error_at_the_check, "ZeroDivisionError: no such"),
     ],
 )
 def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path, capsys, broken, reason):
@@ -290,11 +307,13 @@ def test_gradients_are_checked_only_where_they_are_timed(monkeypatch):
 
 @pytest.mark.parametrize("dtype", profile_scan.DTYPES)
 def test_sound_candidates_pass_in_every_type(monkeypatch, dtype):
-    monkeypatch.setattr(profile_scan, "GATE_MAP", GATE_MAP)
+    monkeypatch.setattr(profile_scan, "CHECKED_MAP", CHECKED_MAP)
     asked = settings(dtype)
-    candidates = profile_scan.find_candidates(["chunked", "reference", "vmamba-pipeline"], asked)
-    outcomes = profile_scan.pass_gate(candidates, Shape(1, 64, 64, 24, 3, 2), asked)
-    assert set(outcomes.values()) == {profile_scan.OK}
+    for candidate in profile_scan.find_candidates(
+        ["chunked", "reference", "vmamba-pipeline"], asked
+    ):
+        outcome = profile_scan.check_correctness(candidate, Shape(1, 64, 64, 24, 3, 2), asked)
+        assert outcome == profile_scan.OK
 
 
 def test_a_backend_that_lacks_a_size_is_not_called_wrong(monkeypatch, capsys):
@@ -334,9 +353,11 @@ def test_candidates_take_turns_until_they_have_enough():
 
         return Candidate(name, scan)
 
-    shape = Shape(1, 2, 2, 3, 1, 1)
+    asked = settings(repeats=6)
+    arguments = profile_scan.draw_arguments(Shape(1, 2, 2, 3, 1, 1), asked)
+    outcomes = dict.fromkeys(("fast", "slow"), profile_scan.OK)
     candidates = [named("fast"), named("slow")]
-    results = profile_scan.measure(candidates, shape, BOTH, settings(repeats=6), meter)
+    results = profile_scan.measure(candidates, outcomes, arguments, BOTH, asked, meter)
     assert meter.order == ["fast", "slow"] * profile_scan.MIN_REPEATS + ["fast"] * 3
     assert {name: len(result.times) for name, result in results.items()} == {"fast": 6, "slow": 3}
 
@@ -380,17 +401,10 @@ def test_lack_of_memory_alone_is_no_failure(monkeypatch, capsys):
 
 
 def test_arguments_that_do_not_fit_are_a_result():
-    candidate = Candidate("chunked", selective_scan_2d)
-    shape = Shape(10**6, 10**6, 10**6, 1, 1, 1)
-    results = profile_scan.measure_sound(
-        [candidate],
-        {"chunked": profile_scan.OK},
-        shape,
-        FORWARD,
-        settings(),
-        profile_scan.CpuMeter(),
-    )
-    assert results["chunked"].outcome.status in ("out of memory", "failed")
+    case = profile_scan.Case("huge", Shape(10**6, 10**6, 10**6, 1, 1, 1))
+    asked = settings(modes=(FORWARD,))
+    (row,) = profile_scan.profile_cases([case], [Candidate("ours", selective_scan_2d)], asked, None)
+    assert row["status"] in ("out of memory", "failed")
 
 
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counted on Linux only")
@@ -438,13 +452,13 @@ def test_forward_only_candidates_are_not_asked_for_a_backward():
             return selective_scan_2d(**arguments)
 
     candidate = Candidate("extension", scan, differentiable=False)
-    shape, asked = Shape(1, 2, 3, 4, 1, 1), settings(repeats=1)
-    outcomes = profile_scan.pass_gate([candidate], shape, asked)
-    assert outcomes == {"extension": profile_scan.OK}
-    meter = profile_scan.CpuMeter()
-    for mode, status in ((FORWARD, "ok"), (BACKWARD, "forward only"), (BOTH, "forward only")):
-        results = profile_scan.measure_sound([candidate], outcomes, shape, mode, asked, meter)
-        assert results["extension"].outcome.status == status
+    case = profile_scan.Case("small", Shape(1, 2, 3, 4, 1, 1))
+    rows = profile_scan.profile_cases([case], [candidate], settings(repeats=1), None)
+    assert [(row["mode"], row["status"]) for row in rows] == [
+        (FORWARD, "ok"),
+        (BACKWARD, "forward only"),
+        (BOTH, "forward only"),
+    ]
 
 
 @pytest.mark.gpu
@@ -460,7 +474,7 @@ def test_profile_on_cuda(tmp_path):
         assert row["peak_mib"] >= 32 * 32 * 64 * 4 / 2**20
 
 
-# ---------------------------------------------------------------- peers
+# ---------------------------------------------------------------- baselines
 
 
 def fake_mamba_ssm(monkeypatch):
@@ -510,17 +524,14 @@ def fake_mambapy(monkeypatch):
         ("vmamba-pipeline", lambda monkeypatch: None),
     ],
 )
-def test_peers_do_the_same_work(monkeypatch, name, install, dtype):
+def test_baselines_do_the_same_work(monkeypatch, name, install, dtype):
     install(monkeypatch)
-    peer = profile_scan.PEERS[name]
-    candidate = Candidate(
-        name,
-        profile_scan.through_copies(peer.load()),
-        profile_scan.REFERENCE_OF_PEERS,
-        differentiable=peer.differentiable,
-    )
-    outcomes = profile_scan.pass_gate([candidate], Shape(1, 1, 1, 6, 3, 2), settings(dtype))
-    assert outcomes == {name: profile_scan.OK}
+    monkeypatch.setattr(profile_scan, "CUDA_ONLY", ())
+    candidate = replace(profile_scan.find_candidate(name, settings(dtype)), allowance=1)
+    assert candidate.differentiable == (name != "selective_scan_cuda_oflex")
+    shape = Shape(1, 1, 1, 6, 3, 2)
+    outcome = profile_scan.check_correctness(candidate, shape, settings(dtype))
+    assert outcome == profile_scan.OK
 
 
 @pytest.mark.parametrize("skip", [True, False])
@@ -528,9 +539,9 @@ def test_pipeline_equals_the_four_direction_scan(skip):
     asked = settings("fp64")
     (pipeline,) = profile_scan.find_candidates(["vmamba-pipeline"], asked)
     arguments = profile_scan.draw_arguments(Shape(2, 5, 3, 4, 2, 3), asked, skip=skip)
-    expected = profile_scan.evaluate(profile_scan.REFERENCE, arguments, gradients=True)
-    actual = profile_scan.evaluate(pipeline.scan, arguments, gradients=True)
-    assert len(actual) == len(arguments) + 1
+    expected = testing.evaluate(arguments, "reference")
+    actual = testing.evaluate(arguments, pipeline.scan)
+    assert len(actual) == 6 + skip
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-12)
 
@@ -540,11 +551,12 @@ def test_defaults_that_cannot_run_are_named_and_left_out(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cmamba_ref.kernels", None)
     assert profile_scan.default_names(CPU) == ("reference", "chunked")
     names = profile_scan.default_names(torch.device("cuda"))
-    not_there = {"reference", "ref-style", "chunked"}
-    assert set(names) == {*profile_scan.BACKENDS, *profile_scan.PEERS} - not_there
+    slow = {"reference", "ref-style", "chunked"}
+    assert set(names) == {*profile_scan.BACKENDS, *profile_scan.BASELINES} - slow
     monkeypatch.setattr(profile_scan, "default_names", lambda device: names)
     candidates = profile_scan.find_candidates(None, settings())
-    assert [candidate.name for candidate in candidates] == ["vmamba-pipeline"]
+    absent = {"triton", "mamba_ssm", "selective_scan_cuda_oflex", "mambapy"}
+    assert {candidate.name for candidate in candidates} == {*names} - absent
     left_out = capsys.readouterr().out.splitlines()
     assert len(left_out) == 4
     assert any(line.startswith("mambapy is left out: it cannot be imported") for line in left_out)

@@ -16,8 +16,8 @@ TINY = "1x4x3x8x2x1"
 
 @pytest.fixture(autouse=True)
 def _constants_as_before(require_triton, monkeypatch):
-    """Whatever a test does, the constants are afterwards what they were; the gate is small."""
-    monkeypatch.setattr(profile_scan, "GATE_MAP", (1, 1, 2))
+    """Whatever a test does, the constants are afterwards what they were; the check is small."""
+    monkeypatch.setattr(profile_scan, "CHECKED_MAP", (1, 1, 2))
     before = tune_scan.current_constants()
     yield
     assert tune_scan.current_constants() == before
@@ -70,7 +70,7 @@ def run(tmp_path, *arguments, status=0, device="cpu"):
 
 
 def test_kernels_run_under_other_constants(monkeypatch, tmp_path):
-    monkeypatch.setattr(profile_scan, "GATE_MAP", (1, 1, 1))
+    monkeypatch.setattr(profile_scan, "CHECKED_MAP", (1, 1, 1))
     nothing_else = {name: (reader, ()) for name, (reader, _) in tune_scan.CONSTANTS.items()}
     monkeypatch.setattr(tune_scan, "CONSTANTS", nothing_else | {"PROGRAMS": ("tiling", (1,))})
     device = "cpu" if kernels_are_interpreted() else "cuda"
@@ -176,10 +176,10 @@ def test_a_wrong_gradient_is_reported(monkeypatch, tmp_path):
 
     replace_kernels(monkeypatch, fail=fail)
     rows = run(tmp_path, "--shape", TINY, "--mode", "backward", status=1)
-    assert rows[2]["reason"].startswith("gradient of x: error")
+    assert rows[2]["reason"].startswith("grad of x: error")
 
 
-def test_fixed_rules_that_fail_the_gate_end_the_matter(monkeypatch, tmp_path, capsys):
+def test_fixed_rules_that_fail_the_check_end_the_matter(monkeypatch, tmp_path, capsys):
     meter = replace_kernels(monkeypatch, fail=lambda constants, x: 1e-2)
     (row,) = run(tmp_path, "--shape", TINY, "--mode", "both", status=1)
     assert row["trial"] == tune_scan.FIXED and row["status"] == "failed"

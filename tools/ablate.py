@@ -1,4 +1,4 @@
-"""What each part of the model is worth: variants trained alike, measured alike, in one table.
+"""Ablation study: train variants of the model alike, measure them alike, in one table.
 
     python tools/ablate.py photos kodak --out runs/ablation
     python tools/ablate.py photos kodak --out runs/ablation --only ca-ssm cnn --seeds 0 1 2
@@ -122,7 +122,7 @@ def _environment(jobs: int) -> dict[str, str]:
 
 
 def train_all(runs: Sequence[Run], args: argparse.Namespace, passed_on: Sequence[str]) -> list[Run]:
-    """Train what is not yet trained; returns what failed."""
+    """Train what is not yet trained; return what failed."""
     waiting = [run for run in runs if not (args.out / run.name / "model" / WEIGHTS_FILE).exists()]
     failed = []
     with (
@@ -166,7 +166,7 @@ def check_alike(runs: Sequence[Run], out: Path) -> None:
 
 
 def results_of(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
-    """One row per variant, in the order of `VARIANTS`, with a value for each of its seeds."""
+    """Return one row per variant, in the order of `VARIANTS`, with a value for each seed."""
     curves = {curve.name: curve for curve in rd_curves.load_curves(str(out / "rd.json"))}
     rows = []
     for name, variant in VARIANTS.items():
@@ -197,7 +197,7 @@ def results_of(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
 
 
 def _bd_rate(curves: dict[str, rd_curves.Curve], run: Run, metric: str) -> float | None:
-    """Against the whole model of the same seed, in per cent; None where bd_rate.py refuses."""
+    """Return the BD-rate against the first variant of the same seed, in per cent, or None."""
     anchor = curves[Run(FULL, run.seed).name]
     try:
         found = bd_rate.bd_rate(anchor.points(metric), curves[run.name].points(metric))
@@ -212,14 +212,14 @@ def _log(folder: Path) -> list[dict[str, Any]]:
 
 
 def page(rows: Sequence[dict[str, Any]], made: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     steps = sorted({step for row in rows for step in row["steps"]})
     seeds = sorted({seed for row in rows for seed in row["seeds"]})
     settings = rows[0]["settings"]
     phases = zip(settings["batch"], settings["crop"], strict=True)
     crops = ", then ".join(f"{batch} crops of {crop}x{crop} pixels" for batch, crop in phases)
     lines = [
-        "# What the parts of the model are worth",
+        "# Ablation study",
         "",
         f"Each variant trained for {' or '.join(map(str, steps))} steps of {crops}, seed "
         f"{', '.join(map(str, seeds))}, all else equal; then measured on the {made['pictures']} "
@@ -228,8 +228,7 @@ def page(rows: Sequence[dict[str, Any]], made: dict[str, Any]) -> str:
         "",
         f"BD-rate is against `{FULL}` of the same seed: above zero, files are so much larger for "
         "the same quality. GMACs are at 768x512, 4.5 for each scan element. Such short runs show "
-        "what helps early and at this size; the paper's models were trained for far longer, and "
-        "are larger. One seed says nothing about chance.",
+        "what helps early and at this size, and one seed says nothing about chance.",
         "",
         table(rows),
     ]
@@ -237,7 +236,7 @@ def page(rows: Sequence[dict[str, Any]], made: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One row per variant, in Markdown."""
+    """Return a Markdown table, one row per variant."""
     heading = ("variant", "", *(f"BD-rate, {name}" for name in METRIC_NAMES.values()))
     return markdown_table((*heading, "parameters, M", "GMACs"), map(_cells, rows), figures=4)
 
@@ -249,7 +248,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _percent(percents: Sequence[float | None]) -> str:
-    """The mean over seeds, with the range of several."""
+    """Format the mean over seeds, with the range of several."""
     found = [percent for percent in percents if percent is not None]
     if len(found) < len(percents):
         return "none"

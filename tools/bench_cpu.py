@@ -1,4 +1,4 @@
-"""What scans and codec cost on a CPU: time, memory, share of each stage, growth with size.
+"""Benchmark scans and codec on a CPU: time, memory, share of each stage, growth with size.
 
     python tools/bench_cpu.py --json benchmarks/cpu.json --markdown benchmarks/cpu.md
     python tools/bench_cpu.py --only large --json benchmarks/cpu.json --markdown benchmarks/cpu.md
@@ -6,18 +6,17 @@
 
 Sections, in this order; all but `large` unless `--only` names some:
 
-    scan     one scan of four directions, ours and peers in the same run, beside the limit of a
-             hand-written loop; peers take 15 GB of memory, and one of them wants
-             `pip install -c constraints.txt mambapy`
+    scan     one scan of four directions, ours and baselines in the same run; baselines take 15 GB
+             of memory, and one of them wants `pip install -c constraints.txt mambapy`
     growth   scans against the number of positions and of states
-    codec    encode and decode, by model, size of the picture and stage
-    startup  `cmamba encode` and `cmamba decode` as whole processes, and what they spend where
-    large    a photograph of 24 megapixels; the exit status is 1 if it takes too much time or memory
+    codec    encode and decode, by model, size of the image and stage
+    startup  `cmamba encode` and `cmamba decode` as whole processes, and imports alone
+    large    an image of 24 megapixels; the exit status is 1 if it takes too much time or memory
 
-A section replaces its predecessor in the JSON and leaves the others; the page is made from the
-JSON, and `--only` without a name does nothing else.  Every picture is encoded and decoded in a
-process of its own, whose peak memory is counted.  Pictures are the photograph that ships, continued
-by mirroring.  `small` has no trained weights; with random ones, of a fixed seed, the networks take
+A section replaces its predecessor in the JSON and leaves the others; the table is made from the
+JSON, and `--only` without a name does nothing else.  Every image is encoded and decoded in a
+process of its own, whose peak memory is counted.  Images are the bundled photograph, continued by
+mirroring.  `small` has no trained weights; with random ones, of a fixed seed, the networks take
 the same time, and the coder more, as the files are larger.
 """
 
@@ -26,6 +25,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -34,28 +34,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import profile_scan
 import torch
-from cpu_page import goals, to_markdown
-from profile_scan import (
-    BOTH,
-    FORWARD,
-    MIN_REPEATS,
-    Case,
-    Measurement,
-    Settings,
-    Shape,
-    UnavailableError,
-)
-from provenance import of_run
+from markdown_table import markdown_table
+from profile_scan import BOTH, FORWARD, Case, Settings, Shape, UnavailableError, as_text
+from provenance import of_run, versions
 from resident import available_bytes, peak_bytes, resident_bytes
 from stage_clock import Timing, time_by_stage
 from tqdm import tqdm
@@ -66,30 +58,26 @@ from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.cli.demo import PHOTOGRAPH
 from cmamba_ref.codec import images
 from cmamba_ref.model import MULTIPLE
-from cmamba_ref.ops.dispatch import BACKENDS
 from cmamba_ref.weights import pretrained_names
 
 Section = dict[str, Any]  # what JSON holds
 
-TOOLS = Path(__file__).parent
-# Of a scan; those that are not there are reported with the reason.
-OURS, PEERS = ("chunked",), ("ref-style", "mambapy")
+BACKEND, BASELINES = "chunked", ("ref-style", "mambapy")
 MODES = (FORWARD, BOTH)
-# Peers hold so many tensors of an fp32 number per element of the scan, forward and backward.
+# Baselines hold so many tensors of an fp32 number per element of the scan, forward and backward.
 # Without the memory, the system would end this process and perhaps others.
-PEER_TENSORS = 14
-MIN_POINTS = 2  # of a fitted exponent
+BASELINE_TENSORS = 14
 ENCODE, DECODE = DIRECTIONS = ("encode", "decode")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """Shapes and sizes to measure.
 
     Attributes:
-        scan: the shape on which peers are compared.
+        scan: the shape on which baselines are compared.
         lengths, states: shapes that differ in one size.
-        pictures: width and height, of the section `codec`.
+        sizes: width and height, of the section `codec`.
         startup, large: width and height.
         models: configurations; one without trained weights gets random ones.
     """
@@ -97,7 +85,7 @@ class Plan:
     scan: Shape
     lengths: tuple[Shape, ...]
     states: tuple[Shape, ...]
-    pictures: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, int], ...]
     startup: tuple[int, int]
     large: tuple[int, int]
     models: tuple[str, ...] = ("tiny", "small")
@@ -107,7 +95,7 @@ FULL = Plan(
     scan=Shape(1, 128, 192, 192, 16, 6),
     lengths=tuple(Shape(1, side, side, 64, 16, 4) for side in (64, 128, 256, 448, 632)),
     states=tuple(Shape(1, 128, 128, 64, n, 4) for n in (1, 2, 4, 8, 16, 32)),
-    pictures=((256, 256), (768, 512), (2048, 1365)),
+    sizes=((256, 256), (768, 512), (2048, 1365)),
     startup=(768, 512),
     large=(6000, 4000),
 )
@@ -116,7 +104,7 @@ QUICK = Plan(
     scan=Shape(1, 6, 8, 4, 2, 1),
     lengths=tuple(Shape(1, side, side, 4, 2, 1) for side in (4, 8)),
     states=tuple(Shape(1, 6, 6, 4, n, 1) for n in (1, 2)),
-    pictures=((64, 64), (128, 64)),
+    sizes=((64, 64), (128, 64)),
     startup=(64, 64),
     large=(128, 128),
     models=("tiny",),
@@ -127,27 +115,16 @@ QUICK = Plan(
 
 
 def measure_scan(shape: Shape, settings: Settings) -> Section:
-    """Our backends and the peers on one shape; those that are wrong are not timed."""
-    candidates, left_out = [], {}
-    for name in (*OURS, *PEERS):
+    """Measure ours and the baselines on one shape; those that are wrong are not timed."""
+    candidates, left_out = [profile_scan.find_candidate(BACKEND, settings)], {}
+    for name in BASELINES:
         try:
-            if name not in (*BACKENDS, *profile_scan.PEERS):
-                raise UnavailableError("this version has no such backend")
-            if name in PEERS:
-                check_memory(4 * shape.elts * PEER_TENSORS)
+            check_memory(4 * shape.elts * BASELINE_TENSORS)
             candidates.append(profile_scan.find_candidate(name, settings))
         except UnavailableError as error:
             left_out[name] = str(error)
-    outcomes = profile_scan.pass_gate(candidates, shape, settings)
-    rows = []
-    meter = profile_scan.meter_for(settings.device)
-    for mode in tqdm(MODES, desc="scan", disable=None):
-        results = profile_scan.measure_sound(candidates, outcomes, shape, mode, settings, meter)
-        case = Case("scan", shape)
-        rows += [
-            asdict(profile_scan.to_row(case, c, mode, results[c.name], settings, gpu=None))
-            for c in candidates
-        ]
+    case = Case("scan", shape)
+    rows = list(profile_scan.profile_cases([case], candidates, settings, None))
     arguments = profile_scan.draw_arguments(shape, settings).values()
     return {
         "shape": str(shape),
@@ -159,7 +136,7 @@ def measure_scan(shape: Shape, settings: Settings) -> Section:
 
 
 def check_memory(needed: int) -> None:
-    """Raise UnavailableError where so many bytes are not to be had."""
+    """Raise UnavailableError if fewer bytes are available."""
     available = available_bytes()
     if available is not None and available < needed:
         raise UnavailableError(
@@ -168,65 +145,32 @@ def check_memory(needed: int) -> None:
         )
 
 
-def in_rounds(
-    calls: list[Callable[[], object]], settings: Settings, progress: tqdm
-) -> list[Measurement]:
-    """A measurement of each call; they take turns, so that a drift of the machine hits all."""
-    meter = profile_scan.meter_for(settings.device)
-    measurements = []
-    for call in calls:
-        call()  # a warm-up
-        measurements.append(Measurement(peak_bytes=meter.peak_bytes(call)))
-        progress.update()
-    while any(not settings.enough(m.times) for m in measurements):
-        for call, measurement in zip(calls, measurements, strict=True):
-            if not settings.enough(measurement.times):
-                measurement.times.append(meter.seconds(call))
-    return measurements
-
-
 def measure_growth(plan: Plan, settings: Settings) -> Section:
-    """The backend `chunked` against the number of positions, and of states."""
-    scan = functools.partial(cmamba_ref.selective_scan_2d, backend="chunked")
-    series = {"positions": plan.lengths, "states": plan.states}
-    rows, exponents = [], {}
-    total = len(MODES) * sum(map(len, series.values()))
-    with tqdm(total=total, desc="growth", disable=None) as progress:
-        for varied, shapes in series.items():
-            for mode in MODES:
-                calls = []
-                for shape in shapes:
-                    arguments = profile_scan.draw_arguments(shape, settings)
-                    grad_y = profile_scan.draw_gradient(arguments["x"])
-                    calls.append(profile_scan.prepare(scan, arguments, grad_y, mode))
-                points = []
-                measurements = in_rounds(calls, settings, progress)
-                for shape, measurement in zip(shapes, measurements, strict=True):
-                    median = float(np.median(measurement.times))
-                    size = shape.height * shape.width if varied == "positions" else shape.states
-                    points.append((size, median))
-                    rows.append(
-                        {
-                            "varied": varied,
-                            "size": size,
-                            "shape": str(shape),
-                            "mode": mode,
-                            "repeats": len(measurement.times),
-                            "median_s": median,
-                            "ns_per_elt": median * 1e9 / shape.elts,
-                            "extra_mib": as_mib(measurement.peak_bytes),
-                        }
-                    )
-                exponents[f"{varied}, {mode}"] = exponent(points)
-    return {"backend": "chunked", "rows": rows, "exponents": exponents}
+    """Measure the backend `chunked` against the number of positions, and of states."""
+    ours = [profile_scan.find_candidate(BACKEND, settings)]
+    rows, points = [], []
+    for varied, shapes in (("positions", plan.lengths), ("states", plan.states)):
+        for shape in shapes:
+            size = shape.height * shape.width if varied == "positions" else shape.states
+            for row in profile_scan.profile_cases([Case(varied, shape)], ours, settings, None):
+                rows.append({"varied": varied, "size": size, **row})
+                if row["status"] == "ok":
+                    points.append((f"{varied}, {row['mode']}", size, row["median_ms"]))
+    return {"backend": BACKEND, "rows": rows, "exponents": exponents_of(points)}
 
 
-def exponent(points: Sequence[tuple[float, float]]) -> float | None:
-    """The e of time = c size^e, by least squares on logarithms; None for a single size."""
-    sizes, seconds = np.log(np.array(points)).T
-    if len(set(sizes)) < MIN_POINTS:
-        return None
-    return float(np.polyfit(sizes, seconds, 1)[0])
+def exponents_of(points: Sequence[tuple[str, float, float]]) -> dict[str, float]:
+    """Return the e of time = c size^e of each series, by least squares on logarithms.
+
+    Args:
+        points: series, size and time; a series with a single size has no exponent.
+    """
+    found = {}
+    for series in dict.fromkeys(name for name, _, _ in points):
+        sizes, times = np.log([(size, time) for name, size, time in points if name == series]).T
+        if len(set(sizes)) > 1:
+            found[series] = float(np.polyfit(sizes, times, 1)[0])
+    return found
 
 
 def as_mib(size: int | None) -> float | None:
@@ -237,15 +181,15 @@ def as_mib(size: int | None) -> float | None:
 
 
 def photograph(width: int, height: int) -> np.ndarray:
-    """The photograph that ships, continued by mirroring at its edges, or cut: uint8 `[H, W, 3]`."""
-    picture = images.read_image(PHOTOGRAPH)
-    below, right = max(0, height - picture.shape[0]), max(0, width - picture.shape[1])
-    return np.pad(picture, ((0, below), (0, right), (0, 0)), "symmetric")[:height, :width]
+    """Return the bundled photograph, mirrored at its edges or cut: uint8 `[H, W, 3]`."""
+    image = images.read_image(PHOTOGRAPH)
+    below, right = max(0, height - image.shape[0]), max(0, width - image.shape[1])
+    return np.pad(image, ((0, below), (0, right), (0, 0)), "symmetric")[:height, :width]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may take."""
+    """Upper limits of a run."""
 
     seconds: float
     gib: float
@@ -260,7 +204,7 @@ STOP_AT = 1.5
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to be encoded, or decoded, in a process of its own.
+    """One image to be encoded, or decoded, in a process of its own.
 
     Attributes:
         model: a name or directory, as `CMamba.from_pretrained` takes it.
@@ -280,8 +224,8 @@ class Job:
     limits: Limits | None = None
 
 
-def code_picture(job: Job) -> tuple[Section, bytes]:
-    """Do a job: its figures, and the encoded picture."""
+def code_image(job: Job) -> tuple[Section, bytes]:
+    """Do a job; return its figures, and the encoded image."""
     if job.limits:
         threading.Thread(target=end_beyond, args=(job.limits,), daemon=True).start()
     torch.set_num_threads(job.threads)
@@ -292,7 +236,7 @@ def code_picture(job: Job) -> tuple[Section, bytes]:
         call = functools.partial(cmamba_ref.decode, job.data, model)
     loaded, peak_before = resident_bytes(), peak_bytes()
 
-    # Only the first run is that of a user, who starts a process per picture: its memory counts.
+    # Only the first run is that of a user, who starts a process per image: its memory counts.
     result, first = time_by_stage(model, call, memory=True)
     later: list[Timing] = []
     settings = Settings(torch.device("cpu"), "fp32", MODES, job.repeats, job.seconds)
@@ -300,10 +244,10 @@ def code_picture(job: Job) -> tuple[Section, bytes]:
         later.append(time_by_stage(model, call)[1])
     timings = later or [first]
 
-    total = float(np.median([timing.total for timing in timings]))
+    total = median(timing.total for timing in timings)
     stages = {}
     for stage in first.stages:
-        seconds = float(np.median([timing.stages.get(stage, 0.0) for timing in timings]))
+        seconds = median(timing.stages.get(stage, 0.0) for timing in timings)
         beyond = None
         if stage in first.peaks and loaded is not None:
             beyond = as_mib(first.peaks[stage] - loaded)
@@ -319,7 +263,7 @@ def code_picture(job: Job) -> tuple[Section, bytes]:
         "repeats": len(timings),
         "median_s": total,
         "first_s": first.total,
-        "scans_s": float(np.median([timing.scans for timing in timings])),
+        "scans_s": median(timing.scans for timing in timings),
         "stages": stages,
         "loaded_mib": as_mib(loaded),
         "peak_mib": as_mib(max(filter(None, (peak_before, *first.peaks.values())), default=None)),
@@ -340,7 +284,7 @@ def end_beyond(limits: Limits) -> None:
 
 
 def in_fresh_process(call: Callable, *arguments: Any) -> Any:
-    """The result of a call in a new interpreter, which has nothing in memory that is not its own.
+    """Return the result of a call in a new interpreter, with nothing else in its memory.
 
     Raises:
         BrokenProcessPool: the process died.
@@ -351,7 +295,7 @@ def in_fresh_process(call: Callable, *arguments: Any) -> Any:
 
 
 def model_sources(names: tuple[str, ...], folder: Path) -> dict[str, str]:
-    """Where each model is: those that ship by name, the others made with random weights."""
+    """Return where each model is: bundled ones by name, others made with random weights."""
     sources = {}
     for name in names:
         sources[name] = name
@@ -365,7 +309,7 @@ def model_sources(names: tuple[str, ...], folder: Path) -> dict[str, str]:
 
 
 def measure_codec(
-    pictures: tuple[tuple[int, int], ...],
+    sizes: tuple[tuple[int, int], ...],
     models: tuple[str, ...],
     settings: Settings,
     limits: Limits | None = None,
@@ -373,10 +317,10 @@ def measure_codec(
     """Encode and decode with each model, for each size.
 
     Args:
-        limits: given for pictures so large that they are coded only once.
+        limits: given for images so large that they are coded only once.
     """
     runs = []
-    cases = [(name, size) for name in models for size in pictures]
+    cases = [(name, size) for name in models for size in sizes]
     with (
         tempfile.TemporaryDirectory() as scratch,
         tqdm(total=2 * len(cases), desc="codec", disable=None) as progress,
@@ -385,56 +329,39 @@ def measure_codec(
         for name, (width, height) in cases:
             data = b""
             for direction in DIRECTIONS:
-                job = Job(
-                    sources[name],
-                    width,
-                    height,
-                    direction,
-                    data,
-                    torch.get_num_threads(),
-                    0 if limits else settings.repeats,
-                    settings.seconds,
-                    limits,
-                )
+                repeats = 0 if limits else settings.repeats
+                how = (torch.get_num_threads(), repeats, settings.seconds, limits)
+                job = Job(sources[name], width, height, direction, data, *how)
                 section, data = run_job(name, job)
                 runs.append(section)
                 progress.update()
-    exponents = {}
-    for name in models:
-        for direction in DIRECTIONS:
-            points = [
-                (padded_pixels(run["width"], run["height"]), run["median_s"])
-                for run in runs
-                if (run["model"], run["direction"], run["status"]) == (name, direction, "ok")
-            ]
-            if len(points) >= MIN_POINTS:
-                exponents[f"{name}, {direction}"] = exponent(points)
-    return {"runs": runs, "exponents": exponents}
+    points = [
+        (f"{run['model']}, {run['direction']}", padded_pixels(run), run["median_s"])
+        for run in runs
+        if run["status"] == "ok"
+    ]
+    return {"runs": runs, "exponents": exponents_of(points)}
 
 
 def run_job(name: str, job: Job) -> tuple[Section, bytes]:
-    """Do a job in a process of its own; what becomes of it is a result, whatever it is."""
-    nothing = {
-        "model": name,
-        "width": job.width,
-        "height": job.height,
-        "direction": job.direction,
-    }
+    """Do a job in a process of its own; if that dies, the status says so."""
+    size = {"width": job.width, "height": job.height}
+    nothing = {"model": name, **size, "direction": job.direction}
     if job.direction == DECODE and not job.data:
         return {**nothing, "status": "not run: there is no file"}, b""
     try:
-        return in_fresh_process(code_picture, job)
+        return in_fresh_process(code_image, job)
     except BrokenProcessPool:
-        return {**nothing, "status": "failed: the process ended, for want of memory or time"}, b""
+        return {**nothing, "status": "failed: the process ended, out of memory or time"}, b""
 
 
-def padded_pixels(width: int, height: int) -> int:
-    """Pixels that are coded."""
-    return -(-width // MULTIPLE) * -(-height // MULTIPLE) * MULTIPLE**2
+def padded_pixels(run: Section) -> int:
+    """Return the pixels that are coded."""
+    return math.prod(-(-run[side] // MULTIPLE) * MULTIPLE for side in ("width", "height"))
 
 
 def measure_large(size: tuple[int, int], settings: Settings, limits: Limits) -> Section:
-    """One large picture with `small`, once."""
+    """One large image with `small`, once."""
     section = measure_codec((size,), ("small",), settings, limits)
     for run in section["runs"]:
         if run["status"] == "ok" and run["first_s"] > limits.seconds:
@@ -446,100 +373,151 @@ def measure_large(size: tuple[int, int], settings: Settings, limits: Limits) -> 
 
 # ---------------------------------------------------------------- whole commands
 
-
-def measure_startup(size: tuple[int, int], repeats: int) -> Section:
-    """`cmamba` as a user runs it, from the first to the last moment of its process."""
-    results: Section = {"width": size[0], "height": size[1]}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with tempfile.TemporaryDirectory() as scratch:
-        picture, encoded, decoded = (
-            str(Path(scratch) / name) for name in ("photo.png", "photo.cmb", "back.png")
-        )
-        images.write_png(picture, photograph(*size))
-        commands = {
-            ENCODE: ["encode", picture, "-o", encoded, "--force"],
-            DECODE: ["decode", encoded, "-o", decoded, "--force"],
-        }
-        for direction, command in commands.items():
-            plain = [sys.executable, "-m", "cmamba_ref", *command]
-            timed = [sys.executable, str(TOOLS / "timed_cli.py"), *command]
-            run_command(plain, environment)  # the files come into memory
-            walls, splits = [], []
-            for _ in tqdm(range(repeats), desc=f"cmamba {direction}", disable=None):
-                start = time.monotonic()
-                run_command(plain, environment)
-                walls.append(time.monotonic() - start)
-                splits.append(split_command(timed, environment))
-            results[direction] = {
-                "repeats": repeats,
-                "wall_s": float(np.median(walls)),
-                "wall_max_s": max(walls),
-                "split_s": {
-                    part: float(np.median([split[part] for split in splits])) for part in splits[0]
-                },
-            }
-    return results
-
-
-def run_command(command: list[str], environment: dict[str, str]) -> str:
-    """The stdout of a command.
-
-    Raises:
-        CalledProcessError: it failed.
-    """
-    return subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
-
-
-# What begins at a moment that `timed_cli.py` notes, where its name does not say it.
-PARTS = {
-    "begun": "interpreter",
-    "started": "imports",
-    "imported": "arguments",
-    "done": "ending",
+# A user's process before the first image is read.
+ALONE = {
+    "interpreter": "pass",
+    "imports": "from cmamba_ref import CMamba, decode, encode; from cmamba_ref.codec import images",
 }
 
 
-def split_command(command: list[str], environment: dict[str, str]) -> dict[str, float]:
-    """Seconds of each part of a command run by `timed_cli.py`; together they are all it takes."""
-    begun = time.monotonic()
-    output = run_command(command, environment)
-    ended = time.monotonic()
-    moments: dict[str, float] = {
-        "begun": begun,
-        **json.loads(output.splitlines()[-1]),
-        "ended": ended,
-    }
-    names, times = list(moments), list(moments.values())
-    return {
-        PARTS.get(name, name): later - earlier
-        for name, earlier, later in zip(names, times, times[1:], strict=False)
-    }
+def measure_startup(size: tuple[int, int], repeats: int) -> Section:
+    """Measure `cmamba` as a user runs it, from the first to the last moment of its process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        image, encoded, decoded = (
+            str(Path(scratch) / name) for name in ("photo.png", "photo.cmb", "back.png")
+        )
+        images.write_png(image, photograph(*size))
+        commands: dict[str, Sequence[str]] = {name: ("-c", code) for name, code in ALONE.items()}
+        for direction, source, target in ((ENCODE, image, encoded), (DECODE, encoded, decoded)):
+            commands[direction] = ("-m", "cmamba_ref", direction, source, "-o", target, "--force")
+        walls = {name: wall_seconds(command, repeats) for name, command in commands.items()}
+    begun, ready, *ended = (median(times) for times in walls.values())
+    results: Section = {"width": size[0], "height": size[1]}
+    for direction, wall in zip(DIRECTIONS, ended, strict=True):
+        results[direction] = {
+            "repeats": repeats,
+            "wall_s": wall,
+            "wall_max_s": max(walls[direction]),
+            "split_s": {"interpreter": begun, "imports": ready - begun, "coding": wall - ready},
+        }
+    return results
+
+
+def wall_seconds(arguments: Sequence[str], repeats: int) -> list[float]:
+    """Return the seconds of Python processes, after one that brings the files into memory.
+
+    Raises:
+        CalledProcessError: one failed.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    times = []
+    for _ in range(1 + repeats):
+        start = time.monotonic()
+        command = [sys.executable, *arguments]
+        subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+        times.append(time.monotonic() - start)
+    return times[1:]
+
+
+# ---------------------------------------------------------------- the table
+
+
+def to_markdown(sections: Section) -> str:
+    """Return all figures as one table, below what they were measured with."""
+    sections = {name: sections[name] for name in SECTIONS if name in sections}
+    lines = ["# Time and memory on a CPU", ""]
+    for name, section in sections.items():
+        meta = section["meta"]
+        used = ", ".join(f"{package} {version}" for package, version in meta["versions"].items())
+        lines.append(
+            f"- `{name}`: `{meta['command']}`, commit {meta['commit']}, {meta['date']}, "
+            f"{meta['machine']}, {meta['threads']} threads, {meta['system']}; {used}."
+            + (" **Tiny sizes: these figures mean nothing.**" if meta["quick"] else "")
+        )
+        for what, value in section.get("exponents", {}).items():
+            lines.append(f"  - Exponent of the time, {what}: {value:.3f}.")
+        for what, why in section.get("left_out", {}).items():
+            lines.append(f"  - `{what}` is left out: {why}.")
+    rows = [
+        (name, case, as_text(seconds), cost, "-" if mib is None else f"{mib:.0f}")
+        for name, section in sections.items()
+        for case, seconds, cost, mib in FIGURES[name](section)
+    ]
+    heading = ("section", "case", "s", "cost or share", "MiB")
+    return "\n".join(lines) + f"\n\n{NOTE}\n\n{markdown_table(heading, rows, figures=3)}\n"
+
+
+NOTE = """\
+Times are medians. Memory of scans is the peak beyond what the process held before the call, results
+included; that of the codec is the peak of the process with torch and the weights; that of a stage,
+while it was at work, is beyond what was loaded. The first run of a process also sets up torch and
+the float64 copies of the entropy path. Scans are part of the stages."""
+
+# Case, seconds, cost or share, MiB.
+Figures = Iterator[tuple[str, float | None, str, float | None]]
+
+
+def scan_figures(section: Section) -> Figures:
+    """Yield the figures of the sections `scan` and `growth`."""
+    for row in section["rows"]:
+        case = f"{row['backend']} {row['shape']}, {row['mode']}"
+        if row["status"] == "ok":
+            cost = f"{as_text(row['ns_per_elt'])} ns/elt"
+            yield case, row["median_ms"] / 1e3, cost, row["peak_mib"]
+        else:
+            yield f"{case}: {row['status']}", None, row["reason"], None
+
+
+def codec_figures(section: Section) -> Figures:
+    """Yield the figures of the sections `codec` and `large`."""
+    for run in section["runs"]:
+        case = f"{run['model']} {run['width']}x{run['height']} {run['direction']}"
+        if "median_s" not in run:
+            yield f"{case}: {run['status']}", None, "", None
+            continue
+        cost = f"{as_text(1e6 * run['median_s'] / (run['width'] * run['height']))} µs/pixel"
+        yield case, run["median_s"], f"{cost}, {run['bpp']:.2f} bpp", run["peak_mib"]
+        yield f"{case}: first run; MiB before it", run["first_s"], "", run["loaded_mib"]
+        yield f"{case}: scans", run["scans_s"], f"{run['scans_s'] / run['median_s']:.1%}", None
+        for stage, figures in run["stages"].items():
+            share = f"{figures['share']:.1%}"
+            yield f"{case}: {stage}", figures["seconds"], share, figures["peak_mib"]
+
+
+def startup_figures(section: Section) -> Figures:
+    for direction in DIRECTIONS:
+        case, figures = f"cmamba {direction}", section[direction]
+        yield case, figures["wall_s"], f"at most {as_text(figures['wall_max_s'])} s", None
+        for part, seconds in figures["split_s"].items():
+            yield f"{case}: {part}", seconds, f"{seconds / figures['wall_s']:.1%}", None
+
+
+FIGURES: dict[str, Callable[[Section], Figures]] = {
+    "scan": scan_figures,
+    "growth": scan_figures,
+    "codec": codec_figures,
+    "startup": startup_figures,
+    "large": codec_figures,
+}
+
+
+def scan_row(scan: Section, mode: str, backend: str) -> Section:
+    """Return the row of a backend in the section `scan`, or nothing."""
+    for row in scan.get("rows", ()):
+        if (row["mode"], row["backend"], row["status"]) == (mode, backend, "ok"):
+            return row
+    return {}
 
 
 # ---------------------------------------------------------------- command line
 
 
-def provenance(command: list[str], quick: bool) -> Section:
-    """What a section was measured with."""
-    versions = profile_scan.provenance(
-        "bench_cpu.py", Settings(torch.device("cpu"), "fp32", MODES, 1, 1), command
-    )["versions"]
-    return {
-        **of_run("bench_cpu.py", command),
-        "system": f"{platform.system()} {platform.release()}",
-        "versions": versions,
-        "quick": quick,
-    }
-
-
 def failures(sections: Section) -> list[str]:
-    """What was wrong, or took more than it may, in one line each."""
-    rows = sections.get("scan", {}).get("rows", ())
+    """Return what was wrong, or took more than it may, in one line each."""
     lines = [
-        f"scan: {row['backend']}, {row['mode']}: {row['reason']}"
-        for row in rows
+        f"{name}: {row['backend']}, {row['mode']}: {row['reason']}"
+        for name in ("scan", "growth")
+        for row in sections.get(name, {}).get("rows", ())
         if row["status"] == "failed"
     ]
     for name in ("codec", "large"):
@@ -552,8 +530,8 @@ def failures(sections: Section) -> list[str]:
     return lines
 
 
-def picture_size(text: str) -> tuple[int, int]:
-    """A size written as WIDTHxHEIGHT, for argparse."""
+def image_size(text: str) -> tuple[int, int]:
+    """Read a size written as WIDTHxHEIGHT, for argparse."""
     try:
         width, height = map(profile_scan.count, text.split("x"))
     except ValueError:
@@ -571,19 +549,19 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="*",
         choices=SECTIONS,
         metavar="SECTION",
-        help=f"of {', '.join(SECTIONS)}; none to write the page again",
+        help=f"of {', '.join(SECTIONS)}; none to write the table again",
     )
     add("--json", type=profile_scan.output, help="results, which are kept where not renewed")
-    add("--markdown", type=profile_scan.output, help="write the page here")
+    add("--markdown", type=profile_scan.output, help="write the table here")
     add("--threads", type=profile_scan.count, help="torch threads (default: torch's choice)")
     add("--repeats", type=profile_scan.count, default=5, help="of each, at most (default: 5)")
     add(
         "--seconds",
         type=profile_scan.positive,
         default=5.0,
-        help=f"measured time after which {MIN_REPEATS} repeats are enough (default: 5)",
+        help=f"after which {profile_scan.MIN_REPEATS} repeats are enough (default: 5)",
     )
-    add("--large-size", type=picture_size, metavar="WxH", help="default: 6000x4000")
+    add("--large-size", type=image_size, metavar="WxH", help="default: 6000x4000")
     add("--quick", action="store_true", help="tiny sizes, to see whether everything runs")
     return parser
 
@@ -591,14 +569,14 @@ def build_parser() -> argparse.ArgumentParser:
 SECTIONS: dict[str, Callable[[Plan, Settings], Section]] = {
     "scan": lambda plan, settings: measure_scan(plan.scan, settings),
     "growth": measure_growth,
-    "codec": lambda plan, settings: measure_codec(plan.pictures, plan.models, settings),
+    "codec": lambda plan, settings: measure_codec(plan.sizes, plan.models, settings),
     "startup": lambda plan, settings: measure_startup(plan.startup, settings.repeats),
     "large": lambda plan, settings: measure_large(plan.large, settings, LARGE_LIMITS),
 }
 
 
 def read_sections(path: Path | None) -> Section:
-    """The sections of an earlier run; none where there is no such file."""
+    """Return the sections of an earlier run; none where there is no such file."""
     if path is None or not path.exists():
         return {}
     return json.loads(path.read_text())["sections"]
@@ -627,14 +605,20 @@ def main(argv: list[str] | None = None) -> int:
             kept = f"the sections before it are in {args.json}" if args.json else "nothing is kept"
             print(f"interrupted in {name}; {kept}", file=sys.stderr)
             return 130
-        sections[name] = {"meta": provenance(argv, args.quick), **section}
+        meta = {
+            **of_run("bench_cpu.py", argv),
+            "system": f"{platform.system()} {platform.release()}",
+            "versions": versions(*profile_scan.MEASURED_WITH),
+            "quick": args.quick,
+        }
+        sections[name] = {"meta": meta, **section}
         if args.json:  # after each section: what was measured is kept, whatever ends the run
             report = {"sections": sections}
             write_atomically(args.json, (json.dumps(report, indent=1) + "\n").encode())
+    text = to_markdown(sections)
     if args.markdown:
-        write_atomically(args.markdown, to_markdown(sections).encode())
-    for goal in goals(sections):
-        print(goal.line())
+        write_atomically(args.markdown, text.encode())
+    print(text)
     failed = failures({name: sections[name] for name in asked})
     for line in failed:
         print(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""How fast training goes with each scan backend, and where its time goes.
+"""Benchmark training throughput with each scan backend, and where the time goes.
 
     python tools/bench_training.py --json training.json --markdown training.md
     python tools/bench_training.py photos --config small --backends chunked triton --device cuda
@@ -49,7 +49,7 @@ def default_sizes(backend: str) -> list[tuple[int, int]]:
 def measure(
     backend: str, crop: int, batch: int, photographs: Path, args: argparse.Namespace
 ) -> dict[str, Any] | None:
-    """One row of the result; None where the training failed, which has then said why."""
+    """Return one row of the result; None where the training failed, with its stderr shown."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, str(HERE / "train.py"), "--data", str(photographs)),
@@ -81,36 +81,30 @@ def measure(
 
 
 def write_photographs(folder: Path, crop: int) -> None:
-    """What ships as photographs from which crops can be cut: one to train on, one to hold out."""
+    """Write the bundled photograph, mirrored, as one image to train on and one to hold out."""
     for name, side in (("a.png", 2 * crop), ("b.png", 3 * crop)):
         write_png(folder / name, photograph(side, side))
 
 
 def page(rows: list[dict[str, Any]], made: dict[str, Any]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as a Markdown table."""
     names = [*rows[0]["share"], *rows[0]["share_of_operators"]]
-    lines = [
-        "# How fast training goes",
-        "",
-        f"`{made['config']}`, {made['precision']}, {made.get('gpu', 'CPU')}; images per second of "
-        f"training over {rows[0]['steps']} steps, share of each part in the time, and share of "
-        f"each part of the model in the time of operators. {in_words(made)}",
-        "",
-        markdown_table(
-            ("backend", "crops", "images/s", *names), map(_cells, rows), figures=1 + len(names)
-        ),
+    cells = [
+        [
+            f"`{row['backend']}`",
+            f"{row['batch']} of {row['crop']}x{row['crop']}",
+            f"{row['images_per_second']:.2f}",
+            *(f"{s:.0%}" for s in (*row["share"].values(), *row["share_of_operators"].values())),
+        ]
+        for row in rows
     ]
-    return "\n".join(lines) + "\n"
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    shares = [*row["share"].values(), *row["share_of_operators"].values()]
-    return [
-        f"`{row['backend']}`",
-        f"{row['batch']} of {row['crop']}x{row['crop']}",
-        f"{row['images_per_second']:.2f}",
-        *(f"{share:.0%}" for share in shares),
-    ]
+    heading = ("backend", "crops", "images/s", *names)
+    return (
+        f"# Training throughput\n\n`{made['config']}`, {made['precision']}, "
+        f"{made.get('gpu', 'CPU')}, over {rows[0]['steps']} steps; shares of the time, then of the "
+        f"time of operators. {in_words(made)}\n\n"
+        f"{markdown_table(heading, cells, figures=1 + len(names))}\n"
+    )
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -119,13 +113,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     cuda = torch.cuda.is_available()
-    usual = ["chunked", "triton"] if cuda else ["chunked", "reference"]
+    usual = ["chunked", "triton" if cuda else "reference"]
     add("photographs", type=Path, nargs="?", help="folder to train on")
     add("--config", default="tiny", help="which model (default: tiny)")
     add("--backends", nargs="+", choices=BACKENDS, default=usual, help=f"default: {usual}")
     add(
         "--sizes",
         nargs="+",
+        type=_size,
         metavar="CROPxBATCH",
         help="default: 128x8, and but for `reference` 512x2",
     )
@@ -136,16 +131,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.photographs and not args.photographs.is_dir():
         parser.error(f"{str(args.photographs)!r} must be a folder of photographs")
-    try:
-        args.sizes = [_size(text) for text in args.sizes or ()]
-    except ValueError:
-        parser.error(f"--sizes must be CROPxBATCH, for instance 128x8, got {args.sizes}")
     return args
 
 
 def _size(text: str) -> tuple[int, int]:
-    crop, batch = map(int, text.split("x"))
-    return crop, batch
+    crop, _, batch = text.partition("x")
+    return int(crop), int(batch)
 
 
 def main(argv: list[str] | None = None) -> int:

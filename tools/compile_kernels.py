@@ -1,4 +1,4 @@
-"""What the Triton kernels become: compiled ahead of time, without a GPU, and counted.
+"""Compile the Triton kernels ahead of time for GPUs that are absent; count and predict.
 
     python tools/compile_kernels.py                            model and benchmark, three targets
     python tools/compile_kernels.py --scans all --jobs 2 --json
@@ -6,11 +6,12 @@
 
 What is compiled is what is dispatched: the launch code of `cmamba_ref.kernels` runs on tensors
 without memory while its kernels are replaced by recorders, and every variant that it asks for is
-compiled with the types and options that it asked for.
+compiled with the types and options that it asked for.  No kernel runs, so nothing is measured.
 
-The unit of all counts is the elt: one position, channel, state and direction. The lanes of a warp
+The unit of all counts is the elt: one position, channel, state and direction.  The lanes of a warp
 work on different elts, so that I instructions in a loop body of S steps come to
-I / (S N BLOCK_D / 32) instructions per elt (with 64 for 32 on gfx942).
+I / (S N BLOCK_D / 32) instructions per elt.  For gfx942 loops are not counted, only registers,
+spills and shared memory.
 """
 
 from __future__ import annotations
@@ -32,17 +33,28 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from markdown_table import markdown_table
+from profile_scan import (
+    BOTH,
+    DTYPES,
+    FORWARD,
+    Gpu,
+    Shape,
+    count,
+    floor_seconds,
+    model_cases,
+    output,
+)
+from provenance import versions
 from torch import Tensor
 
 from cmamba_ref.atomic_write import write_atomically
-from cmamba_ref.config import CONFIGS
 from cmamba_ref.nn.ss2d import DIRECTIONS
 
 KERNELS = (
@@ -52,15 +64,11 @@ KERNELS = (
     "chunk_state_bwd",
     "chunk_scan_bwd",
 )
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
+KERNEL_MODULES = ("cmamba_ref.kernels.chunk_scan_fwd", "cmamba_ref.kernels.chunk_scan_bwd")
+TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-# The scans.
+# ---------------------------------------------------------------- the scans
 
 
 @dataclass(frozen=True)
@@ -82,10 +90,20 @@ class MapScan:
     height: int = 128
     width: int = 128
 
+    @classmethod
+    def of(cls, shape: Shape, dtype: str = "fp32", images: int = 1) -> MapScan:
+        """Return the scan of one map of a shape, or of `images` such maps."""
+        sizes = (images, shape.height, shape.width)
+        return cls(shape.states, shape.rank, shape.channels, dtype, *sizes)
+
+    @property
+    def shape(self) -> Shape:
+        sizes = (self.images, self.height, self.width, self.channels, self.n, self.rank)
+        return Shape(*sizes)
+
     def to_launch(self, launch: ModuleType) -> Any:
-        """The `launch.Scan` of this scan, on the meta device."""
-        new = functools.partial(torch.empty, dtype=DTYPES[self.dtype], device="meta")
-        real = functools.partial(new, dtype=_compute_dtype(self.dtype))
+        """Return the `launch.Scan` of this scan, on the meta device."""
+        new, real = _allocators(self.dtype)
         position = (self.images, self.height, self.width)
         projections = new(*position, DIRECTIONS, self.rank + 2 * self.n)
         return launch.Scan(
@@ -127,9 +145,8 @@ class SequenceScan:
     length: int = 4096
 
     def to_launch(self, launch: ModuleType) -> Any:
-        """The `launch.Scan` of this scan, on the meta device."""
-        new = functools.partial(torch.empty, dtype=DTYPES[self.dtype], device="meta")
-        real = functools.partial(new, dtype=_compute_dtype(self.dtype))
+        """Return the `launch.Scan` of this scan, on the meta device."""
+        new, real = _allocators(self.dtype)
         position = (self.images, 1, self.length)
         varying, constant = (*position, self.groups, self.n), (self.n, self.channels)
         return launch.Scan(
@@ -150,11 +167,50 @@ class SequenceScan:
 Scan = MapScan | SequenceScan
 
 
-def _compute_dtype(name: str) -> torch.dtype:
-    return torch.promote_types(DTYPES[name], torch.float32)
+def _allocators(dtype: str) -> list[functools.partial[Tensor]]:
+    """Return makers of meta tensors of an I/O type and of the compute type that goes with it."""
+    compute = torch.promote_types(DTYPES[dtype], torch.float32)
+    return [
+        functools.partial(torch.empty, dtype=d, device="meta") for d in (DTYPES[dtype], compute)
+    ]
 
 
-# What a scan dispatches.
+BENCHMARK_SCANS = [MapScan(n, 12, 192, images=b) for b in (1, 8) for n in (1, 4, 8, 16)]
+MODEL_SCANS = [*BENCHMARK_SCANS, *(MapScan.of(case.shape) for case in model_cases(768, 512))]
+# Every kernel; both kinds of scan; sizes that fill their power of two and sizes that do not.
+QUICK_SCANS = [
+    MapScan(16, 12, 192),
+    MapScan(3, 20, 100, "bf16"),
+    SequenceScan(8, 40, gate=True, softplus=False, c_constant=True),
+]
+
+
+def all_scans() -> list[Scan]:
+    """Return scans of every type, flag and block of channels, and N and R of every kind.
+
+    A kernel sees N and R as a power of two and a mask: 3, 12 and 20 are there for the masks.
+    """
+    flags = list(itertools.product((False, True), repeat=4))
+    return [
+        *itertools.starmap(MapScan, itertools.product((1, 3, 8, 16, 32), (1, 12), (128, 40, 20))),
+        *(
+            MapScan(n, r, 100, dtype)
+            for n, r, dtype in itertools.product((2, 12, 32), (8, 20, 64), ("fp32", "bf16", "fp64"))
+        ),
+        *(
+            SequenceScan(n, 100, dtype, 1, *flag)
+            for n, dtype, flag in itertools.product((2, 8, 32), ("fp32", "bf16", "fp64"), flags)
+        ),
+        *(SequenceScan(n, d) for n in (4, 16) for d in (128, 64, 32, 40, 20)),
+        *MODEL_SCANS,
+        *QUICK_SCANS,
+    ]
+
+
+SCANS = {"model": lambda: MODEL_SCANS, "quick": lambda: QUICK_SCANS, "all": all_scans}
+
+
+# ---------------------------------------------------------------- what a scan dispatches
 
 
 @dataclass(frozen=True)
@@ -198,16 +254,6 @@ class Variant:
     def __str__(self) -> str:
         constants = " ".join(f"{name}={int(value)}" for name, value in self.constants)
         return f"{self.kernel} {self.io} {constants}"
-
-    def replaced(self, types: dict[str, str] | None = None, **constants: int) -> Variant:
-        """This variant with other types (by the old type) and constants."""
-        changed = {k: constants.get(k, v) for k, v in self.constants}
-        renamed = types or {}
-        return replace(
-            self,
-            types=tuple((name, renamed.get(old, old)) for name, old in self.types),
-            constants=tuple(changed.items()),
-        )
 
 
 @dataclass(frozen=True)
@@ -264,14 +310,6 @@ class Launch:
 def _launch_module() -> ModuleType:
     """`cmamba_ref.kernels.launch`. Compiling needs that triton's interpreter was off before it."""
     return importlib.import_module("cmamba_ref.kernels.launch")
-
-
-TYPE_NAMES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float64: "fp64",
-}
 
 
 class _Recorder:
@@ -336,126 +374,7 @@ def variants(scans: Iterable[Scan]) -> list[Variant]:
     return list(dict.fromkeys(launch.variant for scan in scans for launch in record(scan)))
 
 
-# Which scans there are.
-
-
-def _model_scans() -> list[MapScan]:
-    """The scans of every stage of every configuration for a picture of 768x512."""
-    scans = []
-    for config in CONFIGS.values():
-        for stage, (width, has_scan) in enumerate(
-            zip(config.widths, config.stages_with_scan, strict=True), start=1
-        ):
-            if has_scan:
-                scans.append(
-                    MapScan(
-                        n=config.d_state,
-                        rank=math.ceil(width / 16),
-                        channels=round(config.ssm_ratio * width),
-                        height=512 >> stage,
-                        width=768 >> stage,
-                    )
-                )
-    return list(dict.fromkeys(scans))
-
-
-BENCHMARK_SCANS = [MapScan(n, 12, 192, images=b) for b in (1, 8) for n in (1, 4, 8, 16)]
-MODEL_SCANS = [*_model_scans(), *BENCHMARK_SCANS]
-# Every kernel; both kinds of scan; sizes that fill their power of two and sizes that do not.
-QUICK_SCANS = [
-    MapScan(16, 12, 192),
-    MapScan(3, 20, 100, "bf16"),
-    SequenceScan(8, 40, gate=True, softplus=False, c_constant=True),
-]
-
-# Sizes that are compiled. A kernel sees a power of two and a mask: what is not listed here is
-# represented by the power of two above, and 3, 12 and 20 are there for the masks.
-STATES = (1, 2, 3, 4, 8, 12, 16, 32)
-RANKS = (1, 2, 4, 8, 12, 16, 20, 32, 64)
-# Fewer, for all but the forward of a map in fp32. They have the channel blocks of those that they
-# stand for.
-COARSE_STATES = (2, 4, 8, 16, 32)
-COARSE_RANKS = (8, 16, 32, 64)
-USUAL_STATES = 16  # the N for which all RANKS are compiled
-# Channels that give each block that there is, as multiples of 16 and not.
-WIDTHS = (128, 64, 32, 100, 40, 20)
-WIDEST = 100  # gives the largest block that N and R allow
-
-
-def all_scans() -> list[Scan]:
-    """Scans that dispatch every variant there is, up to `representative`."""
-    maps = [MapScan(n, r, d) for n, r, d in itertools.product(STATES, RANKS, WIDTHS)]
-    coarse = itertools.product(COARSE_STATES, COARSE_RANKS, WIDTHS, ("bf16", "fp64"))
-    maps += [MapScan(n, r, d, dtype) for n, r, d, dtype in coarse]
-    usual = itertools.product(COARSE_STATES, WIDTHS, (False, True))
-    sequences = [SequenceScan(n, d, gate=gate) for n, d, gate in usual]
-    for n, dtype in itertools.product(COARSE_STATES, ("fp32", "bf16", "fp64")):
-        sequences += [
-            SequenceScan(n, WIDEST, dtype, 1, *flags)
-            for flags in itertools.product((False, True), repeat=4)
-        ]
-    return [*maps, *sequences]
-
-
-def representative(variant: Variant) -> Variant:
-    """The variant that is compiled for this one in the long test.
-
-    - N and R: themselves if listed in STATES and RANKS, else the power of two above, in the forward
-      of maps in fp32, R only with N = 16; else in COARSE_STATES and COARSE_RANKS. In
-      chunk_scan_bwd, where R has a part only in the first of two loops, always the largest R.
-    - fp16 is represented by bf16, which is converted at the same places.
-    - Sequences: with unusual flags (B or C constant, or no softplus) all types are represented by
-      fp32. With these, and in other types than fp32, all blocks are represented by the largest, and
-      channels in multiples of 16 by others, of which the compiler knows less.
-    """
-    if variant.kernel == "state_passing":
-        listed = STATES if variant.real == "fp32" else COARSE_STATES
-        return variant.replaced(N=_bucket(variant.constant("N"), listed))
-    variant = variant.replaced({"*fp16": "*bf16"})
-    usual = bool(variant.constant("SOFTPLUS")) and not any(
-        variant.constant(flag) for flag in ("B_CONSTANT", "C_CONSTANT")
-    )
-    if not usual:
-        variant = variant.replaced({f"*{name}": "*fp32" for name in DTYPES})
-    fine = variant.is_map and variant.io == "fp32"
-    n = _bucket(variant.constant("N"), STATES if fine else COARSE_STATES)
-    if variant.is_map:
-        fine = fine and variant.kernel != "chunk_state_bwd" and n == USUAL_STATES
-        r = _bucket(variant.constant("RANK"), RANKS if fine else COARSE_RANKS)
-        if variant.kernel == "chunk_scan_bwd":
-            r = COARSE_RANKS[-1]
-        return variant.replaced(
-            N=n, BLOCK_N=_next_power_of_2(n), RANK=r, BLOCK_R=_next_power_of_2(r)
-        )
-    variant = variant.replaced(N=n, BLOCK_N=n)
-    if usual and variant.io == "fp32":
-        return variant
-    return variant.replaced(BLOCK_D=_widest_block(variant), ALIGNED=False)
-
-
-def _widest_block(variant: Variant) -> int:
-    """The largest block of a kernel of a sequence."""
-    plan = _launch_module().plan(1, 1, WIDEST, 1, variant.constant("N"), 0, DTYPES[variant.real])
-    return plan.backward_block if variant.kernel == "chunk_scan_bwd" else plan.block
-
-
-def _bucket(value: int, listed: Sequence[int]) -> int:
-    """The value itself where it is listed, else the power of two above."""
-    power = max(listed[0], _next_power_of_2(value))
-    return value if value in listed else power
-
-
-def _next_power_of_2(x: int) -> int:
-    return 1 << (x - 1).bit_length()
-
-
-def all_variants() -> list[Variant]:
-    """What the long test compiles, with what the models and the benchmarks dispatch."""
-    chosen = [representative(variant) for variant in variants(all_scans())]
-    return list(dict.fromkeys([*chosen, *variants([*MODEL_SCANS, *QUICK_SCANS])]))
-
-
-# Compiling.
+# ---------------------------------------------------------------- compiling
 
 
 @dataclass(frozen=True)
@@ -480,8 +399,7 @@ class Loop:
 
     Attributes:
         steps: positions that one pass of the body does.
-        instructions, exps, special: all; `MUFU.EX2` (gfx942: `v_exp_f32`); all of the special
-            function unit.
+        instructions, exps, special: all; `MUFU.EX2`; all of the special function unit.
         wide_loads: from global memory, of 128 bits.
         local: loads from and stores to the stack: spilled registers.
     """
@@ -496,7 +414,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Report:
-    """What a variant became.
+    """A compiled variant.
 
     Attributes:
         registers: per lane.
@@ -505,7 +423,7 @@ class Report:
         shared: bytes of shared memory.
         exps_in_ptx: exponentials of the whole kernel before ptxas unrolls loops; cuda only.
         loops: over positions, in the order of the code; of chunk_scan_bwd the sweep forward and
-            the main loop, of the other kernels one.
+            the main loop, of the other kernels one.  Empty for gfx942.
     """
 
     variant: Variant
@@ -517,10 +435,14 @@ class Report:
     exps_in_ptx: int
     loops: tuple[Loop, ...]
 
+    def per_step(self, count: str) -> float:
+        """Return a count of `Loop` per step of a warp, summed over the loops."""
+        return sum(getattr(loop, count) / loop.steps for loop in self.loops)
+
     def per_elt(self, count: str) -> float:
-        """A count of `Loop` per elt, summed over the loops."""
-        per_step = sum(getattr(loop, count) / loop.steps for loop in self.loops)
-        return per_step / _elts_of_lane(self.variant, TARGETS[self.target].lanes)
+        """Return a count of `Loop` per lane and elt; of the carry, per chunk and feature."""
+        rows = self.variant.constant("CHUNKS" if self.variant.kernel == "state_passing" else "N")
+        return self.per_step(count) * WARP / (rows * self.variant.constant("BLOCK_D"))
 
     @property
     def warps(self) -> int:
@@ -528,31 +450,15 @@ class Report:
 
         Each of its four parts has 16384 registers, and a warp takes multiples of 256.
         """
-        per_warp = math.ceil(self.registers * 32 / 256) * 256
+        per_warp = math.ceil(self.registers * WARP / 256) * 256
         return min(32, 4 * (16384 // per_warp))
 
 
-def _elts_of_lane(variant: Variant, lanes: int) -> float:
-    """Elts of a step per lane; of the carry, pairs of a chunk and a feature."""
-    rows = variant.constant("CHUNKS" if variant.kernel == "state_passing" else "N")
-    return rows * variant.constant("BLOCK_D") / lanes
-
-
-def exps_of_step(variant: Variant, lanes: int) -> float:
-    """Exponentials per lane in one step: one per state, and those of softplus and gate.
-
-    In chunk_scan_bwd: of its loop forward.
-    """
-    block = variant.constant("BLOCK_D")
-    per_channel = variant.constant("SOFTPLUS")
-    if variant.kernel != "chunk_scan_bwd":
-        per_channel += variant.constant("GATE")
-    channels = max(1, block // lanes)
-    return variant.constant("BLOCK_N") * block / lanes + per_channel * channels
+WARP = 32
 
 
 def compile_variant(variant: Variant, target: str) -> Report:
-    """Compiles a variant for a target and reads its machine code.
+    """Compile a variant for a target and read its machine code.
 
     Raises:
         RuntimeError: it does not compile, or triton's interpreter is on.
@@ -566,19 +472,32 @@ def compile_variant(variant: Variant, target: str) -> Report:
         found = compiled(variant, TARGETS[target])
     except Exception as error:
         raise RuntimeError(f"{variant} does not compile for {target}: {error}") from error
-    read = _read_cuda if TARGETS[target].backend == "cuda" else _read_hip
-    return read(variant, target, found)
+    shared = found.metadata.shared
+    if TARGETS[target].backend == "hip":
+        keys = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+        used = [int(_search(rf"\.{key}:\s*(\d+)", found.asm["amdgcn"])[1]) for key in keys]
+        return Report(variant, target, used[0], used[1], used[2], shared, 0, ())
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(found.asm["cubin"])
+        file.flush()
+        usage = _nvidia_tool("cuobjdump", "-res-usage", file.name)
+        sass = _nvidia_tool("nvdisasm", "-c", file.name)
+    registers, stack = map(int, _search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    spilled = len(re.findall(COUNTED["local"], sass))
+    exps = len(re.findall(r"ex2\.approx", found.asm["ptx"]))
+    loops = _step_loops(variant, sass)
+    return Report(variant, target, registers, stack, spilled, shared, exps, loops)
 
 
 def compiled(variant: Variant, target: Target) -> Any:
-    """The variant as triton compiles it; it stays in triton's cache, where a launch finds it."""
+    """Return the variant as triton compiles it; a launch finds it in triton's cache."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     function = next(
         getattr(module, variant.kernel)
-        for module in map(importlib.import_module, _KERNEL_MODULES)
+        for module in map(importlib.import_module, KERNEL_MODULES)
         if hasattr(module, variant.kernel)
     )
     types, constants = dict(variant.types), dict(variant.constants)
@@ -602,130 +521,60 @@ def compiled(variant: Variant, target: Target) -> Any:
     )
 
 
-_KERNEL_MODULES = ("cmamba_ref.kernels.chunk_scan_fwd", "cmamba_ref.kernels.chunk_scan_bwd")
+def compile_all(chosen: Sequence[Variant], targets: Sequence[str], jobs: int) -> list[Report]:
+    """Return reports of all variants on all targets, from processes without the interpreter."""
+    work = list(itertools.product(chosen, targets))
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
+        return list(pool.map(compile_variant, *zip(*work, strict=True)))
 
 
-# Reading machine code.
+# ---------------------------------------------------------------- reading machine code
 
-
-@dataclass(frozen=True)
-class Dialect:
-    """Patterns of an assembler language, matched against single instructions.
-
-    Attributes:
-        exp: the exponential.
-        special: what the special function unit does.
-        work: an instruction that every loop over positions has, and no other loop.
-        branch, label, instruction: matched against lines, with what they name as a group.
-    """
-
-    exp: str
-    special: str
-    wide_load: str
-    local: str
-    work: str
-    branch: str
-    label: str
-    instruction: str
-
-
-SASS = Dialect(
-    exp=r"MUFU\.EX2",
-    special=r"MUFU\.",
-    wide_load=r"LDG\.\S*128",
-    local=r"(LDL|STL)\b",
-    work=r"MUFU\.EX2|DFMA",
-    branch=r"BRA.*?(\.L_\w+)",
-    label=r"\s*(\.L_\w+):",
-    instruction=r".*/\*[0-9a-f]{4,}\*/\s+(.*?);",
-)
-GCN = Dialect(
-    exp=r"v_exp_f32",
-    special=r"v_(exp|rcp|rsq|log|sqrt)_f",
-    wide_load=r"(global|buffer)_load_dwordx4",
-    local=r"scratch_(load|store)",
-    work=r"v_exp_f32|v_fma_f64",
-    branch=r"s_c?branch\S*\s+(\.LBB\w+)",
-    label=r"(\.LBB\w+):",
-    instruction=r"\t([a-z]\w+[^;]*)",
-)
-
-
-def _read_cuda(variant: Variant, target: str, compiled: Any) -> Report:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _nvidia_tool("cuobjdump", "-res-usage", file.name)
-        sass = _nvidia_tool("nvdisasm", "-c", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump tells no registers of {variant}: {usage}")
-    registers, stack = map(int, found.groups())
-    return Report(
-        variant,
-        target,
-        registers,
-        stack,
-        _matching(sass.splitlines(), SASS.local),
-        compiled.metadata.shared,
-        len(re.findall(r"ex2\.approx", compiled.asm["ptx"])),
-        _step_loops(variant, TARGETS[target].lanes, sass, SASS),
-    )
+# Of `Loop`, matched against single instructions.
+COUNTED = {
+    "instructions": r"",
+    "exps": r"MUFU\.EX2",
+    "special": r"MUFU\.",
+    "wide_loads": r"LDG\.\S*128",
+    "local": r"\b(?:LDL|STL)\b",
+}
+WORK = r"MUFU\.EX2|DFMA"  # every loop over positions has it, and no other loop
 
 
 def _nvidia_tool(name: str, *arguments: str) -> str:
-    """Output of a tool that comes with triton."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run(
-        [str(tool), *arguments], capture_output=True, text=True, check=True
-    ).stdout
+    """Return the output of a tool that comes with triton."""
+    package = Path(importlib.import_module("triton").__path__[0])
+    command = [str(package / "backends" / "nvidia" / "bin" / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _read_hip(variant: Variant, target: str, compiled: Any) -> Report:
-    text = compiled.asm["amdgcn"]
-
-    def metadata(key: str) -> int:
-        return int(re.findall(rf"\.{key}:\s*(\d+)", text)[0])
-
-    return Report(
-        variant,
-        target,
-        metadata("vgpr_count"),
-        metadata("private_segment_fixed_size"),
-        metadata("vgpr_spill_count"),
-        compiled.metadata.shared,
-        0,
-        _step_loops(variant, TARGETS[target].lanes, text.split(".Lfunc_end")[0], GCN),
-    )
-
-
-def _parse(text: str, dialect: Dialect) -> tuple[list[str], dict[str, int]]:
-    """Instructions in their order, and for each label the number of the one that it stands at."""
-    code: list[str] = []
-    labels = {}
-    for line in text.splitlines():
-        if found := re.match(dialect.label, line):
-            labels[found[1]] = len(code)
-        elif found := re.match(dialect.instruction, line):
-            code.append(found[1].strip())
-    return code, labels
+def _search(pattern: str, text: str) -> re.Match[str]:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"there is no {pattern} in {text:.500}")
+    return found
 
 
 def _matching(code: Iterable[str], pattern: str) -> int:
     return sum(re.search(pattern, instruction) is not None for instruction in code)
 
 
-def innermost_loops(text: str, dialect: Dialect) -> list[list[str]]:
-    """Bodies of the loops over positions that contain no other one, in the order of the code."""
-    code, labels = _parse(text, dialect)
+def innermost_loops(sass: str) -> list[list[str]]:
+    """Return the bodies of the loops over positions that contain no other one, in order."""
+    code: list[str] = []
+    labels: dict[str, int] = {}  # number of the instruction that each stands at
+    for line in sass.splitlines():
+        if found := re.match(r"\s*(\.L_\w+):", line):
+            labels[found[1]] = len(code)
+        elif found := re.match(r".*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(found[1].strip())
     ends: dict[int, int] = {}  # of the loops, by their begin
     for index, instruction in enumerate(code):
-        found = re.search(dialect.branch, instruction)
+        found = re.search(r"BRA.*?(\.L_\w+)", instruction)
         if found and labels.get(found[1], len(code)) < index:
             ends[labels[found[1]]] = index + 1
-    loops = [loop for loop in sorted(ends.items()) if _matching(code[slice(*loop)], dialect.work)]
+    loops = [loop for loop in sorted(ends.items()) if _matching(code[slice(*loop)], WORK)]
     return [
         code[begin:end]
         for begin, end in loops
@@ -733,60 +582,52 @@ def innermost_loops(text: str, dialect: Dialect) -> list[list[str]]:
     ]
 
 
-def _step_loops(variant: Variant, lanes: int, text: str, dialect: Dialect) -> tuple[Loop, ...]:
-    """The loops over positions.
+def loop_of(body: list[str], steps: int) -> Loop:
+    return Loop(steps, **{name: _matching(body, pattern) for name, pattern in COUNTED.items()})
+
+
+def _step_loops(variant: Variant, sass: str) -> tuple[Loop, ...]:
+    """Return the loops over positions.
 
     An assembler that unrolls a loop leaves another for the remaining steps. Of these the one with
     the most steps counts, which does nearly all of the work.
     """
-    bodies = innermost_loops(text, dialect)
+    bodies = innermost_loops(sass)
     main = ()
     if variant.kernel == "chunk_scan_bwd":
         main_body = max(bodies, key=len)
         bodies.remove(main_body)
-        main = (loop_of(main_body, variant.constant("RECOMPUTE_STEPS"), dialect),)
-    loops = [loop_of(body, _steps(variant, lanes, body, dialect), dialect) for body in bodies]
+        main = (loop_of(main_body, variant.constant("RECOMPUTE_STEPS")),)
+    loops = [loop_of(body, _steps(variant, body)) for body in bodies]
     return (max(loops, key=lambda loop: (loop.steps, loop.instructions)), *main)
 
 
-def _steps(variant: Variant, lanes: int, body: list[str], dialect: Dialect) -> int:
-    """How many times an assembler has unrolled a loop, told from its exponentials.
+def _steps(variant: Variant, body: list[str]) -> int:
+    """Return how many times an assembler has unrolled a loop, told from its exponentials.
 
     In fp64 these are long software; such loops are not unrolled, nor is that of the carry.
     """
     if variant.kernel == "state_passing" or variant.real == "fp64":
         return 1
-    return max(1, round(_matching(body, dialect.exp) / exps_of_step(variant, lanes)))
+    return max(1, round(_matching(body, COUNTED["exps"]) / exps_of_step(variant)))
 
 
-def loop_of(body: list[str], steps: int, dialect: Dialect) -> Loop:
-    return Loop(
-        steps,
-        len(body),
-        *(
-            _matching(body, pattern)
-            for pattern in (dialect.exp, dialect.special, dialect.wide_load, dialect.local)
-        ),
-    )
+def exps_of_step(variant: Variant) -> float:
+    """Return exponentials per lane in one step: one per state, and those of softplus and gate.
+
+    In chunk_scan_bwd: of its loop forward.
+    """
+    block = variant.constant("BLOCK_D")
+    per_channel = variant.constant("SOFTPLUS")
+    if variant.kernel != "chunk_scan_bwd":
+        per_channel += variant.constant("GATE")
+    return variant.constant("BLOCK_N") * block / WARP + per_channel * max(1, block // WARP)
 
 
-def compile_all(chosen: Sequence[Variant], targets: Sequence[str], jobs: int) -> list[Report]:
-    """Reports of all variants on all targets, in processes that start without the interpreter."""
-    work = list(itertools.product(chosen, targets))
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
-        return list(pool.map(compile_variant, *zip(*work, strict=True)))
+# ---------------------------------------------------------------- bytes and times
 
-
-# Models: bytes and times.
-
-# An H200 as the models take it.
-MULTIPROCESSORS = 132
-CLOCK = 1.755e9  # Hz
+H200 = Gpu(bandwidth=4.3e12, sms=132, clock=1.755e9)  # as the predictions take it
 SCHEDULERS = 4  # of a multiprocessor, an instruction of a warp per clock each
-SPECIAL_PER_CLOCK = 16  # lanes per clock and multiprocessor
-FMA_PER_CLOCK = 128
-BANDWIDTH = 4.3e12  # bytes per second
 ISSUE_SHARE = 0.75  # of the peak issue rate
 
 
@@ -836,82 +677,43 @@ def _share(name: str, launch: Launch) -> float:
     return launch.share if name in _OF_DIRECTIONS else 1.0
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Seconds that a launch takes at least: by issued instructions, by the SFU, by bytes."""
+def predict(launch: Launch, report: Report) -> tuple[float, float, float]:
+    """Return the least seconds of a launch on an H200 by issue, special function unit and bytes.
 
-    issue: float
-    special: float
-    memory: float
-
-    @property
-    def seconds(self) -> float:
-        return max(self.issue, self.special, self.memory)
-
-
-def predict(launch: Launch, report: Report) -> Prediction:
-    """The model's times of a launch on an H200. Only the loops over positions are counted."""
-    per_step = {
-        count: sum(getattr(loop, count) / loop.steps for loop in report.loops)
-        for count in ("instructions", "special")
-    }
-    warps_per_second = MULTIPROCESSORS * CLOCK * SCHEDULERS * ISSUE_SHARE
-    lanes_per_second = MULTIPROCESSORS * CLOCK * SPECIAL_PER_CLOCK
-    return Prediction(
-        launch.steps * per_step["instructions"] / warps_per_second,
-        launch.steps * per_step["special"] * 32 / lanes_per_second,
-        traffic(launch) / BANDWIDTH,
-    )
-
-
-def floors(scan: MapScan) -> tuple[float, float]:
-    """Least seconds of a fused forward, and of forward and backward, whatever the kernels.
-
-    A pass per elt of exponentials, or of multiplications and additions, or the bytes of input and
-    output, in fp32, whichever takes longest.
+    Only the loops over positions are counted; the launch takes the largest of the three.
     """
-    positions = scan.images * scan.height * scan.width
-    channels = DIRECTIONS * positions * scan.channels
-    n, r = scan.n, scan.rank
-    special = MULTIPROCESSORS * CLOCK * SPECIAL_PER_CLOCK
-    fma = MULTIPROCESSORS * CLOCK * FMA_PER_CLOCK
-    size = 8 * positions * scan.channels + 4 * DIRECTIONS * positions * (r + 2 * n)
-    forward = max(channels * (n + 2) / special, channels * (4 * n + r + 8) / fma, size / BANDWIDTH)
-    both = max(
-        channels * (2 * n + 6) / special,
-        channels * (17 * n + 3 * r + 30) / fma,
-        3 * size / BANDWIDTH,
+    clocks = H200.sms * H200.clock
+    return (
+        launch.steps * report.per_step("instructions") / (clocks * SCHEDULERS * ISSUE_SHARE),
+        launch.steps * report.per_step("special") * WARP / (clocks * H200.exps),
+        traffic(launch) / H200.bandwidth,
     )
-    return forward, both
 
 
-# What is printed.
+# ---------------------------------------------------------------- output
 
 COLUMNS = (
-    *("kernel", "type", "N", "R", "block", "target", "registers", "stack", "in loop", "shared"),
-    *("instr/elt", "exp/elt", "128-bit loads", "warps/SM"),
+    *("kernel", "type", "N", "R", "block", "target", "registers", "stack", "spilled", "shared"),
+    *("in loop", "instr/elt", "exp/elt", "128-bit loads", "warps/SM"),
 )
 
 
 def report_row(report: Report) -> list[str]:
-    """The values of COLUMNS."""
-    constant = report.variant.constant
-    nvidia = TARGETS[report.target].backend == "cuda"
+    """Return the values of COLUMNS; "-" where gfx942 is not counted."""
+    variant, loops = report.variant, report.loops
     return [
-        report.variant.kernel + _flags(report.variant),
-        report.variant.io,
-        str(constant("N")),
-        str(constant("RANK") or "-"),
-        str(constant("BLOCK_D")),
+        variant.kernel + _flags(variant),
+        variant.io,
+        str(variant.constant("N")),
+        str(variant.constant("RANK") or "-"),
+        str(variant.constant("BLOCK_D")),
         report.target,
-        str(report.registers),
-        str(report.stack),
-        str(sum(loop.local for loop in report.loops)),
-        str(report.shared),
-        f"{report.per_elt('instructions'):.1f}",
-        f"{report.per_elt('exps'):.2f}",
-        str(sum(loop.wide_loads for loop in report.loops)),
-        str(report.warps) if nvidia else "-",
+        *map(str, (report.registers, report.stack, report.spilled, report.shared)),
+        str(sum(loop.local for loop in loops)) if loops else "-",
+        f"{report.per_elt('instructions'):.1f}" if loops else "-",
+        f"{report.per_elt('exps'):.2f}" if loops else "-",
+        str(sum(loop.wide_loads for loop in loops)) if loops else "-",
+        str(report.warps) if loops else "-",
     ]
 
 
@@ -926,238 +728,121 @@ def _flags(variant: Variant) -> str:
     return f" ({', '.join(shown)})" if shown else ""
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: names to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (header, *rows)
-    )
-
-
 def as_json(reports: Sequence[Report]) -> dict[str, Any]:
-    """Everything of the reports, with what the tables derive."""
-    return {
-        "versions": versions(),
-        "reports": [
-            {
-                **asdict(report),
-                "variant": {
-                    "kernel": report.variant.kernel,
-                    "types": dict(report.variant.types),
-                    "constants": dict(report.variant.constants),
-                    "options": dict(report.variant.options),
-                },
-                "instructions_per_elt": report.per_elt("instructions"),
-                "exps_per_elt": report.per_elt("exps"),
-                "warps": report.warps if TARGETS[report.target].backend == "cuda" else None,
-            }
-            for report in reports
-        ],
-    }
+    """Return everything of the reports."""
+    parts = ("types", "constants", "options")
+    found = []
+    for report in reports:
+        variant = {name: dict(getattr(report.variant, name)) for name in parts}
+        found.append(asdict(report) | {"variant": {"kernel": report.variant.kernel, **variant}})
+    return {"versions": versions("triton", "torch"), "reports": found}
 
 
-def versions() -> dict[str, str]:
-    """Of triton and of the assembler that comes with it."""
-    import triton
+NOTES = f"""\
+Counted in machine code, and times PREDICTED from it: nothing was measured. Instructions and \
+exponentials are per lane and elt (position, channel, state and direction), of the loops over \
+positions. "In loop": loads and stores of spilled registers there; "stack": bytes per lane; \
+"warps/SM": programs, one warp each, that the registers allow on an SM of an H100 or H200.
 
-    found = re.search(r"release (\S+), (V\S+)", _nvidia_tool("ptxas", "--version"))
-    return {
-        "triton": triton.__version__,
-        "torch": torch.__version__,
-        "ptxas": f"CUDA {found[1]} ({found[2]})" if found else "unknown",
-    }
-
-
-PAGE = """# What the kernels compile to
-
-Counted in machine code and predicted from it. **Nothing on this page was measured**: no kernel ran.
-
-Made by `{command}` with triton {triton}, ptxas of {ptxas}. \
-Do not edit: run the command again.
-
-An elt is one position, channel, state and direction. Instructions per elt are those of the loop \
-over positions (of `chunk_scan_bwd` its two loops, forward and main), per lane; exp are \
-`MUFU.EX2`. "In loop" are loads and stores of spilled registers in those loops, "stack" bytes per \
-lane. \
-"128-bit loads" are instructions in the loops. "Warps/SM" is how many programs, one warp each, the \
-registers allow on an SM of an H100 or H200, of at most 32.
-
-## The benchmark's shapes
-
-D 192, R 12, 128x128 positions.
-
-{benchmark}
-
-## Peers
-
-Counted for sm_90 in the same way: mamba-ssm forward 16.6 instructions per elt, backward about 71 \
-and about 2.2 fp32 atomic additions; VMamba's oflex forward 16.0. Both take copies of the map in \
-four directions; the passes that make and merge the copies are not in these counts.
-
-## Predicted times on an H200
-
-PREDICTED, not measured. For every launch the largest of three: instructions of the loops at \
-{issue:.0%} of the peak issue rate ({sms} SMs, 4 schedulers, {clock:.3f} GHz), lanes of the \
-special function unit at 16 per clock and SM, bytes at {bandwidth:.1f} TB/s; launches are added. \
-The bytes are those of the arguments: each tensor once per launch, checkpoints once written and \
-once read per direction. Not in the model: waiting for memory where few warps run, what stands \
-outside the loops, the time of a launch, and the products and sums in PyTorch that follow the \
-backward kernels. "Fill" is how many times the programs of a launch of `chunk_scan_fwd` \
-(forward) or `chunk_scan_bwd` (backward) fill all SMs; the further below 1, the further the time \
-is out of reach.
-
-The floor is that of any fused kernel: exponentials 4E(N+2) forward, 4E(2N+6) with backward; fp32 \
-operations 4E(4N+R+8) and 4E(17N+3R+30), at 128 per clock and SM; bytes of input and output, three \
-times with backward; E = B H W D.
-
-{predicted}
-
-### By kernel
-
-Sums over the launches of a kernel in forward and backward; bytes per elt of a launch.
-
-{launches}
-
-## The models' shapes
-
-Every stage of `base`, `small` and `tiny` with a scan, fp32.
-
-{models}
-"""
+Predictions are for an H200: of each launch the largest of instructions at {ISSUE_SHARE:.0%} of \
+the peak issue rate, lanes of the special function unit, and bytes of the arguments; launches are \
+added. Left out: waiting for memory, code outside the loops, launches, and the PyTorch operators \
+after the backward kernels. The floor is that of any fused kernel, see tools/profile_scan.py. \
+"Fill": how many times the programs of the last launch of forward or backward fill all SMs."""
 
 
-def page(reports: Sequence[Report], command: str) -> str:
-    """`benchmarks/kernels_static.md` from reports on sm_90 of MODEL_SCANS."""
+def page(scans: Sequence[Scan], reports: Sequence[Report], command: str) -> str:
+    """Return the tables of reports; with predictions for maps if there are reports on sm_90."""
+    parts = [
+        "# Static kernel analysis",
+        f"`{command}`, triton {versions('triton').get('triton')}.",
+        NOTES,
+        markdown_table(COLUMNS, map(report_row, reports), figures=len(COLUMNS) - 1),
+    ]
     of = {report.variant: report for report in reports if report.target == "sm_90"}
-    found = versions()
-    return PAGE.format(
-        command=command,
-        triton=found["triton"],
-        ptxas=found["ptxas"],
-        issue=ISSUE_SHARE,
-        sms=MULTIPROCESSORS,
-        clock=CLOCK / 1e9,
-        bandwidth=BANDWIDTH / 1e12,
-        benchmark=_report_table(of[v] for v in variants(BENCHMARK_SCANS)),
-        predicted=_predicted_table(of),
-        launches=_launch_table(of),
-        models=_report_table(of[v] for v in variants(_model_scans())),
+    maps = list(dict.fromkeys(scan for scan in scans if isinstance(scan, MapScan)))
+    if of and maps:
+        parts += [
+            "## Predicted times, µs",
+            _table(SCAN_COLUMNS, [_predicted_row(scan, of) for scan in maps]),
+            "## By kernel, forward and backward, µs",
+            _table(LAUNCH_COLUMNS, [row for scan in maps for row in _launch_rows(scan, of)]),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+SCAN_COLUMNS = ("shape", "N", "forward", "floor", "both", "floor", "fill fwd", "fill bwd")
+LAUNCH_COLUMNS = ("shape", "N", "kernel", "launches", "bytes/elt", "issue", "exp unit", "memory")
+
+
+def _table(columns: Sequence[str], rows: list[tuple[str | float, ...]]) -> str:
+    """Return a table; floats are rounded to one digit after the point below 10."""
+    cells = (
+        [f"{x:.{int(x < 10)}f}" if isinstance(x, float) else str(x) for x in row] for row in rows
     )
+    return markdown_table(columns, cells, figures=len(columns) - 1)
 
 
-def _report_table(reports: Iterable[Report]) -> str:
-    return markdown_table(COLUMNS, map(report_row, reports), figures=len(COLUMNS) - 1)
-
-
-def _microseconds(seconds: float) -> str:
-    return f"{seconds * 1e6:.0f}"
-
-
-def _halves(scan: Scan) -> tuple[list[Launch], list[Launch]]:
-    """Launches of the forward and of the backward."""
+def _predicted_row(scan: MapScan, of: dict[Variant, Report]) -> tuple[str | float, ...]:
     launches = record(scan)
     outputs = [launch.variant.kernel == "chunk_scan_fwd" for launch in launches]
-    begin = len(outputs) - outputs[::-1].index(True)
-    return launches[:begin], launches[begin:]
+    begin = len(outputs) - outputs[::-1].index(True)  # of the backward
+    forward, backward = (
+        1e6 * sum(max(predict(launch, of[launch.variant])) for launch in half)
+        for half in (launches[:begin], launches[begin:])
+    )
+    floors = [1e6 * floor_seconds(scan.shape, mode, 4, H200) for mode in (FORWARD, BOTH)]
+    fills = [
+        last.programs / (H200.sms * of[last.variant].warps)
+        for last in (launches[begin - 1], launches[-1])
+    ]
+    return (*_names(scan), forward, floors[0], forward + backward, floors[1], *fills)
 
 
-def _predicted_table(of: dict[Variant, Report]) -> str:
-    header = ["shape", "N", "forward", "floor", "forward+backward", "floor", "fill fwd", "fill bwd"]
-    rows = []
-    for scan in BENCHMARK_SCANS:
-        halves = _halves(scan)
-        forward, backward = (
-            sum(predict(launch, of[launch.variant]).seconds for launch in half) for half in halves
-        )
-        floor_forward, floor_both = floors(scan)
-        fills = [
-            launches[-1].programs / (MULTIPROCESSORS * of[launches[-1].variant].warps)
-            for launches in halves
-        ]
-        rows.append(
-            [
-                f"B{scan.images} {scan.height}x{scan.width} D{scan.channels}",
-                str(scan.n),
-                f"{_microseconds(forward)} µs",
-                f"{_microseconds(floor_forward)} µs",
-                f"{_microseconds(forward + backward)} µs",
-                f"{_microseconds(floor_both)} µs",
-                *(f"{fill:.1f}" for fill in fills),
-            ]
-        )
-    return markdown_table(header, rows, figures=len(header) - 1)
+def _launch_rows(scan: MapScan, of: dict[Variant, Report]) -> Iterator[tuple[str | float, ...]]:
+    launches = record(scan)
+    for kernel in dict.fromkeys(launch.variant.kernel for launch in launches):
+        own = [launch for launch in launches if launch.variant.kernel == kernel]
+        times = [predict(launch, of[launch.variant]) for launch in own]
+        moved = sum(map(traffic, own)) / sum(launch.elts for launch in own)
+        sums = (1e6 * sum(parts) for parts in zip(*times, strict=True))
+        yield (*_names(scan), f"`{kernel}`", len(own), moved, *sums)
 
 
-def _launch_table(of: dict[Variant, Report]) -> str:
-    header = ["shape", "N", "kernel", "launches", "bytes/elt", "issue", "exp unit", "memory"]
-    rows = []
-    for scan in BENCHMARK_SCANS:
-        launches = record(scan)
-        for kernel in KERNELS:
-            own = [launch for launch in launches if launch.variant.kernel == kernel]
-            if not own:
-                continue
-            times = [predict(launch, of[launch.variant]) for launch in own]
-            moved = sum(map(traffic, own)) / sum(launch.elts for launch in own)
-            rows.append(
-                [
-                    f"B{scan.images} {scan.height}x{scan.width} D{scan.channels}",
-                    str(scan.n),
-                    f"`{kernel}`",
-                    str(len(own)),
-                    f"{moved:.1f}",
-                    *(
-                        f"{_microseconds(sum(getattr(time, part) for time in times))} µs"
-                        for part in ("issue", "special", "memory")
-                    ),
-                ]
-            )
-    return markdown_table(header, rows, figures=len(header) - 1)
-
-
-SCANS = {
-    "model": lambda: variants(MODEL_SCANS),
-    "quick": lambda: variants(QUICK_SCANS),
-    "all": all_variants,
-}
+def _names(scan: MapScan) -> tuple[str, str]:
+    return f"B{scan.images} {scan.height}x{scan.width} D{scan.channels} R{scan.rank}", str(scan.n)
 
 
 def main(argv: list[str] | None = None) -> int:
     # The interpreter must be off before the kernels are imported, here and in the pool.
     os.environ.pop("TRITON_INTERPRET", None)
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--scans",
         choices=SCANS,
         default="model",
         help="model: those of the models and benchmarks (default); quick: a few that have every "
-        "kernel; all: whatever can be dispatched",
+        "kernel; all: every type, flag and size of block",
     )
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    output.add_argument("--markdown", metavar="FILE", type=Path, help="write the page of sm_90")
+    add("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    add("--jobs", type=count, default=1, help="processes (default: 1)")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    add("--markdown", metavar="FILE", type=output, help="write the tables here")
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {args.jobs}")
-    if args.markdown and (args.scans != "model" or "sm_90" not in args.targets):
-        parser.error("--markdown needs --scans model and sm_90 among the targets")
 
-    reports = compile_all(SCANS[args.scans](), args.targets, args.jobs)
+    scans = SCANS[args.scans]()
+    reports = compile_all(variants(scans), args.targets, args.jobs)
+    text = page(scans, reports, shlex.join(["python", "tools/compile_kernels.py", *argv]))
     if args.markdown:
-        words = ["python", "tools/compile_kernels.py", *(sys.argv[1:] if argv is None else argv)]
-        write_atomically(args.markdown, page(reports, shlex.join(words)).encode())
-    elif args.json:
+        write_atomically(args.markdown, text.encode())
+    if args.json:
         print(json.dumps(as_json(reports), indent=1))
-    else:
-        print(text_table(COLUMNS, [report_row(report) for report in reports]))
+    elif not args.markdown:
+        print(text, end="")
     return 0
 
 

@@ -114,15 +114,10 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
 
 def scans_to_compile() -> list[compile_kernels.Scan]:
     """Most scans that the stages launch: profile, models, the tests that come first."""
-
-    def of_map(shape: profile_scan.Shape, dtype: str = "fp32", images: int = 1) -> MapScan:
-        sizes = (images, shape.height, shape.width)
-        return MapScan(shape.states, shape.rank, shape.channels, dtype, *sizes)
-
     scans: list[compile_kernels.Scan] = []
     for case in profile_scan.short_cases():
         s = case.shape
-        scans.append(of_map(s, images=s.batch))
+        scans.append(MapScan.of(s, images=s.batch))
         length = s.height * s.width
         scans.append(SequenceScan(s.states, 4 * s.channels, groups=4, length=length))
     for side, images in ((CROP, BATCHES[0]), (512, 1)):
@@ -131,9 +126,9 @@ def scans_to_compile() -> list[compile_kernels.Scan]:
             if model not in ("tiny", "base"):
                 continue
             if place == "context":  # trained in fp32, and run in fp64 when it codes
-                scans += [of_map(case.shape, dtype) for dtype in ("fp32", "fp64")]
+                scans += [MapScan.of(case.shape, dtype) for dtype in ("fp32", "fp64")]
             else:
-                scans += [of_map(case.shape, dtype, images) for dtype in ("fp32", "bf16")]
+                scans += [MapScan.of(case.shape, dtype, images) for dtype in ("fp32", "bf16")]
     scans += [
         *(MapScan(2, 4, 32, dtype) for dtype in ("fp32", "bf16")),
         *(MapScan(16, 12, 192, dtype) for dtype in ("fp32", "bf16", "fp64")),
@@ -249,7 +244,7 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
     """The scan beside VMamba's pipeline; the table is in profile.txt."""
     shapes = ("--preset", "short")
     if args.rehearse:  # the interpreter takes a minute for what a GPU does at once
-        shapes, profile_scan.GATE_MAP = ("--shape", "1x4x4x4x2x1"), (1, 3, 3)
+        shapes, profile_scan.CHECKED_MAP = ("--shape", "1x4x4x4x2x1"), (1, 3, 3)
     rows = args.out / "profile_rows.json"
     status = profile_scan.main(
         [
@@ -344,15 +339,14 @@ def _measured_steps(
             | {"precision": "auto", "optimiser": "soap", "out": str(args.out), "workers": 2},
         )
         run = trainer.Trainer(settings, images, Group(device_of(args)))
-        given = run._next_batch()
+        given = run.next_batch()
         run.close()
-        run._next_batch = lambda given=given: given
         for _ in range(4 if is_cuda(args) else 1):
-            run.train_step()
+            run.train_step(given)
         synchronize(args)
         start = time.perf_counter()
         for _ in range(steps):
-            run.train_step()
+            run.train_step(given)
         host = time.perf_counter() - start
         synchronize(args)
         total = time.perf_counter() - start
@@ -368,14 +362,14 @@ def _measured_steps(
         )
         print(rows[-1], flush=True)
         if batch == batches[0]:
-            rows[0] |= _operators(run, args)
+            rows[0] |= _operators(run, given, args)
     return rows
 
 
-def _operators(run: trainer.Trainer, args: argparse.Namespace) -> dict[str, Any]:
-    """Kernels of one step and the time in them; the table of operators is printed."""
+def _operators(run: trainer.Trainer, given: data.Batch, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the kernels of one step and the time in them; print the table of operators."""
     with torch.profiler.profile() as profiler:
-        run.train_step()
+        run.train_step(given)
         synchronize(args)
     by = "self_device_time_total" if is_cuda(args) else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=60))

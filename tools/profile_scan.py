@@ -1,16 +1,17 @@
-"""Speed of the four-direction scan: our backends and peers, on the same work, in the same run.
+"""Profile the four-direction scan: our backends and baselines on the same work, in the same run.
 
     python tools/profile_scan.py
     python tools/profile_scan.py --preset kodak --mode forward --json scan.json
     python tools/profile_scan.py --shape 1x128x128x192x16x6 --backends chunked vmamba-pipeline
 
-Nothing is timed before it has been found correct: on two maps of 12x10 with the same channels,
-states, rank and type, output and gradients are held against the reference in fp64.  What fails is
-reported and not timed, and the exit status is 1.  Then the candidates take turns, one repeat each,
-so that a drift of the machine hits all alike.
+Correctness comes first: on two maps of 12x10 with the same channels, states, rank and type, output
+and gradients are held against the reference in fp64 by the rule of `cmamba_ref.testing`, with NaN
+around every argument and in memory that is not yet written.  A candidate that fails is reported
+and not timed, and the exit status is 1.  Timing is interleaved round-robin, one repeat of each
+candidate at a time, so that a drift of the machine hits all alike.
 
-Our backends run through `selective_scan_2d`.  Peers know only one-dimensional scans; they run as
-VMamba runs them, on four copies of the map:
+Our backends run through `selective_scan_2d`.  Baselines know only one-dimensional scans; they run
+as VMamba runs them, on four copies of the map:
 
     mamba_ssm                   selective_scan_fn of the package mamba-ssm
     selective_scan_cuda_oflex   VMamba's extension; forward only
@@ -19,7 +20,7 @@ VMamba runs them, on four copies of the map:
                                 the scheme of mamba-ssm's selective_scan_ref, nothing to install
     vmamba-pipeline             our own one-dimensional scan: what the copies cost
 
-How good the fixed rules of the Triton kernels are is measured by tune_scan.py, in the same way.
+tune_scan.py measures in the same way how good the fixed rules of the Triton kernels are.
 """
 
 from __future__ import annotations
@@ -29,39 +30,35 @@ import contextlib
 import csv
 import functools
 import importlib
-import importlib.metadata
 import io
 import json
 import math
-import platform
 import re
 import sys
-import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from provenance import of_run, processor
+from provenance import of_run, processor, versions
 from resident import peak_beyond
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
-from tqdm import tqdm
 
-import cmamba_ref
+from cmamba_ref import testing
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.config import CONFIGS
 from cmamba_ref.errors import BackendUnavailableError
 from cmamba_ref.model import MULTIPLE
 from cmamba_ref.ops import selective_scan, selective_scan_2d
 from cmamba_ref.ops.dispatch import BACKENDS
-from cmamba_ref.testing import AccuracyRule
 
 DTYPES = {
     "fp32": torch.float32,
@@ -70,11 +67,9 @@ DTYPES = {
     "fp64": torch.float64,
 }
 FORWARD, BACKWARD, BOTH = MODES = ("forward", "backward", "both")
-# Forward and backward each decay every state once; the backward recomputes the states.
-PASSES = {FORWARD: 1, BACKWARD: 1, BOTH: 2}
 
-GATE_MAP = (2, 12, 10)  # batch, height, width
-PEER_ALLOWANCE = 8
+CHECKED_MAP = (2, 12, 10)  # batch, height, width
+BASELINE_ALLOWANCE = 8
 MIN_REPEATS = 3  # with fewer there is no spread to speak of
 
 # Defines the figures: below the table, and in the JSON.
@@ -89,13 +84,13 @@ NOTES = (
     "use, whichever is longest, over the median; empty where the device is not modelled",
     "MiB: peak of memory beyond what was there before the timed part, results included; on CUDA of "
     "torch's allocator, on the CPU of the process in RAM, in whole pages, on Linux only",
-    "gate: max|K-O| <= 2 (max|R-O| + eps max|O|) with O the fp64 reference, R the reference in the "
-    f"same type, K the candidate; for peers {PEER_ALLOWANCE} times that, and R rounds the time "
-    "steps to that type, as they do",
+    "check: max|K-O| <= 2 (max|R-O| + eps max|O|) with O the fp64 reference, R the reference in "
+    f"the same type, K the candidate; for baselines {BASELINE_ALLOWANCE} times that, and R rounds "
+    "the time steps to that type, as they do",
 )
 
 
-# ---------------------------------------------------------------- what is asked for
+# ---------------------------------------------------------------- what to measure
 
 
 @dataclass(frozen=True)
@@ -103,10 +98,10 @@ class Settings:
     """How to measure.
 
     Attributes:
-        dtype_name: of `DTYPES`, of map and projections.
+        dtype_name: key of `DTYPES`, type of map and projections.
         modes: of `MODES`.
-        repeats: at most so many of each candidate.
-        seconds: of measured time, after which `MIN_REPEATS` are enough.
+        repeats: upper limit for each candidate.
+        seconds: measured time after which `MIN_REPEATS` are enough.
     """
 
     device: torch.device
@@ -120,7 +115,7 @@ class Settings:
         return DTYPES[self.dtype_name]
 
     def enough(self, times: list[float]) -> bool:
-        """Whether no further repeat is wanted after these, in seconds."""
+        """Return whether no further repeat is wanted after these, in seconds."""
         spread = len(times) >= MIN_REPEATS and sum(times) >= self.seconds
         return spread or len(times) >= self.repeats
 
@@ -138,7 +133,7 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """The shape written as BxHxWxDxNxR, for argparse."""
+        """Read a shape written as BxHxWxDxNxR, for argparse."""
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){5}", text):
             raise argparse.ArgumentTypeError(
                 f"must be BxHxWxDxNxR, six positive numbers such as 1x128x128x192x16x6, got {text}"
@@ -163,6 +158,11 @@ class Shape:
         """Steps of the recurrence: one per position, channel, state and direction."""
         return 4 * self.elements * self.states
 
+    @property
+    def kind(self) -> tuple[int, int, int]:
+        """Channels, states and rank: what decides whether a scan is correct."""
+        return self.channels, self.states, self.rank
+
 
 @dataclass(frozen=True)
 class Case:
@@ -173,32 +173,25 @@ class Case:
 
 
 def model_cases(width: int, height: int) -> list[Case]:
-    """Every scan of the configured models on one picture; g_s has the shapes of g_a."""
+    """Return every scan of the configured models on one image; g_s has the shapes of g_a."""
     rows, columns = (-(-side // MULTIPLE) * MULTIPLE for side in (height, width))
     cases = []
     for config in CONFIGS.values():
-        literal_width = 2 * max(config.slice_widths)
         places = [
             (f"stage {stage}", channels, stage)  # stage s lies at H / 2^s
             for stage, channels in enumerate(config.widths, start=1)
             if config.stages_with_scan[stage - 1] and config.depths[stage - 1]
         ]
-        places.append(("context", config.cae_width or literal_width, 4))
+        places.append(("context", config.cae_width or 2 * max(config.slice_widths), 4))
         for place, channels, halvings in places:
-            shape = Shape(
-                batch=1,
-                height=rows >> halvings,
-                width=columns >> halvings,
-                channels=round(config.ssm_ratio * channels),
-                states=config.d_state,
-                rank=math.ceil(channels / 16),
-            )
+            size = (rows >> halvings, columns >> halvings, round(config.ssm_ratio * channels))
+            shape = Shape(1, *size, config.d_state, math.ceil(channels / 16))
             cases.append(Case(f"{config.name} {place}", shape))
     return cases
 
 
 def kernel_cases() -> list[Case]:
-    """Fixed shapes to compare kernels by: a large map, a batch, and narrow and wide channels."""
+    """Return fixed shapes to compare kernels by: a large map, a batch, narrow and wide channels."""
     return [
         # R = D / 32, as in a model with twice as many channels inside the scan as outside.
         Case("kernels", Shape(batch, height, width, channels, states, channels // 32))
@@ -213,13 +206,13 @@ def kernel_cases() -> list[Case]:
 
 
 def short_cases() -> list[Case]:
-    """Three of `kernel_cases`, for a minute on a GPU: one image, a batch, and few states."""
+    """Return three of `kernel_cases`, for a minute on a GPU: one image, a batch, few states."""
     shapes = ((1, 16), (8, 16), (8, 1))
     return [Case("short", Shape(batch, 128, 128, 192, states, 6)) for batch, states in shapes]
 
 
 def quick_cases() -> list[Case]:
-    """Maps so small that the reference, position by position, takes a fraction of a second."""
+    """Return maps so small that the sequential reference takes a fraction of a second."""
     return [Case("quick", Shape(1, 24, 16, 64, 16, 4)), Case("quick", Shape(2, 16, 16, 96, 2, 6))]
 
 
@@ -268,7 +261,7 @@ FP32_LANES = {(7, 5): 64, (8, 0): 64, (8, 6): 128, (8, 9): 128, (9, 0): 128}
 
 
 def gpu_model(device: torch.device) -> Gpu | None:
-    """The model of a device; None where there is none."""
+    """Return the model of a device, or None where there is none."""
     if device.type != "cuda" or torch.version.hip:  # AMD's versions are no compute capabilities
         return None
     properties = torch.cuda.get_device_properties(device)
@@ -283,26 +276,19 @@ def gpu_model(device: torch.device) -> Gpu | None:
     )
     if not (lanes and clock and memory_clock and bus):
         return None
-    return Gpu(
-        bandwidth=2 * memory_clock * 1e3 * bus / 8,  # two transfers per clock
-        sms=properties.multi_processor_count,
-        clock=clock * 1e3,
-        fp32_lanes=lanes,
-    )
+    bandwidth = 2 * memory_clock * 1e3 * bus / 8  # two transfers per clock
+    return Gpu(bandwidth, properties.multi_processor_count, clock * 1e3, lanes)
 
 
 def minimum_bytes(shape: Shape, mode: str, itemsize: int) -> int:
-    """Bytes that have to be read or written in a mode, parameters left out."""
-    elements = {
-        FORWARD: 2 * shape.elements + shape.projections,  # x, y; proj
-        BACKWARD: 3 * shape.elements + 2 * shape.projections,  # x, dy, dx; proj, dproj
-    }
-    elements[BOTH] = elements[FORWARD] + elements[BACKWARD]
-    return elements[mode] * itemsize
+    """Return the bytes that have to be read or written in a mode, parameters left out."""
+    forward = 2 * shape.elements + shape.projections  # x, y; proj
+    backward = 3 * shape.elements + 2 * shape.projections  # x, dy, dx; proj, dproj
+    return itemsize * {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[mode]
 
 
 def floor_seconds(shape: Shape, mode: str, itemsize: int, gpu: Gpu) -> float:
-    """Time in which no kernel of this kind can do better: one pass, dt formed in the kernel.
+    """Return the least time of a fused kernel: one pass, dt formed in the kernel.
 
     The backward recomputes the states, once.
     """
@@ -320,25 +306,21 @@ def floor_seconds(shape: Shape, mode: str, itemsize: int, gpu: Gpu) -> float:
     )
 
 
-# ---------------------------------------------------------------- candidates
+# ---------------------------------------------------------------- baselines
 
-Scan2d = Callable[..., Tensor]  # takes the tensors of `selective_scan_2d` by name
+Scan2d = Callable[..., Tensor]  # takes the arguments of `selective_scan_2d` by name
 # u, delta [B, 4D, L], A [4D, N], B, C [B, 4, N, L], D [4D] or None, delta_bias [4D] to y [B, 4D, L]
 Scan1d = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 
-class UnavailableError(Exception):
-    """What was asked for cannot run here; the message says why."""
-
-
 def along(direction: int, maps: Tensor) -> Tensor:
-    """Maps `[B, C, H, W]` as sequences `[B, C, L]`, in the order of one direction."""
+    """Return maps `[B, C, H, W]` as sequences `[B, C, L]`, in the order of one direction."""
     sequences = (maps.mT if direction % 2 else maps).flatten(2)
     return sequences.flip(-1) if direction >= 2 else sequences
 
 
 def through_copies(scan: Scan1d) -> Scan2d:
-    """The four-direction scan as VMamba computes it: copy the map four times, scan, merge.
+    """Return the four-direction scan as VMamba computes it: copy the map four times, scan, merge.
 
     VMamba projects the copies; here the projections are given, and it is they that are reordered.
     """
@@ -376,110 +358,82 @@ def through_copies(scan: Scan1d) -> Scan2d:
     return scan_2d
 
 
-def our_scan(backend: str) -> Scan1d:
+# Each imports its package when it is called.
+
+
+def ours(u, delta, A, B, C, D, delta_bias, backend="auto"):
     """Our one-dimensional scan."""
-
-    def scan(u, delta, A, B, C, D, delta_bias):
-        return selective_scan(
-            u, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=True, backend=backend
-        )
-
-    return scan
+    return selective_scan(
+        u, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=True, backend=backend
+    )
 
 
-def load_mamba_ssm() -> Scan1d:
+def mamba_ssm(u, delta, A, B, C, D, delta_bias):
     """The scan of mamba-ssm."""
     interface = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
-
-    def scan(u, delta, A, B, C, D, delta_bias):
-        return interface.selective_scan_fn(
-            u, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=True
-        )
-
-    return scan
+    scan = interface.selective_scan_fn
+    return scan(u, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=True)
 
 
-def load_oflex() -> Scan1d:
+def oflex(u, delta, A, B, C, D, delta_bias):
     """The forward of VMamba's extension, which takes 16-bit inputs and returns fp32."""
     extension = importlib.import_module("selective_scan_cuda_oflex")
-
-    def scan(u, delta, A, B, C, D, delta_bias):
-        softplus, rows, fp32_output = True, 1, True
-        return extension.fwd(u, delta, A, B, C, D, delta_bias, softplus, rows, fp32_output)[0]
-
-    return scan
+    softplus, rows, fp32_output = True, 1, True
+    return extension.fwd(u, delta, A, B, C, D, delta_bias, softplus, rows, fp32_output)[0]
 
 
-def load_mambapy() -> Scan1d:
+def mambapy(u, delta, A, B, C, D, delta_bias):
     """The parallel scan of mamba.py, over decays and inputs stored for every state."""
     pscan = importlib.import_module("mambapy.pscan").pscan
-
-    def scan(u, delta, A, B, C, D, delta_bias):
-        dt = F.softplus(delta.to(A.dtype) + delta_bias[:, None])
-        dt = rearrange(dt, "b (k d) l -> b l k d 1", k=4)
-        inputs = rearrange(u.to(A.dtype), "b (k d) l -> b l k d 1", k=4)
-        B = rearrange(B.to(A.dtype), "b k n l -> b l k 1 n")
-        C = rearrange(C.to(A.dtype), "b k n l -> b l k n 1")
-        decays = torch.exp(dt * A.unflatten(0, (4, -1)))
-        states = pscan(decays.flatten(2, 3), (dt * inputs * B).flatten(2, 3))
-        y = rearrange(states.unflatten(2, (4, -1)) @ C, "b l k d 1 -> b (k d) l")
-        return y if D is None else y + D[:, None] * u
-
-    return scan
+    dt = F.softplus(delta.to(A.dtype) + delta_bias[:, None])
+    dt = rearrange(dt, "b (k d) l -> b l k d 1", k=4)
+    inputs = rearrange(u.to(A.dtype), "b (k d) l -> b l k d 1", k=4)
+    B = rearrange(B.to(A.dtype), "b k n l -> b l k 1 n")
+    C = rearrange(C.to(A.dtype), "b k n l -> b l k n 1")
+    decays = torch.exp(dt * A.unflatten(0, (4, -1)))
+    states = pscan(decays.flatten(2, 3), (dt * inputs * B).flatten(2, 3))
+    y = rearrange(states.unflatten(2, (4, -1)) @ C, "b l k d 1 -> b (k d) l")
+    return y if D is None else y + D[:, None] * u
 
 
-def load_ref_style() -> Scan1d:
-    """The scheme of mamba-ssm's `selective_scan_ref`, which runs wherever its kernels do not.
+def ref_style(u, delta, A, B, C, D, delta_bias):
+    """The scheme of mamba-ssm's `selective_scan_ref`, which runs where its kernels do not.
 
     Decays and inputs of all states exist at once as `[B, D, L, N]`, B and C are repeated for every
     channel, and a Python loop over positions forms one output at a time.  One thing is kinder here:
     the original indexes the tensors in every step, and the gradient of each such index is a tensor
     of the full size, which makes its backward quadratic in L.  `unbind` has one gradient for all.
     """
-
-    def scan(u, delta, A, B, C, D, delta_bias):
-        per_group = A.shape[0] // B.shape[1]
-        B, C = (x.to(A.dtype).repeat_interleave(per_group, dim=1) for x in (B, C))
-        dt, u = F.softplus(delta.to(A.dtype) + delta_bias[:, None]), u.to(A.dtype)
-        decays = torch.exp(torch.einsum("bdl,dn->bdln", dt, A))
-        inputs = torch.einsum("bdl,bdnl,bdl->bdln", dt, B, u)
-        state = torch.zeros_like(inputs[:, :, 0])
-        ys = []
-        for decay, step, c in zip(decays.unbind(2), inputs.unbind(2), C.unbind(3), strict=True):
-            state = decay * state + step
-            ys.append(torch.einsum("bdn,bdn->bd", state, c))
-        y = torch.stack(ys, dim=2)
-        return y if D is None else y + D[:, None] * u
-
-    return scan
+    per_group = A.shape[0] // B.shape[1]
+    B, C = (x.to(A.dtype).repeat_interleave(per_group, dim=1) for x in (B, C))
+    dt, u = F.softplus(delta.to(A.dtype) + delta_bias[:, None]), u.to(A.dtype)
+    decays = torch.exp(torch.einsum("bdl,dn->bdln", dt, A))
+    inputs = torch.einsum("bdl,bdnl,bdl->bdln", dt, B, u)
+    state = torch.zeros_like(inputs[:, :, 0])
+    ys = []
+    for decay, step, c in zip(decays.unbind(2), inputs.unbind(2), C.unbind(3), strict=True):
+        state = decay * state + step
+        ys.append(torch.einsum("bdn,bdn->bd", state, c))
+    y = torch.stack(ys, dim=2)
+    return y if D is None else y + D[:, None] * u
 
 
-@dataclass(frozen=True)
-class Peer:
-    """How to get a one-dimensional scan, and what it can do.
-
-    Attributes:
-        load: imports it.
-        cuda_only: takes CUDA tensors of at most 32 bits only.
-        differentiable: whether it has a backward.
-    """
-
-    load: Callable[[], Scan1d]
-    cuda_only: bool = False
-    differentiable: bool = True
-
-
-PEERS = {
-    "mamba_ssm": Peer(load_mamba_ssm, cuda_only=True),
-    "selective_scan_cuda_oflex": Peer(load_oflex, cuda_only=True, differentiable=False),
-    "mambapy": Peer(load_mambapy),
-    "ref-style": Peer(load_ref_style),
-    "vmamba-pipeline": Peer(functools.partial(our_scan, "auto")),
+BASELINES: dict[str, Scan1d] = {
+    "mamba_ssm": mamba_ssm,
+    "selective_scan_cuda_oflex": oflex,
+    "mambapy": mambapy,
+    "ref-style": ref_style,
+    "vmamba-pipeline": ours,
 }
+CUDA_ONLY = ("mamba_ssm", "selective_scan_cuda_oflex")  # and at most 32 bits
+FORWARD_ONLY = ("selective_scan_cuda_oflex",)
 
 
-REFERENCE = functools.partial(selective_scan_2d, backend="reference")
-REFERENCE_OF_PEERS = through_copies(our_scan("reference"))
+# ---------------------------------------------------------------- candidates
+
+
+class UnavailableError(Exception):
+    """What was asked for cannot run here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -488,56 +442,61 @@ class Candidate:
 
     Attributes:
         name: as in the table.
-        scan: takes the tensors of `selective_scan_2d` by name.
-        reference: the literal recurrence that rounds where the scan may round: R of the gate.
-        allowance: factor on the bound of the gate.
+        scan: takes the arguments of `selective_scan_2d` by name.
+        reference: the literal recurrence that rounds where the scan may round, for the check.
+        allowance: factor on the bound of the check.
         differentiable: whether it has a backward.
         within: makes what has to surround every call of it, and of its backward.
     """
 
     name: str
     scan: Scan2d
-    reference: Scan2d = REFERENCE
+    reference: testing.Scan = "reference"
     allowance: float = 1
     differentiable: bool = True
     within: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
 
 
 def find_candidate(name: str, settings: Settings) -> Candidate:
-    """The backend or peer of that name.
+    """Return the backend or baseline of that name.
 
     Raises:
         UnavailableError: it cannot run here.
     """
+    if name in CUDA_ONLY and (settings.device.type != "cuda" or settings.dtype == torch.float64):
+        raise UnavailableError("it takes CUDA tensors of 16 or 32 bits only")
     if name in BACKENDS:
         candidate = Candidate(name, functools.partial(selective_scan_2d, backend=name))
-        try:
-            candidate.scan(**draw_arguments(Shape(1, 1, 1, 1, 1, 1), settings))
-        except BackendUnavailableError as error:
-            raise UnavailableError(str(error)) from error
-        return candidate
-    peer = PEERS[name]
-    if peer.cuda_only and (settings.device.type != "cuda" or settings.dtype == torch.float64):
-        raise UnavailableError("it takes CUDA tensors of 16 or 32 bits only")
+    else:
+        candidate = Candidate(
+            name,
+            through_copies(BASELINES[name]),
+            through_copies(functools.partial(ours, backend="reference")),
+            BASELINE_ALLOWANCE,
+            name not in FORWARD_ONLY,
+        )
     try:
-        scan = through_copies(peer.load())
+        with torch.no_grad():
+            candidate.scan(**draw_arguments(Shape(1, 1, 1, 1, 1, 1), settings))
+    except BackendUnavailableError as error:
+        raise UnavailableError(str(error)) from error
     except (ImportError, OSError) as error:  # OSError: a shared library is missing
         raise UnavailableError(f"it cannot be imported ({error})") from error
-    return Candidate(name, scan, REFERENCE_OF_PEERS, PEER_ALLOWANCE, peer.differentiable)
+    return candidate
 
 
 def default_names(device: torch.device) -> tuple[str, ...]:
-    """What is measured unless something is asked for."""
+    """Return what is measured unless something is asked for."""
     if device.type == "cpu":
         return ("reference", "chunked")
     # Not position by position: on these maps that takes minutes, and in backward all of the memory.
     # `chunked` is hundreds of launches there.
     left_out = ("reference", "ref-style", "chunked")
-    return tuple(name for name in (*BACKENDS, *PEERS) if name not in left_out)
+    return tuple(name for name in (*BACKENDS, *BASELINES) if name not in left_out)
 
 
 def find_candidates(asked: list[str] | None, settings: Settings) -> list[Candidate]:
-    """What is to be measured; a default that cannot run is named and left out.
+    """Return what is to be measured; a default that cannot run is named and left out.
 
     Raises:
         UnavailableError: what was asked for by name cannot run.
@@ -553,54 +512,23 @@ def find_candidates(asked: list[str] | None, settings: Settings) -> list[Candida
     return candidates
 
 
-# ---------------------------------------------------------------- arguments and the gate
+# ---------------------------------------------------------------- arguments and the check
 
 
-def draw_arguments(shape: Shape, settings: Settings, *, skip: bool = True) -> dict[str, Tensor]:
-    """Random arguments of `selective_scan_2d` by name, always the same, that require gradients."""
-    generator = torch.Generator(settings.device).manual_seed(0)
-    dtype, parameter_dtype = settings.dtype, torch.promote_types(settings.dtype, torch.float32)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator, device=settings.device)
-
-    d, n, rank = shape.channels, shape.states, shape.rank
-    # Small steps, where an inaccurate softplus shows.
-    dt_bias = torch.rand((4, d), generator=generator, device=settings.device) * 7 - 9
-    area = (shape.batch, shape.height, shape.width)
-    arguments = {
-        "x": normal(*area, d).to(dtype),
-        "proj": normal(*area, 4, rank + 2 * n).to(dtype),
-        "A": (-normal(4, d, n).abs() - 0.1).to(parameter_dtype),
-        "dt_weight": (normal(4, d, rank) / rank**0.5).to(parameter_dtype),
-        "dt_bias": dt_bias.to(parameter_dtype),
-    }
-    if skip:
-        arguments["D"] = normal(4, d).to(parameter_dtype)
-    return {name: value.requires_grad_() for name, value in arguments.items()}
-
-
-def draw_gradient(y: Tensor) -> Tensor:
-    """A gradient for an output, exact in bf16, so that it is the same in every precision."""
-    generator = torch.Generator(y.device).manual_seed(1)
-    gradient = torch.randn(y.shape, generator=generator, device=y.device)
-    return gradient.to(torch.bfloat16).to(y.dtype)
-
-
-def evaluate(scan: Scan2d, arguments: dict[str, Tensor], gradients: bool) -> dict[str, Tensor]:
-    """The output and, if asked for, every gradient, by name."""
-    if not gradients:
-        with torch.no_grad():
-            return {"y": scan(**arguments)}
-    y = scan(**arguments)
-    grads = torch.autograd.grad(y, list(arguments.values()), draw_gradient(y))
-    named = {f"gradient of {name}": grad for name, grad in zip(arguments, grads, strict=True)}
-    return {"y": y.detach(), **named}
+def draw_arguments(shape: Shape, settings: Settings, *, skip: bool = True) -> testing.Arguments:
+    """Draw arguments of `selective_scan_2d` on the device, always the same."""
+    b, h, w, d, n, r = (getattr(shape, f.name) for f in fields(shape))
+    drawn = testing.scan_2d_arguments(
+        batch=b, height=h, width=w, channels=d, n=n, rank=r, skip=skip, dtype=settings.dtype
+    )
+    return testing.require_gradients(
+        {name: None if x is None else x.to(settings.device) for name, x in drawn.items()}
+    )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of trying a candidate.
+    """Result of trying a candidate.
 
     Attributes:
         status: "ok", "failed", "cannot run", "out of memory" or "forward only".
@@ -615,76 +543,37 @@ OK = Outcome()
 
 
 def outcome_of(error: Exception) -> Outcome:
-    """What an exception out of a candidate means."""
+    """Return what an exception out of a candidate, or out of its check, means."""
     # On the CPU torch reports exhausted memory by a plain RuntimeError.
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return Outcome("out of memory")
     message = str(error).partition("\n")[0]
     if isinstance(error, BackendUnavailableError):  # with so many states, say
         return Outcome("cannot run", message)
+    if isinstance(error, AssertionError):  # of the accuracy rule
+        return Outcome("failed", message)
     return Outcome("failed", f"{type(error).__name__}: {message}")
 
 
-def check(
-    candidate: Candidate,
-    arguments: dict[str, Tensor],
-    gradients: bool,
-    wrong: Callable[[dict[str, Tensor]], str],
-) -> Outcome:
-    """Whether a candidate's results are right.
-
-    Args:
-        wrong: says what is wrong with the results, "" if nothing.
-    """
-    try:
-        with candidate.within():
-            results = evaluate(candidate.scan, arguments, gradients and candidate.differentiable)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is the candidate's
-        return outcome_of(error)
-    reason = wrong(results)
-    return Outcome("failed", reason) if reason else OK
-
-
-def beyond_the_rule(
-    rounded: dict[str, Tensor],
-    oracle: dict[str, Tensor],
-    allowance: float,
-    results: dict[str, Tensor],
-) -> str:
-    """What of the results is further from the oracle than the accuracy rule allows."""
-    rule = AccuracyRule(allowance)
-    try:
-        for name, result in results.items():
-            rule.compare(name, result, rounded[name], oracle[name])
-        rule.check()
-    except AssertionError as error:
-        return str(error)
-    return ""
-
-
-def pass_gate(candidates: list[Candidate], shape: Shape, settings: Settings) -> dict[str, Outcome]:
-    """Which candidates are right, by the rule at the end of `NOTES`.
+def check_correctness(candidate: Candidate, shape: Shape, settings: Settings) -> Outcome:
+    """Return whether a candidate is right, by the rule at the end of `NOTES`.
 
     Of the shape, only channels, states and rank count.
     """
-    gradients = settings.modes != (FORWARD,)
-    small = Shape(*GATE_MAP, shape.channels, shape.states, shape.rank)
-    outcomes = {candidate.name: OK for candidate in candidates}
-    for skip in (True, False):  # without, as the skip connection hides errors of the recurrence
-        arguments = draw_arguments(small, settings, skip=skip)
-        in_double = {k: x.detach().double().requires_grad_() for k, x in arguments.items()}
-        oracle = evaluate(REFERENCE, in_double, gradients)
-        rounded = {
-            reference: evaluate(reference, arguments, gradients)
-            for reference in {candidate.reference for candidate in candidates}
-        }
-        for candidate in candidates:
-            if outcomes[candidate.name] == OK:
-                wrong = functools.partial(
-                    beyond_the_rule, rounded[candidate.reference], oracle, candidate.allowance
+    small = Shape(*CHECKED_MAP, *shape.kind)
+    gradients = settings.modes != (FORWARD,) and candidate.differentiable
+    try:
+        for skip in (True, False):  # without, as the skip connection hides errors of the recurrence
+            arguments = testing.guarded(draw_arguments(small, settings, skip=skip))
+            with candidate.within(), testing.poisoned():
+                rule = testing.accuracy(
+                    candidate.scan, arguments, candidate.reference, gradients=gradients
                 )
-                outcomes[candidate.name] = check(candidate, arguments, gradients, wrong)
-    return outcomes
+            rule.allowance = candidate.allowance
+            rule.check()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the candidate's
+        return outcome_of(error)
+    return OK
 
 
 # ---------------------------------------------------------------- measuring
@@ -750,21 +639,31 @@ class Measurement:
     outcome: Outcome = OK
 
     @contextlib.contextmanager
-    def noting_failure(self) -> Iterator[None]:
-        """What goes wrong inside becomes the outcome, so that the other candidates go on."""
+    def of(self, candidate: Candidate) -> Iterator[None]:
+        """Within the block the candidate may be called; an exception becomes the outcome."""
         try:
-            yield
-        except Exception as error:  # noqa: BLE001 - as at the gate
+            with candidate.within():
+                yield
+        except Exception as error:  # noqa: BLE001 - the other candidates go on
             self.outcome = outcome_of(error)
 
+    def figures(self) -> dict[str, Any]:
+        """Return the columns that every table has: repeats, median, IQR and peak of memory."""
+        if self.outcome != OK:
+            return {}
+        low, median, high = (float(q) * 1e3 for q in np.percentile(self.times, (25, 50, 75)))
+        peak = None if self.peak_bytes is None else self.peak_bytes / 2**20
+        return {
+            "repeats": len(self.times),
+            "median_ms": median,
+            "iqr_ms": high - low,
+            "peak_mib": peak,
+        }
 
-def prepare(
-    scan: Scan2d, arguments: dict[str, Tensor], grad_y: Tensor, mode: str
-) -> Callable[[], object]:
-    """The call to be timed; for the backward, the forward has run when this returns."""
 
-    def differentiate(y: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(y, list(arguments.values()), grad_y)
+def prepare(scan: Scan2d, arguments: testing.Arguments, mode: str) -> Callable[[], object]:
+    """Return the call to be timed; for the backward, the forward has run by then."""
+    inputs = [x for x in arguments.values() if x is not None]
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -772,162 +671,108 @@ def prepare(
 
     if mode == FORWARD:
         return forward
+    grad_y = torch.randn_like(arguments["x"], requires_grad=False)  # y has this shape and type
+
+    def differentiate(y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, inputs, grad_y)
+
     if mode == BACKWARD:
         return functools.partial(differentiate, scan(**arguments))
     return lambda: differentiate(scan(**arguments))
 
 
 def measure(
-    candidates: list[Candidate], shape: Shape, mode: str, settings: Settings, meter: Meter
-) -> dict[str, Measurement]:
-    """A measurement of each candidate; they take turns."""
-    arguments = draw_arguments(shape, settings)
-    grad_y = draw_gradient(arguments["x"])  # the output is of the same shape and type
-    measurements = {candidate.name: Measurement() for candidate in candidates}
-
-    for candidate in candidates:
-        measurement = measurements[candidate.name]
-        with measurement.noting_failure(), candidate.within():
-            for _ in range(meter.warm_ups):
-                prepare(candidate.scan, arguments, grad_y, mode)()
-            measurement.peak_bytes = meter.peak_bytes(
-                prepare(candidate.scan, arguments, grad_y, mode)
-            )
-    waiting = candidates
-    while waiting := [
-        candidate
-        for candidate in waiting
-        if measurements[candidate.name].outcome == OK
-        and not settings.enough(measurements[candidate.name].times)
-    ]:
-        for candidate in waiting:
-            measurement = measurements[candidate.name]
-            with measurement.noting_failure(), candidate.within():
-                seconds = meter.seconds(prepare(candidate.scan, arguments, grad_y, mode))
-                measurement.times.append(seconds)
-    return measurements
-
-
-def measure_sound(
     candidates: list[Candidate],
     outcomes: dict[str, Outcome],
-    shape: Shape,
+    arguments: testing.Arguments,
     mode: str,
     settings: Settings,
     meter: Meter,
 ) -> dict[str, Measurement]:
-    """What came of each candidate; only those that are right are measured.
+    """Return a measurement of each candidate; those that are right take turns.
 
     Args:
-        outcomes: of each candidate at the gate.
+        outcomes: of each candidate at the check.
     """
-    results = {name: Measurement(outcome=outcome) for name, outcome in outcomes.items()}
-    able = []
+    results = {c.name: Measurement(outcome=outcomes[c.name]) for c in candidates}
     for candidate in candidates:
-        if outcomes[candidate.name] != OK:
-            continue
-        if candidate.differentiable or mode == FORWARD:
-            able.append(candidate)
-        else:
-            results[candidate.name].outcome = Outcome("forward only")
-    try:
-        results |= measure(able, shape, mode, settings, meter)
-    except RuntimeError as error:  # even the arguments are too much
-        for candidate in able:
-            results[candidate.name].outcome = outcome_of(error)
+        result = results[candidate.name]
+        if mode != FORWARD and not candidate.differentiable and result.outcome == OK:
+            result.outcome = Outcome("forward only")
+
+    def waiting() -> list[Candidate]:
+        ready = [c for c in candidates if results[c.name].outcome == OK]
+        return [c for c in ready if not settings.enough(results[c.name].times)]
+
+    for candidate in waiting():
+        result = results[candidate.name]
+        with result.of(candidate):
+            for _ in range(meter.warm_ups):
+                prepare(candidate.scan, arguments, mode)()
+            result.peak_bytes = meter.peak_bytes(prepare(candidate.scan, arguments, mode))
+    while turn := waiting():
+        for candidate in turn:
+            result = results[candidate.name]
+            with result.of(candidate):
+                result.times.append(meter.seconds(prepare(candidate.scan, arguments, mode)))
     return results
 
 
 # ---------------------------------------------------------------- results
 
 
-@dataclass(frozen=True)
-class Row:
-    """One candidate on one shape in one mode; `NOTES` defines the figures.
-
-    Attributes:
-        label: where the shape comes from.
-        shape: BxHxWxDxNxR.
-        status, reason: of the `Outcome`; there are figures only with "ok".
-    """
-
-    label: str
-    shape: str
-    dtype: str
-    backend: str
-    mode: str
-    status: str
-    reason: str = ""
-    repeats: int = 0
-    median_ms: float | None = None
-    iqr_ms: float | None = None
-    gb_per_s: float | None = None
-    gexp_per_s: float | None = None
-    ns_per_elt: float | None = None
-    floor_ms: float | None = None
-    of_floor: float | None = None
-    peak_mib: float | None = None
+Row = dict[str, Any]  # of strings and figures, as JSON has them
+# The figures of a row with the status "ok", others have None; `NOTES` defines them.
+FIGURES = (
+    *("repeats", "median_ms", "iqr_ms", "gb_per_s", "gexp_per_s", "ns_per_elt"),
+    *("floor_ms", "of_floor", "peak_mib"),
+)
 
 
 def to_row(
-    case: Case,
-    candidate: Candidate,
-    mode: str,
-    measurement: Measurement,
-    settings: Settings,
-    gpu: Gpu | None,
+    case: Case, name: str, mode: str, result: Measurement, settings: Settings, gpu: Gpu | None
 ) -> Row:
-    """A measurement as a row, with the figures that follow from it."""
-    row = Row(
-        label=case.label,
-        shape=str(case.shape),
-        dtype=settings.dtype_name,
-        backend=candidate.name,
-        mode=mode,
-        **asdict(measurement.outcome),
-    )
-    if measurement.outcome != OK:
+    """Return a measurement as a row, with the figures that follow from it."""
+    shape, itemsize = case.shape, settings.dtype.itemsize
+    row = {
+        "label": case.label,
+        "shape": str(shape),
+        "dtype": settings.dtype_name,
+        "backend": name,
+        "mode": mode,
+        **asdict(result.outcome),
+        **dict.fromkeys(FIGURES),
+        **result.figures(),
+    }
+    if result.outcome != OK:
         return row
-    low, median, high = (float(q) for q in np.percentile(measurement.times, (25, 50, 75)))
-    itemsize = settings.dtype.itemsize
-    # The model counts fp32 units, which are not what computes in fp64.
-    floor = None
-    if gpu is not None and settings.dtype != torch.float64:
-        floor = floor_seconds(case.shape, mode, itemsize, gpu)
-    peak = measurement.peak_bytes
-    return replace(
-        row,
-        repeats=len(measurement.times),
-        median_ms=median * 1e3,
-        iqr_ms=(high - low) * 1e3,
-        gb_per_s=minimum_bytes(case.shape, mode, itemsize) / median / 1e9,
-        gexp_per_s=PASSES[mode] * case.shape.elts / median / 1e9,
-        ns_per_elt=median * 1e9 / case.shape.elts,
-        floor_ms=None if floor is None else floor * 1e3,
-        of_floor=None if floor is None else floor / median,
-        peak_mib=None if peak is None else peak / 2**20,
-    )
+    seconds = row["median_ms"] / 1e3
+    passes = 2 if mode == BOTH else 1  # the backward recomputes the states
+    row["gb_per_s"] = minimum_bytes(shape, mode, itemsize) / seconds / 1e9
+    row["gexp_per_s"] = passes * shape.elts / seconds / 1e9
+    row["ns_per_elt"] = seconds * 1e9 / shape.elts
+    if gpu is not None and settings.dtype != torch.float64:  # the model counts fp32 units
+        floor = floor_seconds(shape, mode, itemsize, gpu)
+        row |= {"floor_ms": floor * 1e3, "of_floor": floor / seconds}
+    return row
 
 
-# Heading, width and attribute of each column of figures.
-COLUMNS = (
-    ("ms", 10, "median_ms"),
-    ("IQR", 10, "iqr_ms"),
-    ("GB/s", 10, "gb_per_s"),
-    ("Gexp/s", 10, "gexp_per_s"),
-    ("ns/elt", 10, "ns_per_elt"),
-    ("of floor", 10, "of_floor"),
-    ("MiB", 10, "peak_mib"),
-    ("repeats", 8, "repeats"),
-)
-NAME_WIDTH = max(map(len, (*BACKENDS, *PEERS))) + 2
-HEADING = f"{'backend':<{NAME_WIDTH}}{'mode':<8}" + "".join(
-    f"{name:>{width}}" for name, width, _ in COLUMNS
-)
+COLUMNS = {
+    "median_ms": "ms",
+    "iqr_ms": "IQR",
+    "gb_per_s": "GB/s",
+    "gexp_per_s": "Gexp/s",
+    "ns_per_elt": "ns/elt",
+    "of_floor": "of floor",
+    "peak_mib": "MiB",
+    "repeats": "repeats",
+}
+NAME_WIDTH = max(map(len, (*BACKENDS, *BASELINES))) + 2
+HEADING = f"{'backend':<{NAME_WIDTH}}{'mode':<8}" + "".join(f"{c:>10}" for c in COLUMNS.values())
 
 
 def as_text(value: float | None) -> str:
-    """A figure with four digits, but at most six after the point."""
+    """Format a figure with four digits, but at most six after the point."""
     if value is None:
         return "-"
     if not value or isinstance(value, int):
@@ -936,66 +781,70 @@ def as_text(value: float | None) -> str:
 
 
 def table_line(row: Row) -> str:
-    """A row as text, aligned with `HEADING`."""
-    line = f"{row.backend:<{NAME_WIDTH}}{row.mode:<8}"
-    if row.status != "ok":
-        return f"{line}  {row.status}{': ' if row.reason else ''}{row.reason}"
-    return line + "".join(
-        f"{as_text(getattr(row, attribute)):>{width}}" for _, width, attribute in COLUMNS
-    )
+    """Format a row, aligned with `HEADING`."""
+    line = f"{row['backend']:<{NAME_WIDTH}}{row['mode']:<8}"
+    return line + (why_not(row) or "".join(f"{as_text(row[name]):>10}" for name in COLUMNS))
+
+
+def why_not(row: Row) -> str:
+    """Say why a row has no figures; empty where it has."""
+    reason = f": {row['reason']}" if row["reason"] else ""
+    return "" if row["status"] == "ok" else f"  {row['status']}{reason}"
 
 
 def to_csv(rows: list[Row]) -> bytes:
-    """One line per row, empty where there is no figure."""
+    """Format one line per row, empty where there is no figure."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(Row)], lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]) if rows else (), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    writer.writerows(rows)
     return text.getvalue().encode()
-
-
-def provenance(tool: str, settings: Settings, command: list[str]) -> dict[str, object]:
-    """What the numbers were measured with."""
-    versions = {"cmamba-ref": cmamba_ref.__version__, "python": platform.python_version()}
-    for package in ("torch", "triton", "numpy", "mamba-ssm", "mambapy", "selective-scan"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {
-        **of_run(tool, command),
-        "device": device_name(settings.device),
-        "cuda": torch.version.cuda,
-        "versions": versions,
-    }
 
 
 def device_name(device: torch.device) -> str:
     return processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
-def chrome_trace(candidates: list[Candidate], shape: Shape, settings: Settings) -> bytes:
-    """Chrome trace of one forward and backward of each candidate, after a warm-up."""
+MEASURED_WITH = ("cmamba-ref", "torch", "triton", "numpy", "mamba-ssm", "mambapy", "selective-scan")
+
+
+def write_report(
+    path: Path, tool: str, settings: Settings, argv: list[str], rows: list[Row], **more: object
+) -> None:
+    """Write rows, and under `meta` what they were measured with, as JSON."""
+    meta = {
+        **of_run(tool, argv),
+        "device": device_name(settings.device),
+        "cuda": torch.version.cuda,
+        "versions": versions(*MEASURED_WITH),
+        **more,
+    }
+    report = {"meta": meta, "results": rows}
+    write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
+
+
+def write_trace(path: Path, candidates: list[Candidate], shape: Shape, settings: Settings) -> None:
+    """Write a Chrome trace of one forward and backward of each candidate, after a warm-up."""
     arguments = draw_arguments(shape, settings)
     activities = [ProfilerActivity.CPU]
-    if settings.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    for candidate in candidates:
-        with candidate.within():
-            evaluate(candidate.scan, arguments, candidate.differentiable)
-    with profile(activities=activities) as profiler:
+    activities += [ProfilerActivity.CUDA] if settings.device.type == "cuda" else []
+
+    def run_all() -> None:
         for candidate in candidates:
             with candidate.within(), record_function(candidate.name):
-                evaluate(candidate.scan, arguments, candidate.differentiable)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return path.read_bytes()
+                testing.evaluate(arguments, candidate.scan, gradients=candidate.differentiable)
+
+    run_all()
+    with profile(activities=activities) as profiler:
+        run_all()
+    profiler.export_chrome_trace(str(path))
 
 
 # ---------------------------------------------------------------- command line
 
 
 def positive(text: str) -> float:
-    """A number above 0, for argparse."""
+    """Read a number above 0, for argparse."""
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
@@ -1003,14 +852,14 @@ def positive(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """A whole number above 0, for argparse."""
+    """Read a whole number above 0, for argparse."""
     if not re.fullmatch(r"0*[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text}")
     return int(text)
 
 
 def output(text: str) -> Path:
-    """A path that can be written to, for argparse."""
+    """Read a path that can be written to, for argparse."""
     path = Path(text)
     if not path.parent.is_dir() or path.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file in an existing directory, got {text!r}")
@@ -1018,20 +867,20 @@ def output(text: str) -> Path:
 
 
 def device_there(text: str) -> torch.device:
-    """A device on which scans run, for argparse."""
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    """Read a device on which scans run, for argparse."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:INDEX, got {text!r}")
+    device = torch.device(text)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"must be there, got {text!r}; torch does not see it")
     return device
 
 
-def add_measuring_options(parser: argparse.ArgumentParser) -> None:
-    """Options that say what is measured and how; `settings_of` and `cases_of` read them."""
+def measuring_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that `settings_of` and `cases_of` read."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="shapes; default: short on CUDA, quick on the CPU")
     add(
@@ -1047,13 +896,10 @@ def add_measuring_options(parser: argparse.ArgumentParser) -> None:
     best = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=device_there, default=best, help=f"default: {best}")
     add("--repeats", type=count, default=20, help="of each, at most (default: 20)")
-    add(
-        "--seconds",
-        type=positive,
-        default=0.5,
-        help=f"measured time after which {MIN_REPEATS} repeats are enough (default: 0.5)",
-    )
+    enough = f"measured time after which {MIN_REPEATS} repeats are enough (default: 0.5)"
+    add("--seconds", type=positive, default=0.5, help=enough)
     add("--json", type=output, help="write rows and provenance here")
+    return parser
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -1069,50 +915,74 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_measuring_options(parser)
-    add = parser.add_argument
-    names = (*BACKENDS, *PEERS)
-    add(
+    parser = measuring_parser(__doc__)
+    names = (*BACKENDS, *BASELINES)
+    parser.add_argument(
         "--backends",
         nargs="+",
         choices=names,
         metavar="NAME",
-        help=f"of {', '.join(names)} (default: on CUDA triton and peers, on the CPU "
+        help=f"of {', '.join(names)} (default: on CUDA triton and baselines, on the CPU "
         "reference and chunked)",
     )
-    add("--threads", type=count, help="torch threads (default: torch's choice)")
-    add("--csv", type=output, help="write the rows here")
-    add("--trace", type=output, help="write a Chrome trace of the first shape here")
+    parser.add_argument("--threads", type=count, help="torch threads (default: torch's choice)")
+    parser.add_argument("--csv", type=output, help="write the rows here")
+    parser.add_argument("--trace", type=output, help="write a Chrome trace of the first shape here")
     return parser
 
 
 def profile_cases(
-    cases: list[Case],
-    candidates: list[Candidate],
-    settings: Settings,
-    gpu: Gpu | None,
-    rows: list[Row],
-) -> None:
-    """Measure everything, print it, and append to `rows` as results come in."""
+    cases: list[Case], candidates: list[Candidate], settings: Settings, gpu: Gpu | None
+) -> Iterator[Row]:
+    """Measure everything and print it; yields rows as results come in."""
     meter = meter_for(settings.device)
-    outcomes: dict[tuple[int, int, int], dict[str, Outcome]] = {}
-    with tqdm(total=len(cases) * len(settings.modes), disable=None) as progress:
-        for case in cases:
-            shape = case.shape
-            tqdm.write(f"\n{case.label}: {shape}", file=sys.stdout)
-            kind = (shape.channels, shape.states, shape.rank)
-            if kind not in outcomes:
-                outcomes[kind] = pass_gate(candidates, shape, settings)
-            for mode in settings.modes:
-                results = measure_sound(candidates, outcomes[kind], shape, mode, settings, meter)
-                for candidate in candidates:
-                    result = results[candidate.name]
-                    rows.append(to_row(case, candidate, mode, result, settings, gpu))
-                    tqdm.write(table_line(rows[-1]), file=sys.stdout)
-                progress.update()
+    checked: dict[tuple[int, int, int], dict[str, Outcome]] = {}
+    for case in cases:
+        shape = case.shape
+        print(f"\n{case.label}: {shape}", flush=True)
+        if shape.kind not in checked:
+            checked[shape.kind] = {
+                c.name: check_correctness(c, shape, settings) for c in candidates
+            }
+        outcomes, arguments = checked[shape.kind], {}
+        try:
+            arguments = draw_arguments(shape, settings)
+        except RuntimeError as error:  # even the arguments are too much
+            too_much = outcome_of(error)
+            outcomes = {
+                name: too_much if found == OK else found for name, found in outcomes.items()
+            }
+        for mode in settings.modes:
+            results = measure(candidates, outcomes, arguments, mode, settings, meter)
+            for candidate in candidates:
+                result = results[candidate.name]
+                row = to_row(case, candidate.name, mode, result, settings, gpu)
+                print(table_line(row), flush=True)
+                yield row
+
+
+def collect(
+    results: Iterator[Row], notes: Iterable[str], write: Callable[[list[Row]], None]
+) -> int:
+    """Take rows as they come, write them, print the notes; return the exit status.
+
+    Args:
+        write: takes the rows, also when Ctrl-C or an error ends the measurement.
+    """
+    rows: list[Row] = []
+    interrupted = False
+    try:
+        for row in results:
+            rows.append(row)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted", file=sys.stderr)
+    finally:
+        write(rows)
+    print()
+    for note in notes:
+        print(textwrap.fill(note, 100, subsequent_indent="    "))
+    return 130 if interrupted else int(any(row["status"] == "failed" for row in rows))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1123,42 +993,31 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
-    settings = settings_of(args)
+    settings, cases, sound = settings_of(args), cases_of(args), set()
     try:
         candidates = find_candidates(args.backends, settings)
     except UnavailableError as error:
         parser.error(str(error))
-    cases = cases_of(args)
     gpu = gpu_model(settings.device)
 
-    print(f"{device_name(settings.device)}, {args.dtype}; shapes are BxHxWxDxNxR\n\n{HEADING}")
-    rows: list[Row] = []
-    interrupted = False
-    try:
-        profile_cases(cases, candidates, settings, gpu, rows)
-    except KeyboardInterrupt:
-        interrupted = True
-        print("interrupted", file=sys.stderr)
-    finally:  # what was measured is kept, whatever ended it
+    def write(rows: list[Row]) -> None:
+        first = str(cases[0].shape)
+        sound.update(
+            row["backend"] for row in rows if (row["shape"], row["status"]) == (first, "ok")
+        )
         if args.csv:
             write_atomically(args.csv, to_csv(rows))
         if args.json:
-            meta = provenance("profile_scan.py", settings, argv)
-            meta["floor_model"] = None if gpu is None else asdict(gpu)
-            meta["notes"] = NOTES
-            report = {"meta": meta, "results": [asdict(row) for row in rows]}
-            write_atomically(args.json, (json.dumps(report, indent=1) + "\n").encode())
-    print()
-    for note in NOTES:
-        print(textwrap.fill(note, 100, subsequent_indent="    "))
-    if interrupted:
-        return 130
-    if args.trace:
-        shape = cases[0].shape
-        ran = {row.backend for row in rows if row.shape == str(shape) and row.status == "ok"}
-        sound = [candidate for candidate in candidates if candidate.name in ran]
-        write_atomically(args.trace, chrome_trace(sound, shape, settings))
-    return 1 if any(row.status == "failed" for row in rows) else 0
+            model = None if gpu is None else asdict(gpu)
+            more = {"floor_model": model, "notes": NOTES}
+            write_report(args.json, "profile_scan.py", settings, argv, rows, **more)
+
+    print(f"{device_name(settings.device)}, {args.dtype}; shapes are BxHxWxDxNxR\n\n{HEADING}")
+    status = collect(profile_cases(cases, candidates, settings, gpu), NOTES, write)
+    if args.trace and status != 130:
+        traced = [candidate for candidate in candidates if candidate.name in sound]
+        write_trace(args.trace, traced, cases[0].shape, settings)
+    return status
 
 
 if __name__ == "__main__":

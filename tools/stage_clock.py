@@ -1,4 +1,4 @@
-"""Where the time and the memory of the codec go, stage by stage.
+"""Time and memory of the codec, stage by stage.
 
     data, timing = time_by_stage(model, lambda: cmamba_ref.encode(picture, model))
     print(timing.stages)
@@ -51,7 +51,7 @@ class Timing:
 
 
 class _Clock:
-    """Knows which stage is at work, and books time and memory to it."""
+    """Book time and memory to the stage at work."""
 
     def __init__(self, memory: bool, is_cuda: bool) -> None:
         self.timing = Timing()
@@ -62,7 +62,7 @@ class _Clock:
         self._since = time.perf_counter()
 
     def book(self) -> None:
-        """What has passed since the last event belongs to the stage at work."""
+        """Book the time since the last event to the stage at work."""
         self._finish()
         timing, stage = self.timing, self._at_work[-1]
         passed = time.perf_counter() - self._since
@@ -80,6 +80,24 @@ class _Clock:
         self.book()
         self._at_work.pop()
 
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Within the block, a stage is at work."""
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    @contextlib.contextmanager
+    def scan(self) -> Iterator[None]:
+        """Within the block, a scan is at work, in whatever stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timing.scans += time.perf_counter() - start
+
     def run(self, call: Callable[[], ResultT]) -> ResultT:
         self._finish()
         start = self._since = time.perf_counter()
@@ -92,7 +110,7 @@ class _Clock:
 def time_by_stage(
     model: CMamba, call: Callable[[], ResultT], memory: bool = False
 ) -> tuple[ResultT, Timing]:
-    """Run a call that encodes or decodes with this model; its result, and where its time went.
+    """Run a call that encodes or decodes with this model; return its result and its timing.
 
     Args:
         memory: also note the peak memory of each stage.
@@ -106,7 +124,7 @@ def time_by_stage(
 
 
 def transform_stages(name: str, transform: nn.Sequential, halvings: int) -> list[str]:
-    """For each child of g_a or g_s the stage that it belongs to.
+    """Return for each child of g_a or g_s the stage that it belongs to.
 
     Args:
         halvings: the map that enters lies at H / 2^halvings.
@@ -123,7 +141,7 @@ def transform_stages(name: str, transform: nn.Sequential, halvings: int) -> list
 
 
 def stages_of(model: CMamba) -> list[tuple[str, nn.Module]]:
-    """Every module that is watched, with its stage, outer before inner, in the order of coding."""
+    """Return every watched module with its stage, outer before inner, in the order of coding."""
     # Deriving the float64 copies here makes them the ones that the calls that follow use.
     coding = model.latent_coder.float64_modules()
     context = coding["context"]
@@ -148,39 +166,12 @@ def _watched(model: CMamba, clock: _Clock) -> Iterator[None]:
             # Also after an exception, or the stage would run on.
             handle = module.register_forward_hook(lambda *_: clock.leave(), always_call=True)
             undo.callback(handle.remove)
-        for owner, name in ((rans, "encode"), (rans.Decoder, "__init__"), (rans.Decoder, "take")):
-            _replace(undo, owner, name, lambda call: _as_stage(call, "entropy coder", clock))
-        for owner, name in ((ss2d, "selective_scan_2d"), (tiled, "scan_2d_strips")):
-            _replace(undo, owner, name, lambda call: _as_scan(call, clock))
+        # Functions are wrapped where they are looked up.
+        coder = ((rans, "encode"), (rans.Decoder, "__init__"), (rans.Decoder, "take"))
+        scans = ((ss2d, "selective_scan_2d"), (tiled, "scan_2d_strips"))
+        for places, within in ((coder, clock.stage("entropy coder")), (scans, clock.scan())):
+            for owner, name in places:
+                original = getattr(owner, name)
+                undo.callback(setattr, owner, name, original)
+                setattr(owner, name, within(original))
         yield
-
-
-def _replace(
-    undo: contextlib.ExitStack, owner: object, name: str, wrap: Callable[[Callable], Callable]
-) -> None:
-    """Wrap a function where it is looked up, until `undo` closes."""
-    original = getattr(owner, name)
-    setattr(owner, name, wrap(original))
-    undo.callback(setattr, owner, name, original)
-
-
-def _as_stage(call: Callable, stage: str, clock: _Clock) -> Callable:
-    def in_stage(*args, **kwargs):
-        clock.enter(stage)
-        try:
-            return call(*args, **kwargs)
-        finally:
-            clock.leave()
-
-    return in_stage
-
-
-def _as_scan(call: Callable, clock: _Clock) -> Callable:
-    def timed(*args, **kwargs):
-        start = time.perf_counter()
-        try:
-            return call(*args, **kwargs)
-        finally:
-            clock.timing.scans += time.perf_counter() - start
-
-    return timed

@@ -130,12 +130,13 @@ class Trainer:
 
     # ---------------------------------------------------------------- training
 
-    def train_step(self, *, stop: bool = False) -> dict[str, Tensor]:
+    def train_step(self, batch: Batch | None = None, *, stop: bool = False) -> dict[str, Tensor]:
         """One optimiser step, on the same batch whatever the number of processes.
 
         The host waits for no value that a GPU computes, so what is returned lies on the device.
 
         Args:
+            batch: what to train on; None for `next_batch`.
             stop: this process was told to stop; all processes learn of it, in `stopping`.
 
         Returns:
@@ -143,7 +144,7 @@ class Trainer:
             of the gradient before it is clipped, `grad_norm`.  All are float64 scalars.
         """
         self.clock.start()
-        batch = self._next_batch()
+        batch = self.next_batch() if batch is None else batch
         self.clock.lap("data")
         # Nothing draws from torch's generator today; if something does, then the same when resumed.
         torch.manual_seed(self.settings.seed + self.step)
@@ -193,7 +194,8 @@ class Trainer:
         measured = {"loss": loss, "bpp": bpp, "distortion": distortion, "grad_norm": norm.double()}
         return measured, finite
 
-    def _next_batch(self) -> Batch:
+    def next_batch(self) -> Batch:
+        """Return the batch of the step that comes next."""
         s = self.settings
         if self._loader is None:
             self._loader = self._new_loader()
