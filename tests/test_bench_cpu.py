@@ -14,7 +14,7 @@ import resident
 import stage_clock
 import torch
 from bench_cpu import DECODE, DIRECTIONS, ENCODE, Job, Limits
-from profile_scan import FORWARD, Settings, Shape
+from profile_scan import Settings, Shape
 
 import cmamba_ref
 from cmamba_ref import CMamba, CMambaConfig
@@ -279,8 +279,6 @@ def test_the_results_in_the_repository_make_their_table(root):
     assert set(sections) == set(bench_cpu.SECTIONS)
     text = bench_cpu.to_markdown(sections)
     assert text == (root / "benchmarks" / "cpu.md").read_text()
-    assert bench_cpu.scan_row(sections["scan"], FORWARD, "mambapy")["median_ms"] > 0
-    assert bench_cpu.scan_row(sections["scan"], FORWARD, "abacus") == {}
 
 
 def test_whole_commands_are_timed_warm(monkeypatch):

@@ -132,7 +132,7 @@ def test_grey_pictures_come_back_grey(tmp_path):
     grey = picture(70, 51)[..., 0]
     done = round_trip(shipped_model(), grey, 8, tmp_path / "grey.cmb")
     assert done.decoded.shape == (70, 51)
-    three = cmamba_ref.encode(shipped_model(), np.stack([grey] * 3, axis=-1), 8)
+    three = cmamba_ref.encode(np.stack([grey] * 3, axis=-1), shipped_model(), 8)
     assert done.size == len(three)
     rgb = cmamba_ref.decode(three, shipped_model())
     assert np.array_equal(done.decoded, np.rint(rgb.mean(axis=2)))

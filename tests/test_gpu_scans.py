@@ -860,8 +860,8 @@ def leaves(args, requires_grad):
 )
 def test_opcheck(make, batch, monkeypatch):
     forward, backward = operator_calls(monkeypatch, make(batch=batch))
-    torch.op.opcheck(op.triton_scan, leaves(forward, True))
-    torch.op.opcheck(op.triton_scan_backward, leaves(backward, False))
+    torch.library.opcheck(op.triton_scan, leaves(forward, True))
+    torch.library.opcheck(op.triton_scan_backward, leaves(backward, False))
 
 
 # CUDA graphs and streams.

@@ -326,7 +326,7 @@ def test_a_scan_without_gradient_gives_the_same_bits():
 @pytest.mark.parametrize("batch", [2, 0])
 def test_opcheck(batch, strided):
     for operator, arguments in operator_arguments(batch, strided):
-        torch.op.opcheck(operator, arguments)
+        torch.library.opcheck(operator, arguments)
 
 
 @pytest.mark.parametrize("batch", [2, 0])

@@ -501,17 +501,6 @@ FIGURES: dict[str, Callable[[Section], Figures]] = {
 }
 
 
-def scan_row(scan: Section, mode: str, backend: str) -> Section:
-    """Return the row of a backend in the section `scan`, or nothing."""
-    for row in scan.get("rows", ()):
-        if (row["mode"], row["backend"], row["status"]) == (mode, backend, "ok"):
-            return row
-    return {}
-
-
-# ---------------------------------------------------------------- command line
-
-
 def failures(sections: Section) -> list[str]:
     """Return what was wrong, or took more than it may, in one line each."""
     lines = [
