@@ -1,9 +1,9 @@
-"""Renew what README.md and the model card say of the bundled weights, from benchmarks/.
+"""Renew what README.md, docs/benchmarks.md and the model card say of the bundled weights.
 
     python tools/readme_tables.py            # writes them
     python tools/readme_tables.py --check    # names those that are out of date; changes nothing
 
-Between `<!-- table: NAME -->` and `<!-- end -->` are replaced, from kodak_tiny.json:
+The text between `<!-- table: NAME -->` and `<!-- end -->` is replaced, from benchmarks/:
 
     kodak       each quality on Kodak, beside the rate of JPEG 4:2:0 at the same PSNR
     bd_rates    BD-rates of all that was measured there, and ours against each
@@ -33,7 +33,7 @@ from cmamba_ref import CMambaError
 from cmamba_ref.atomic_write import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "cmamba_ref/pretrained/tiny/README.md")
+PAGES = ("README.md", "docs/benchmarks.md", "cmamba_ref/pretrained/tiny/README.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 OURS, JPEG, VTM = "cmamba", "jpeg420", "VTM-9.1"
 NONE = "–"
