@@ -22,7 +22,7 @@ CONTEXTS = ("cae", "cae-without-ssm", "none")
 # What `resampling` may be; the first is the default.
 RESAMPLINGS = ("convolution", "haar")
 # Options that `to_json` leaves out at their defaults, so that versions without them read the file.
-LATER_OPTIONS = ("resampling", "feature_gain", "lrp_kernel", "bypass")
+LATER_OPTIONS = ("resampling", "bypass")
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,11 @@ class CMambaConfig:
             its scan out, and so sees one position at a time; "none" takes both from the
             hyperprior alone (Minnen et al. 2018).
         lrp: whether latent residual prediction follows.
-        lrp_kernel: kernel size of its convolutions, 3 or 1; 1 makes it an MLP at each position.
         resampling: how g_a halves and g_s doubles height and width.  "convolution" is strided
             convolutions; "haar" is Haar transforms with a scale per sub-band and a 1x1 convolution
             (`cmamba_ref.nn.haar`).  The last layer of g_s is a convolution in both.
         lmbdas: empty for a fixed-rate model; else one lambda per quality 1, 2, ...: the model has
             gain vectors (Cui et al. 2021) and serves every quality between 1 and `len(lmbdas)`.
-        feature_gain: whether the features at H/8 have gain vectors too (`cmamba_ref.nn.gain`);
-            needs `lmbdas`.
         bypass: whether a linear path between 16x16 blocks of the image and y stands beside g_a and
             g_s (`cmamba_ref.nn.bypass`).
 
@@ -86,8 +83,6 @@ class CMambaConfig:
     lrp: bool = True
     lmbdas: tuple[float, ...] = field(default=())
     resampling: str = RESAMPLINGS[0]
-    feature_gain: bool = False
-    lrp_kernel: int = 3
     bypass: bool = False
 
     def __post_init__(self) -> None:
@@ -152,16 +147,12 @@ class CMambaConfig:
                     f"`{arg}` must be one of {choices}, got {getattr(self, arg)!r:.80}; "
                     "see CMambaConfig"
                 )
-        for arg in ("lrp", "feature_gain", "bypass"):
+        for arg in ("lrp", "bypass"):
             if not isinstance(getattr(self, arg), bool):
                 raise InvalidArgumentError(
                     f"`{arg}` must be true or false, got {getattr(self, arg)!r:.80}; "
                     "see CMambaConfig"
                 )
-        if not _is_int(self.lrp_kernel) or self.lrp_kernel not in (1, 3):
-            raise InvalidArgumentError(
-                f"`lrp_kernel` must be 1 or 3, got {self.lrp_kernel!r:.80}; see CMambaConfig"
-            )
         if not 0 < self.ssm_ratio <= 64:
             raise InvalidArgumentError(
                 f"`ssm_ratio` must be above 0 and at most 64, got {self.ssm_ratio}; "
@@ -186,11 +177,6 @@ class CMambaConfig:
             )
         if not all(math.isfinite(value) and value > 0 for value in self.lmbdas):
             raise InvalidArgumentError(f"`lmbdas` must be positive, got {self.lmbdas}")
-        if self.feature_gain and not self.lmbdas:
-            raise InvalidArgumentError(
-                "`feature_gain` must be false without `lmbdas`, got true; "
-                "a fixed-rate model has no gains"
-            )
 
     @property
     def slice_widths(self) -> tuple[int, ...]:

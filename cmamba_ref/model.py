@@ -360,7 +360,7 @@ class CMamba(nn.Module):
         first = next(self.g_a.parameters())
         x = x.to(first.device, first.dtype).contiguous(memory_format=torch.channels_last)
         gains = self._gains(quality, x.shape[0])
-        y = self.g_a(x, None if gains is None else gains.analysis, tiled.apply)
+        y = self.g_a(x, tiled.apply)
         if self.bypass is not None:
             y = y + self.bypass.to_latent(x)
         return y if gains is None else y * gains.latent, gains
@@ -398,11 +398,10 @@ class CMamba(nn.Module):
     def _synthesise(self, y_bar: Tensor, gains: Gains | None) -> Tensor:
         # In this order: MPS refuses to take a float64 tensor over.
         y_bar = y_bar.to(next(self.g_s.parameters()).dtype).to(self._device())
-        feature_gain = None
         if gains is not None:
-            y_bar, feature_gain = y_bar * gains.inverse, gains.synthesis
+            y_bar = y_bar * gains.inverse
         y_bar = y_bar.contiguous(memory_format=torch.channels_last)
-        x_hat = self.g_s(y_bar, feature_gain, tiled.apply)
+        x_hat = self.g_s(y_bar, tiled.apply)
         return x_hat if self.bypass is None else x_hat + self.bypass.to_image(y_bar)
 
 

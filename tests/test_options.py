@@ -1,4 +1,4 @@
-"""Options of the architecture: resampling, feature gains, kernel of LRP, unequal slices."""
+"""Options of the architecture: resampling, unequal slices, linear bypass."""
 
 import dataclasses
 import hashlib
@@ -17,14 +17,11 @@ from cmamba_ref import CMamba, CMambaConfig, InvalidArgumentError
 from cmamba_ref.config import BASE, LATER_OPTIONS, TINY
 from cmamba_ref.config import SMALL as SHIPPED_SMALL
 from cmamba_ref.losses import bits, rate_distortion_loss
-from cmamba_ref.nn.context import LRP
 from cmamba_ref.nn.haar import HaarDownsample, HaarUpsample
 from tools import complexity, observe, stage_clock
 
 CHANGES = {
     "haar": {"resampling": "haar"},
-    "feature gain": {"feature_gain": True},
-    "pointwise LRP": {"lrp_kernel": 1},
     "unequal slices": {"slices": (2, 9, 5)},
     "bypass": {"bypass": True},
 }
@@ -40,15 +37,6 @@ def config(request) -> CMambaConfig:
 @pytest.fixture
 def image() -> Tensor:
     return as_input(picture(128, 192))
-
-
-def with_varied_features(model: CMamba) -> CMamba:
-    """Feature gains that differ by channel and quality."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for table in (model.gain.log_analysis_gain, model.gain.log_synthesis_gain):
-            table.copy_(0.3 * torch.randn(table.shape, generator=generator))
-    return model
 
 
 # ---------------------------------------------------------------- the defaults
@@ -107,11 +95,6 @@ def test_an_option_survives_json(config):
     [
         ({"resampling": "wavelet"}, "`resampling` must be one of"),
         ({"resampling": None}, "`resampling` must be one of"),
-        ({"feature_gain": 1}, "`feature_gain` must be true or false"),
-        ({"feature_gain": True, "lmbdas": ()}, "`feature_gain` must be false without `lmbdas`"),
-        ({"lrp_kernel": 5}, "`lrp_kernel` must be 1 or 3"),
-        ({"lrp_kernel": 1.0}, "`lrp_kernel` must be 1 or 3"),
-        ({"lrp_kernel": True}, "`lrp_kernel` must be 1 or 3"),
         ({"slices": (8, 7)}, "`slices` must sum to `latent_channels`, got a sum of 15 and 16"),
         ({"slices": ()}, "`slices` must sum to `latent_channels`, got a sum of 0 and 16"),
         ({"slices": (16, 0)}, "`slices` must be a positive integer"),
@@ -138,15 +121,13 @@ def test_a_model_with_an_option_trains(config, image):
     (loss + model.aux_loss()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
-        if name.endswith(("scale", "analysis_gain", "synthesis_gain")):
+        if name.endswith("scale"):
             assert parameter.grad.any(), name
 
 
 def test_a_model_with_an_option_codes(config, image, tmp_path):
     """The decoder reads the encoder's symbols, `forward` estimates them, files keep the model."""
     model = random_model(config)
-    if config.feature_gain:
-        with_varied_features(model)
     values = (image[0].permute(1, 2, 0) * 255).round().byte().numpy()
     done = round_trip(model, values, 2.5, tmp_path / "x.cmb")
     assert np.any(done.encoder.symbols)
@@ -234,98 +215,6 @@ def test_noise_goes_to_its_slice():
     noise["y"][:, 4] = 0.4
     changed = (model(x, 3.0, noise)["likelihoods"]["y"] != without).flatten(2).any(2)
     assert changed.nonzero()[:, 1].tolist() == [4]
-
-
-# ---------------------------------------------------------------- LRP
-
-
-@pytest.mark.parametrize(("kernel", "reach"), [(1, 0), (3, 3)])
-def test_lrp_sees_as_far_as_its_kernel(kernel, reach):
-    """Three layers of kernel 3 see three positions in each direction."""
-    torch.manual_seed(0)
-    lrp = LRP(dataclasses.replace(SMALL, lrp_kernel=kernel), 20, 8).double()
-    context = torch.randn(1, 20, 9, 9, dtype=torch.float64)
-    moved = context.clone()
-    moved[:, :, 4, 4] += 1
-    with torch.no_grad():
-        changed = (lrp(moved) != lrp(context)).any(1)[0]
-    rows, columns = changed.nonzero().T
-    assert rows.min() == columns.min() == 4 - reach
-    assert rows.max() == columns.max() == 4 + reach
-
-
-# ---------------------------------------------------------------- feature gains
-
-
-def test_feature_gains_of_one_change_nothing(image):
-    """They start there; all other parameters start as without the option."""
-    torch.manual_seed(0)
-    without = CMamba(SMALL).eval()
-    torch.manual_seed(0)
-    model = CMamba(OPTIONS["feature gain"]).eval()
-    names = {"gain.log_analysis_gain", "gain.log_synthesis_gain"}
-    state = model.state_dict()
-    assert set(state) - set(without.state_dict()) == names
-    assert all(state[name].shape == (8, SMALL.widths[2]) for name in names)
-    for name, tensor in without.state_dict().items():
-        assert torch.equal(state[name], tensor)
-    with torch.no_grad():
-        expected, found = without(image, 3.3), model(image, 3.3)
-    assert torch.equal(found["x_hat"], expected["x_hat"])
-    assert torch.equal(found["likelihoods"]["y"], expected["likelihoods"]["y"])
-
-
-@pytest.mark.parametrize("depth", [0, 2])
-def test_feature_gains_scale_the_maps_at_an_eighth(image, depth):
-    """In g_a before the blocks there, in g_s behind them, per image and channel."""
-    config = dataclasses.replace(OPTIONS["feature gain"], depths=(1, 1, depth))
-    torch.manual_seed(0)
-    model = with_varied_features(CMamba(config)).eval()
-    inputs, outputs = {}, {}
-
-    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
-        inputs[module], outputs[module] = args[0], output
-
-    for child in (*model.g_a, *model.g_s):
-        child.register_forward_hook(keep)
-    quality = torch.tensor([3.0, 6.5])
-    with torch.no_grad():
-        model(image.expand(2, -1, -1, -1), quality)
-
-    def gains(table: Tensor) -> Tensor:
-        return torch.stack([table[2], (table[5] + table[6]) / 2]).exp()[..., None, None]
-
-    # g_a is: down1, block, down2, block, down3, blocks, down4; g_s: up4, blocks, up3, ...
-    for layers, table in (
-        ((model.g_a[4], model.g_a[5]), model.gain.log_analysis_gain),
-        ((model.g_s[depth], model.g_s[depth + 1]), model.gain.log_synthesis_gain),
-    ):
-        before, behind = outputs[layers[0]], inputs[layers[1]]
-        assert before.shape == (2, 16, 16, 24)
-        torch.testing.assert_close(behind, before * gains(table), rtol=1e-5, atol=1e-6)
-        assert behind.is_contiguous(memory_format=torch.channels_last)
-    # Nowhere else.
-    for transform, scaled in ((model.g_a, {5}), (model.g_s, {depth + 1})):
-        for number in set(range(1, len(transform))) - scaled:
-            assert torch.equal(inputs[transform[number]], outputs[transform[number - 1]])
-
-
-def test_feature_gains_keep_the_precision_of_autocast(image):
-    model = with_varied_features(CMamba(OPTIONS["feature gain"])).eval()
-    seen = []
-    model.g_a[5].register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model(image, 3.0)
-    assert seen == [torch.bfloat16]
-
-
-def test_the_receptive_field_is_that_of_the_quality(image):
-    model = with_varied_features(random_model(OPTIONS["feature gain"]))
-    fields = [observe.receptive_field(model, image, quality) for quality in (2, 7)]
-    assert not np.allclose(*fields)
-    plain = random_model()
-    fields = [observe.receptive_field(plain, image, quality) for quality in (2, 7)]
-    assert np.array_equal(*fields)
 
 
 # ---------------------------------------------------------------- Haar

@@ -170,7 +170,7 @@ def look_at(model: CMamba, image: np.ndarray, quality: float | None) -> Numbers:
             "z_bpp": seen.z_bits / (width * height),
             "map": bits.tolist(),
         },
-        "field": _field(model, x, quality),
+        "field": _field(model, x),
     }
 
 
@@ -178,11 +178,11 @@ def _as_input(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
 
 
-def _field(model: CMamba, x: torch.Tensor, quality: float | None) -> list[list[float]]:
+def _field(model: CMamba, x: torch.Tensor) -> list[list[float]]:
     """The receptive field on the middle of an image, with zeros around a smaller one."""
     height, width = (min(side, FIELD_SIDE) for side in x.shape[-2:])
     top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
-    field = receptive_field(model, x[..., top : top + height, left : left + width], quality)
+    field = receptive_field(model, x[..., top : top + height, left : left + width])
     down, right = (FIELD_SIDE - height) // 2, (FIELD_SIDE - width) // 2
     framed = np.zeros((FIELD_SIDE, FIELD_SIDE))
     framed[down : down + height, right : right + width] = field

@@ -127,23 +127,20 @@ def _paths(block: nn.Module) -> dict[str, nn.Module]:
     return {"ssm" if isinstance(block, VSSBlock) else "cnn": block}
 
 
-def receptive_field(model: CMamba, x: Tensor, quality: float | None = None) -> np.ndarray:
+def receptive_field(model: CMamba, x: Tensor) -> np.ndarray:
     """How much each pixel moves the latent at the centre: the effective receptive field of g_a.
 
     The gradient of the sum of y's channels at the centre, its magnitudes summed over the colours,
     as in Luo et al. 2016 and Ding et al. 2022; the largest is 1.
 
     Args:
-        x: one picture `[1, 3, H, W]` in 0...1.
-        quality: as for `CMamba.compress`; it counts where features have gains.
+        x: one image `[1, 3, H, W]` in 0...1.
 
     Returns:
         `[H, W]`.
     """
     x = x.clone().requires_grad_()
-    quality = model.check_quality(quality)
-    gains = None if model.gain is None else model.gain(torch.tensor([quality]))
-    y = model.g_a(x, None if gains is None else gains.analysis)
+    y = model.g_a(x)
     target = y[0, :, y.shape[-2] // 2, y.shape[-1] // 2].sum()
     (gradient,) = torch.autograd.grad(target, x)
     field = gradient[0].abs().sum(0).cpu().numpy()

@@ -14,7 +14,6 @@ only what happens to a slice once its distribution is known, and that is passed 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import accumulate
 
 import torch
@@ -69,14 +68,12 @@ class LRP(nn.Module):
     def __init__(self, config: CMambaConfig, context_channels: int, slice_width: int) -> None:
         super().__init__()
         hidden1, hidden2 = config.lrp_widths
-        # PyTorch computes a 1x1 convolution as one matrix product, which is fast in float64 too.
-        conv = Conv3x3 if config.lrp_kernel == 3 else partial(nn.Conv2d, kernel_size=1)
         self.layers = nn.Sequential(
-            conv(context_channels, hidden1),
+            Conv3x3(context_channels, hidden1),
             nn.GELU(),
-            conv(hidden1, hidden2),
+            Conv3x3(hidden1, hidden2),
             nn.GELU(),
-            conv(hidden2, slice_width),
+            Conv3x3(hidden2, slice_width),
         )
 
     def forward(self, context: Tensor) -> Tensor:

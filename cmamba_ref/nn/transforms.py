@@ -61,31 +61,13 @@ def call(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class Transform(nn.Sequential):
-    """Layers in turn, with a gain on the features at H/8.
+    """Layers in turn, each applied by `apply`."""
 
-    Args:
-        before_gain: layers before the gain.
-    """
-
-    def __init__(self, *layers: nn.Module, before_gain: int) -> None:
-        super().__init__(*layers)
-        self.before_gain = before_gain
-
-    def forward(
-        self, input: Tensor, feature_gain: Tensor | None = None, apply: Apply = call
-    ) -> Tensor:
-        """Compute y or x_hat.
-
-        Args:
-            feature_gain: scales what enters the blocks at H/8 in g_a, and what leaves them in g_s,
-                `[B, C3, 1, 1]`.
-            apply: how each layer is applied.
-        """
+    def forward(self, input: Tensor, apply: Apply = call) -> Tensor:
+        """Compute y or x_hat."""
         x = input
-        for number, layer in enumerate(self, start=1):
+        for layer in self:
             x = apply(layer, x)
-            if feature_gain is not None and number == self.before_gain:
-                x = x * feature_gain.to(x.dtype)  # which under autocast is not that of parameters
         return x
 
 
@@ -101,7 +83,7 @@ class Analysis(Transform):
         else:
             down1, down2, down3, down4 = (downsample(*size) for size in sizes)
         layers = down1, *stage1, down2, *stage2, down3, *stage3, down4
-        super().__init__(*layers, before_gain=len(stage1) + len(stage2) + 3)
+        super().__init__(*layers)
         hadamard_init.init_analysis([down1, down2, down3, down4])
 
 
@@ -116,7 +98,7 @@ class Synthesis(Transform):
         up4, up3, up2 = (double(*channels) for channels in sizes)
         last = nn.Conv2d(c1, 3 * 2 * 2, 3, padding=1)
         layers = up4, *stage3, up3, *stage2, up2, *stage1, last, nn.PixelShuffle(2)
-        super().__init__(*layers, before_gain=len(stage3) + 1)
+        super().__init__(*layers)
         hadamard_init.init_synthesis([up4, up3, up2], last)
 
 
