@@ -302,7 +302,7 @@ def test_entropy_parameters_agree_under_other_settings(job):
 def test_what_is_watched_is_what_the_decoder_goes_through(job):
     one = job().pictures[0]
     model = determinism.load_model(str(determinism.SMALL_MODEL), "contiguous", "float32")
-    data = cmamba_ref.encode(model, one.pixels(), one.quality)
+    data = cmamba_ref.encode(one.pixels(), model, one.quality)
     with recording() as seen:
         decoded = cmamba_ref.decode(data, model)
     kept = np.load(one.kept)

@@ -187,6 +187,12 @@ def test_autocast_changes_nothing(make, backend):
         assert torch.equal(results[name], x), name
 
 
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+@pytest.mark.parametrize("make", [scan_arguments, scan_2d_arguments])
+def test_every_backend_is_as_accurate_as_the_reference(make, backend):
+    assert_accurate(backend, make())
+
+
 @pytest.mark.parametrize("backend", EAGER_BACKENDS)
 def test_gradcheck(backend):
     a = scan_arguments(batch=1, channels=2, length=4, n=2, b_form="grouped", groups=2)

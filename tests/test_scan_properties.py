@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scan_helpers import EAGER_BACKENDS, on_cpu
+from scan_helpers import EAGER_BACKENDS
 
 from cmamba_ref.ops import selective_scan, selective_scan_2d
 from cmamba_ref.testing import assert_accurate, scan_2d_arguments, scan_arguments
@@ -62,17 +62,14 @@ def scans_2d(draw):
     )
 
 
-# The kernels have a test like these in test_kernels.py, with shapes for the interpreter.
-@pytest.mark.parametrize("backend", on_cpu("reference", "triton"))
-@given(arguments=scans())
-def test_scan_is_as_accurate_as_the_reference(backend, arguments):
-    assert_accurate(backend, arguments)
+@given(scans())
+def test_chunked_scan_is_as_accurate_as_the_reference(arguments):
+    assert_accurate("chunked", arguments)
 
 
-@pytest.mark.parametrize("backend", on_cpu("reference", "triton"))
-@given(arguments=scans_2d())
-def test_scan_2d_is_as_accurate_as_the_reference(backend, arguments):
-    assert_accurate(backend, arguments)
+@given(scans_2d())
+def test_chunked_scan_2d_is_as_accurate_as_the_reference(arguments):
+    assert_accurate("chunked", arguments)
 
 
 def positions(arguments: dict[str, Any], start: int, stop: int) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class MapScan:
         projections = new(*position, DIRECTIONS, self.rank + 2 * self.n)
         return launch.Scan(
             x=new(*position, self.channels),
-            dt=projections,
+            dt_or_proj=projections,
             B=projections,
             C=projections,
             z=None,
@@ -151,7 +151,7 @@ class SequenceScan:
         varying, constant = (*position, self.groups, self.n), (self.n, self.channels)
         return launch.Scan(
             x=new(*position, self.channels),
-            dt=new(*position, self.channels),
+            dt_or_proj=new(*position, self.channels),
             B=real(*constant) if self.b_constant else new(*varying),
             C=real(*constant) if self.c_constant else new(*varying),
             z=new(*position, self.channels) if self.gate else None,
