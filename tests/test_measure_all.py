@@ -195,7 +195,13 @@ def test_real_tools_on_two_small_pictures(model_dir, tmp_path, monkeypatch):
     )
     found = {path.name for path in into.iterdir()}
     plots = {"kodak_psnr.png", "kodak_ms_ssim.png", "kodak_published.png"}
-    assert found == {"kodak_model0.json", "report.html", *plots, *(f"{p}.json" for p in plots)}
+    assert found == {
+        "kodak_model0.json",
+        "report.html",
+        "crops.png",
+        *plots,
+        *(f"{p}.json" for p in plots),
+    }
     measured = json.loads((into / "kodak_model0.json").read_text())
     assert {"cmamba", "jpeg420", "jpeg444", "meta"} <= set(measured)
     assert len(measured["cmamba"]["results"]["bpp"]) == 8

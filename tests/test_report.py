@@ -289,6 +289,7 @@ def test_without_pictures_there_is_no_script(results, tmp_path):
         (["--picture", "{photograph}", "--quality", "9"], "quality"),
         (["--anchor", "{results}:vtm"], "vtm"),
         (["--megabytes", "0"], "--megabytes"),
+        (["--crops", "crops.png"], "--picture"),
         (["--codecs", "jpeg2000"], "jpeg420"),
         (["-o", "no/such/folder/report.html"], "directory"),
     ],
@@ -302,6 +303,21 @@ def test_wrong_arguments_are_refused_before_any_work(
         report.main([str(results), "--model", str(MODEL), "-o", str(output), *more])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_crops_of_all_versions_are_drawn_side_by_side(photograph):
+    """Each panel is the same part of its version, pixel for pixel."""
+    original = report.read_rgb(photograph)
+    shades = [report.Version(f"shade {k}", np.full_like(original, k), 7) for k in (50, 90)]
+    figure = np.asarray(report.crops_side_by_side(original, shades))
+    side, step = report.CROP, report.CROP + report.GAP
+    assert figure.shape == (side + report.CAPTION, 3 * step - report.GAP, 3)
+    detail = report.most_detailed(original, side).of(original)
+    assert np.array_equal(figure[: detail.shape[0], : detail.shape[1]], detail)
+    for k, shade in enumerate((50, 90), start=1):
+        panel = figure[: detail.shape[0], k * step : k * step + detail.shape[1]]
+        assert (panel == shade).all()
+    assert (figure[side:] < 128).any()  # the captions
 
 
 def test_a_picture_that_cannot_be_coded_leaves_no_page(

@@ -87,7 +87,8 @@ class Inputs:
         name = Path(self.model).name
         at = {key: str(self.into / file) for key, file in (
             ("rd", f"kodak_{name}.json"), ("fine", f"kodak_{name}_fine.json"),
-            ("costs", "complexity.json"), ("html", "report.html"), ("folder", "analysis"),
+            ("costs", "complexity.json"), ("html", "report.html"), ("crops", "crops.png"),
+            ("folder", "analysis"),
         )}  # fmt: skip
         limit = [] if self.limit is None else ["--limit", str(self.limit)]
         folder = [str(self.pictures), *limit, *(["--fresh"] if self.fresh else [])]
@@ -119,8 +120,8 @@ class Inputs:
             ],
             # The means are over the folder; the image that is shown is another.
             "analyze": [["analyze.py", *folder, *model, *shown, "-o", at["folder"]]],
-            "report": [["report.py", at["rd"], *shown, *model, "--megabytes", "2.4", *rates,
-                        "-o", at["html"]]],
+            "report": [["report.py", at["rd"], *shown, *model, "--quality", "2", *rates,
+                        "--megabytes", "2.4", "-o", at["html"], "--crops", at["crops"]]],
             "cpu": [["bench_cpu.py", *written("cpu")]],
             "training": [["bench_training.py", *written("training")]],
             "large": [["bench_cpu.py", "--only", "large", *written("cpu")]],

@@ -15,6 +15,7 @@ a detail of all of them is magnified, at first the one with most detail in the o
 The page is one file that needs no network and no other file. Images are in it as PNG, without loss:
 whole where they fit into --megabytes, which they share equally, otherwise the largest part around
 the detail that fits; the page says which. Sizes, PSNR and MS-SSIM are those of the whole image.
+--crops draws that detail of the first image after each codec, side by side.
 
 The exit status is 1 if an image could not be coded, 2 for wrong arguments, 130 after Ctrl-C; the
 page is written only when it is complete.
@@ -38,7 +39,7 @@ import rd_curves
 from bd_rate import BDRate
 from classical_codecs import CODECS, ClassicalCodec
 from figures import as_file
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from plot_rd import AXES, draw
 from provenance import of_run, versions
 from rd_curves import METRICS, Curve
@@ -48,6 +49,7 @@ from tqdm import tqdm
 import cmamba_ref
 from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.codec.images import write_png
 from cmamba_ref.errors import explain
 from cmamba_ref.metrics import MS_SSIM_MIN_SIDE, bits_per_pixel, ms_ssim, psnr
 
@@ -66,6 +68,8 @@ COLUMNS = {
 }
 # How many pixels wide the magnified details are, as the page offers it.
 EXTENTS, EXTENT = (48, 96, 192), 96
+# Of the figure of crops, in pixels: side of a crop, space between two, height of the caption.
+CROP, GAP, CAPTION = 160, 8, 34
 COMPARED = (
     "<h2>Images at about equal file size</h2><p>For each classical codec the quality was taken"
     " whose file is nearest in size to ours. Sizes are those of the files, headers included; PSNR"
@@ -220,6 +224,23 @@ def embed(images: Sequence[np.ndarray], place: Window, most: int) -> tuple[Windo
             return window, uris
         # Bytes go with the area; a little less, or a last per cent may take many turns.
         part *= min(0.95, math.sqrt(most / length))
+
+
+def crops_side_by_side(original: np.ndarray, coded: Sequence[Version]) -> Image.Image:
+    """Draw the detail of an image and its versions in a row, each with its name and size."""
+    detail = most_detailed(original, CROP)
+    panels = [Version("Original, as pixels", original, original.nbytes), *coded]
+    figure = Image.new("RGB", ((CROP + GAP) * len(panels) - GAP, CROP + CAPTION), "white")
+    pen, font = ImageDraw.Draw(figure), ImageFont.load_default(CAPTION * 0.38)
+    for k, version in enumerate(panels):
+        left = k * (CROP + GAP)
+        figure.paste(Image.fromarray(detail.of(version.image)), (left, 0))
+        note = f"{version.size:,} bytes"
+        if k:
+            note += f", {psnr(original, version.image):.2f} dB"
+        name = version.name.partition(",")[0]
+        pen.text((left, CROP + 2), f"{name}\n{note}", "black", font)
+    return figure
 
 
 def data_uri(data: bytes, kind: str) -> str:
@@ -409,11 +430,14 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
     which = f"to compare with, of {' '.join(BASELINES)} (default: {' '.join(few)})"
     add("--codecs", nargs="*", choices=BASELINES, default=few, metavar="CODEC", help=which)
     budget = "that all images may take in the page together (default: 11)"
+    add("--crops", type=Path, metavar="FILE", help="also draw a detail of the first image as PNG")
     add("--megabytes", type=float, default=11, metavar="MB", help=budget)
     add("--title", default="CMamba: measured results", help="default: %(default)s")
     args = parser.parse_args(argv)
     if not args.output.parent.is_dir():
         parser.error(f"-o must lie in an existing directory, got {str(args.output)!r}")
+    if args.crops and not args.picture:
+        parser.error("--crops needs an image, see --picture")
     if not args.megabytes > 0:
         parser.error(f"--megabytes must be positive, got {args.megabytes:g}")
     return parser, args
@@ -455,6 +479,8 @@ def main(argv: list[str] | None = None) -> int:
                     bar.set_description_str(path.name)
                     coded = versions_of(model, original, quality, codecs, bar)
                     parts.append(comparison(path, k, coded, most))
+                    if args.crops and k == 0:
+                        write_png(args.crops, np.asarray(crops_side_by_side(original, coded)))
                     bar.update()
         except KeyboardInterrupt:
             print("interrupted; no page was written", file=sys.stderr)
