@@ -221,7 +221,7 @@ class CMambaConfig:
         if unknown := sorted(set(values) - known):
             raise InvalidArgumentError(
                 f"`text` must have only the keys of CMambaConfig, got {unknown}; "
-                "was it written by a newer version?"
+                "was it written by another version?"
             )
         try:
             return cls(**values)

@@ -102,7 +102,7 @@ def _find(source: str) -> Path:
     except ImportError as error:
         raise WeightsError(
             f"there is no directory {source!r}; to take it for a repository of the Hugging Face "
-            'Hub, run: python -m pip install "cmamba-ref[hub]"'
+            'Hub, in a clone: python -m pip install ".[hub]"'
         ) from error
     try:
         wanted = [CONFIG_FILE, WEIGHTS_FILE, HASH_FILE]

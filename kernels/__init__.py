@@ -34,7 +34,9 @@ def _interpreted() -> bool:
 def unavailable_reason(device_type: str) -> str | None:
     """Why no kernel can run on this kind of device, or None when they can."""
     if importlib.util.find_spec("triton") is None:
-        return "the module 'triton' is not installed; pip install 'cmamba-ref[kernels]'"
+        return (
+            "the module 'triton' is not installed; in a clone: python -m pip install '.[kernels]'"
+        )
     if _interpreted():
         return None
     if device_type != "cuda":

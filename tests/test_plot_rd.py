@@ -138,4 +138,4 @@ def test_a_missing_extra_is_named_before_any_work(ours, anchors, tmp_path, tool,
             contextlib.redirect_stderr(io.StringIO()) as error,
         ):
             importlib.import_module(tool).main([text.format(**places) for text in arguments])
-    assert stopped.value.code == 2 and "cmamba-ref[eval]" in error.getvalue()
+    assert stopped.value.code == 2 and ".[eval]" in error.getvalue()

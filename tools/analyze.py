@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         kept = PartialResults(output, conditions, fresh=args.fresh)
         new_figure(1, 1)  # before any work, not after all of it
     except ImportError as error:
-        parser.error(f"{error}; install the extra: pip install 'cmamba-ref[eval]'")
+        parser.error(f"{error}; in a clone: python -m pip install '.[eval]'")
     except (CMambaError, OSError) as error:
         parser.error(str(error))
 

@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     except CurveError as error:
         parser.error(str(error))
     except ImportError as error:
-        parser.error(f"{error}; install the extra: pip install 'cmamba-ref[eval]'")
+        parser.error(f"{error}; in a clone: python -m pip install '.[eval]'")
     print(table(anchor, args.metric, outcomes))
     if args.json:
         text = json.dumps(as_json(anchor, args.metric, outcomes), indent=1) + "\n"

@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     except CurveError as error:
         parser.error(str(error))
     except ImportError as error:
-        parser.error(f"{error}; install the extra: pip install 'cmamba-ref[eval]'")
+        parser.error(f"{error}; in a clone: python -m pip install '.[eval]'")
     save(figure, args.output, few_colours=True)
     text = json.dumps(numbers, indent=1) + "\n"
     write_atomically(args.output.with_name(args.output.name + ".json"), text.encode())

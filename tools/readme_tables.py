@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         except (CMambaError, OSError) as error:
             parser.error(f"{page}: {error}")
         except ImportError as error:
-            parser.error(f"{error}; install the extra: pip install 'cmamba-ref[eval]'")
+            parser.error(f"{error}; in a clone: python -m pip install '.[eval]'")
         outdated |= bool(changed)
         if changed and not args.check:
             write_atomically(args.pages / page, text.encode())

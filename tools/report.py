@@ -462,7 +462,7 @@ def main(argv: list[str] | None = None) -> int:
     except (CMambaError, OSError) as error:
         parser.error(str(error))
     except ImportError as error:
-        parser.error(f"{error}; install the extra: pip install 'cmamba-ref[eval]'")
+        parser.error(f"{error}; in a clone: python -m pip install '.[eval]'")
     if anchor is None:
         print(f"no BD-rates: no curve is named {USUAL_ANCHOR}; see --anchor", file=sys.stderr)
     codecs = [key for key in args.codecs if CODECS[key].is_available()]

@@ -11,7 +11,7 @@ names are the same.  Into `out` go:
     log.jsonl      a line per record: settings, losses, throughput, validations
     checkpoints/   the newest and the best; each is checked before it is used
     samples/       held-out crops, and what the model makes of them
-    model/         at the end: config.json and model.safetensors, ready for `cmamba --model`, and
+    model/         at the end: config.json and model.safetensors, for `cmamba encode --model`, and
                    run.json, which says where the run was
     best/          the same of the validation with the lowest loss
 

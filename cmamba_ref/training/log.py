@@ -72,6 +72,6 @@ def _board(folder: Path, step: int):
     except ImportError as error:
         raise TrainingError(
             f"`tensorboard` must be installed to log for it ({error}); "
-            'run: python -m pip install "cmamba-ref[train]"'
+            'in a clone: python -m pip install ".[train]"'
         ) from error
     return SummaryWriter(str(folder), purge_step=step + 1)
