@@ -220,6 +220,7 @@ class CMamba(nn.Module):
             CMambaError: x, the weights or the latents hold NaN or infinity.
             WeightsError: the model has no entropy tables; call `update()`.
         """
+        _check_images(x)
         quality, coder = self.check_quality(quality), self.latent_coder
         coder.tables()  # before the transforms: without tables there is nothing to code with
         return coder.encode(self.latent_symbols(x, quality), quality)
@@ -236,7 +237,7 @@ class CMamba(nn.Module):
             InvalidArgumentError: wrong shape or quality.
             CMambaError: x, the weights or the latents hold NaN or infinity.
         """
-        y = self.analyze(x, quality)
+        y = self.analyze(x, self.check_quality(quality))
         return self.latent_coder.symbols(y, self.h_a(y))
 
     @torch.no_grad()

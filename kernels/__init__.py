@@ -35,8 +35,6 @@ def unavailable_reason(device_type: str) -> str | None:
     """Why no kernel can run on this kind of device, or None when they can."""
     if importlib.util.find_spec("triton") is None:
         return "the module 'triton' is not installed; in a clone: pip install '.[kernels]'"
-            "the module 'triton' is not installed; in a clone: python -m pip install '.[kernels]'"
-        )
     if _interpreted():
         return None
     if device_type != "cuda":

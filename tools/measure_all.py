@@ -143,8 +143,8 @@ def run(command: Sequence[str]) -> int:
     try:
         status = process.wait()
     except KeyboardInterrupt as interrupt:
-        told = [] if interrupt.args != (signal.SIGTERM,) else [signal.SIGINT]
-        for step in (*told, None, signal.SIGTERM, signal.SIGKILL):
+        told = signal.SIGINT if interrupt.args == (signal.SIGTERM,) else None
+        for step in (told, signal.SIGTERM, signal.SIGKILL):
             if step is not None:
                 process.send_signal(step)
             try:
@@ -172,7 +172,10 @@ def run_all(names: Sequence[str], inputs: Inputs) -> tuple[dict[str, str], Seque
     failed: dict[str, str] = {}
     for k, name in enumerate(names):
         place, left = f"[{k + 1}/{len(names)}] {name}", sum(STAGES[n] for n in names[k:])
-        print(f"\n{place}: about {minutes(STAGES[name])}, all that is left about {minutes(left)}")
+        print(
+            f"\n{place}: about {minutes(STAGES[name])}, all that is left about {minutes(left)}",
+            flush=True,
+        )
         if name in NEED_RD and "rd" in failed:
             failed[name] = "not run, as it needs rd"
             continue

@@ -33,7 +33,12 @@ from cmamba_ref import CMambaError
 from cmamba_ref.atomic_write import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/benchmarks.md", "cmamba_ref/pretrained/tiny/README.md")
+# The tables that each page must have, once each.
+PAGES = {
+    "README.md": ["kodak"],
+    "docs/benchmarks.md": ["bd_rates", "published"],
+    "cmamba_ref/pretrained/tiny/README.md": ["kodak"],
+}
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 OURS, JPEG, VTM = "cmamba", "jpeg420", "VTM-9.1"
 NONE = "–"
@@ -141,13 +146,17 @@ def main(argv: list[str] | None = None) -> int:
     add("--results", type=Path, default=ROOT / "benchmarks", metavar="DIR", help="other results")
     args = parser.parse_args(argv)
     outdated = False
-    for page in PAGES:
+    for page, names in PAGES.items():
         try:
-            text, changed = filled((args.pages / page).read_text(), args.results)
+            before = (args.pages / page).read_text()
+            text, changed = filled(before, args.results)
         except (CMambaError, OSError) as error:
             parser.error(f"{page}: {error}")
         except ImportError as error:
             parser.error(f"{error}; in a clone: python -m pip install '.[eval]'")
+        found = sorted({match[2] for match in BLOCK.finditer(before)} & TABLES.keys())
+        if found != names or any(before.count(f"<!-- table: {name} -->") != 1 for name in names):
+            parser.error(f"{page}: must have the tables {names} once each, got {found}")
         outdated |= bool(changed)
         if changed and not args.check:
             write_atomically(args.pages / page, text.encode())

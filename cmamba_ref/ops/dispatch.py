@@ -89,7 +89,7 @@ def register_backend(backend: Backend) -> None:
 
 
 def _check_name(name: str, argument: str) -> str:
-    if name != "auto" and name not in BACKENDS:
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
         valid = ", ".join(repr(known) for known in ("auto", *BACKENDS))
         raise InvalidArgumentError(
             f"`{argument}` must be one of {valid}, got {name!r}; correct the name"
@@ -123,8 +123,8 @@ def scan_backend(name: str) -> Iterator[None]:
     """Within the `with` block, calls that name no backend use this one.
 
     It is process-wide: it sets the default backend of all threads, and restores on leaving what was
-    set before. Blocks that several threads open at a time do not know of each other; such threads
-    pass `backend` to the scans instead.
+    set before. Blocks of several threads that overlap would restore each other's backend, and may
+    leave it set; such threads pass `backend` to the scans instead.
 
     Raises:
         InvalidArgumentError: unknown name.
