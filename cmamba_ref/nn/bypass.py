@@ -1,7 +1,7 @@
 """A linear path beside g_a and g_s, between 16x16 blocks of the image and y (our choice).
 
 A transform that is still being learned loses what its narrow stages cannot hold.  A linear path
-around them carries any 16x16 transform from the first step on, and costs 768 M multiplications per
+around them carries any 16x16 transform from the first step on, and costs 768·M multiplications per
 position of y on either side.  Shortcuts of this kind are known to speed up training (AuxT, Li et
 al. 2025, uses wavelets).
 """

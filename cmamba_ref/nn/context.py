@@ -5,7 +5,7 @@ y is coded in groups of channels (slices).  For slice i, with everything decoded
     t      = w_sq([Phi', y_bar_<i])          # squeeze
     F_ssm  = SS2D(LN(t)) + t                 # all of space in one pass
     Phi_i  = w_ffn(LN(F_ssm)) + F_ssm        # -> mean and log-scale of every element of the slice
-    y_bar_i = y_hat_i + LRP(...)             # latent residual prediction
+    y_bar_i = y_hat_i + LRP([Phi'_mean, y_bar_<i, y_hat_i])  # latent residual prediction
 
 One loop (`ContextModel.forward`) serves training, compression and decompression; what differs is
 only what happens to a slice once its distribution is known, and that is passed in.

@@ -1,6 +1,6 @@
 """The blocks of `cmamba_ref.nn` on large maps, in bounded memory: strip after strip of rows.
 
-    y = g_a(x, gain, apply=tiled.apply)
+    y = g_a(x, apply=tiled.apply)
 
 A layer that looks no further than a few rows needs its input and its output as a whole, and what
 lies between only for one strip. The scan looks at everything, but in the order of a direction, and

@@ -216,7 +216,7 @@ class Blocks:
         A: `[G, N, D]`.
         state: any state, for its form `[S, G, N, D]`.
         length: L.
-        softplus: whether the time steps that the forward is given are the softplus of `dt`.
+        softplus: whether `forward` applies softplus to `dt`; `backward` takes it after softplus.
     """
 
     def __init__(self, A: Tensor, state: Tensor, length: int, softplus: bool = False):

@@ -3,7 +3,8 @@
 `scan_*` takes sequences whose time steps are known. `scan_2d_*` takes a map and its projections.
 It goes through the four directions side by side, one strip of positions after the other: what a
 strip needs is read from the map in the order of each direction, and only then are its time steps
-formed; so the map is never copied as a whole.
+formed; so the map is never copied as a whole.  In the terms of `recurrence.py` the four directions
+are the groups, G = 4: one call advances all of them, each at its own position of the map.
 
 Types: all tensors of a call share one, fp32 or fp64. On a GPU the matrix products follow torch's
 setting for TF32, which is off unless you allow it.
