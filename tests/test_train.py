@@ -127,7 +127,7 @@ def test_profile_finds_all_parts(folder):
 
 def test_tensorboard_is_optional(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(SystemExit, match=r"cmamba-ref\[train\]"):
+    with pytest.raises(SystemExit, match=r"\.\[train\]"):
         train.main(arguments(folder, tensorboard=True))
 
     written = []
