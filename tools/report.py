@@ -350,9 +350,10 @@ def measures(version: Version, original: np.ndarray, ours: Version) -> str:
     return "<br>".join(parts)
 
 
-def comparison(path: Path, number: int, coded: Sequence[Version], most: int) -> str:
+def comparison(
+    path: Path, original: np.ndarray, number: int, coded: Sequence[Version], most: int
+) -> str:
     """Put an image and its versions, ours first, under the slider; `most` as for `embed`."""
-    original = read_rgb(path)
     detail = most_detailed(original, EXTENT)
     window, uris = embed([original, *(version.image for version in coded)], detail, most)
     height, width = original.shape[:2]
@@ -456,8 +457,8 @@ def main(argv: list[str] | None = None) -> int:
             parts += [rates(metric, curves, anchor) for metric in METRICS]
         parts += [points(curve, is_open=k == 0) for k, curve in enumerate(curves)]
         originals = [read_rgb(path) for path in args.picture]
-        model = load_model(args.model)
-        quality = model.check_quality(args.quality)
+        model = load_model(args.model) if originals else None
+        quality = None if model is None else model.check_quality(args.quality)
         last = provenance(specs, argv)
     except (CMambaError, OSError) as error:
         parser.error(str(error))
@@ -468,7 +469,7 @@ def main(argv: list[str] | None = None) -> int:
     codecs = [key for key in args.codecs if CODECS[key].is_available()]
     for key in {*args.codecs} - {*codecs}:
         print(f"{key} is left out: this Pillow cannot write it", file=sys.stderr)
-    if originals:
+    if model is not None:
         most = int(args.megabytes * 1e6 / len(originals))
         form = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} to go"
         total = len(originals) * (1 + len(codecs))
@@ -478,7 +479,7 @@ def main(argv: list[str] | None = None) -> int:
                 for k, (path, original) in enumerate(zip(args.picture, originals, strict=True)):
                     bar.set_description_str(path.name)
                     coded = versions_of(model, original, quality, codecs, bar)
-                    parts.append(comparison(path, k, coded, most))
+                    parts.append(comparison(path, original, k, coded, most))
                     if args.crops and k == 0:
                         write_png(args.crops, np.asarray(crops_side_by_side(original, coded)))
                     bar.update()

@@ -11,6 +11,7 @@ to the same slice loop, `ContextModel.forward`.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
@@ -266,8 +267,7 @@ class LatentCoder:
         prefixes, coded = zip(*map(unpack_latent, y_strings), strict=True)
         quality = self._stored_quality([prefix.quality for prefix in prefixes])
         y_tables, z_tables = self.tables()
-        for y_string, z_string in zip(coded, z_strings, strict=True):
-            self._check_lengths(y_string, z_string, shape)
+        self._check_lengths(zip(coded, z_strings, strict=True), y_tables, z_tables, shape)
         coding, device = self.float64_modules(), self.device
         z_channels, (height, width) = self.config.hyper_widths[-1], shape
         z_index = self.z_index(shape)
@@ -302,25 +302,31 @@ class LatentCoder:
                 )
         return y_bar, quality
 
-    def _check_lengths(self, y_string: bytes, z_string: bytes, shape: tuple[int, int]) -> None:
-        """Refuse strings too short for latents whose z is of `shape`, before allocating those.
+    def _check_lengths(
+        self,
+        strings: Iterable[tuple[bytes, bytes]],
+        y_tables: CdfTables,
+        z_tables: CdfTables,
+        shape: tuple[int, int],
+    ) -> None:
+        """Refuse strings (y, z) too short for latents whose z is of `shape`, before allocating any.
 
         Every symbol takes at least the information of the likeliest entry of its table, but for
         `RANS_SLACK`.
         """
-        y_tables, z_tables = self.tables()
         positions = shape[0] * shape[1]
         z_bits = positions * z_tables.cheapest_bits().sum()
         y_elements = positions * Y_PER_Z**2 * self.config.latent_channels
         y_bits = y_elements * y_tables.cheapest_bits().min()
-        for name, string, bits in (("y", y_string, y_bits), ("z", z_string, z_bits)):
-            needed = int(RANS_SLACK * bits / 8)
-            if len(string) < needed:
-                raise BitstreamError(
-                    f"a {name} string of {len(string)} bytes cannot hold an image of "
-                    f"{shape[1] * MULTIPLE}x{shape[0] * MULTIPLE} pixels, which needs at least "
-                    f"{needed}"
-                )
+        for pair in strings:
+            for name, string, bits in zip("yz", pair, (y_bits, z_bits), strict=True):
+                needed = int(RANS_SLACK * bits / 8)
+                if len(string) < needed:
+                    raise BitstreamError(
+                        f"a {name} string of {len(string)} bytes cannot hold an image of "
+                        f"{shape[1] * MULTIPLE}x{shape[0] * MULTIPLE} pixels, which needs at least "
+                        f"{needed}"
+                    )
 
     def _stored_quality(self, stored: list[int]) -> Tensor | None:
         is_variable, top = self.config.variable_rate, len(self.config.lmbdas) * QUALITY_UNITS
