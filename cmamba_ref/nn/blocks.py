@@ -39,6 +39,7 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.act = nn.LeakyReLU()
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        # With F_cnn = x, a fresh block is the identity.
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
 
@@ -54,7 +55,7 @@ class VSSBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
         self.ss2d = SS2D(channels, d_state=d_state, ssm_ratio=ssm_ratio)
-        nn.init.zeros_(self.ss2d.out_proj.weight)
+        nn.init.zeros_(self.ss2d.out_proj.weight)  # F_ssm = x, as in ResBlock
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, C, H, W]` to `[B, C, H, W]`."""

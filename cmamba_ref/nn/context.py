@@ -8,7 +8,7 @@ y is coded in groups of channels (slices).  For slice i, with everything decoded
     y_bar_i = y_hat_i + LRP([Phi'_mean, y_bar_<i, y_hat_i])  # latent residual prediction
 
 One loop (`ContextModel.forward`) serves training, compression and decompression; what differs is
-only what happens to a slice once its distribution is known, and that is passed in.
+only `code_slice`, which is called once the distribution of a slice is known.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class CAE(nn.Module):
 
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Map `[B, context_channels, h, w]` to means, log-scales: each `[B, slice_width, h, w]`."""
-        t = self.w_sq(rearrange(context, "b c h w -> b h w c"))
+        t = self.w_sq(rearrange(context, "b c h w -> b h w c"))  # [B, h, w, width], as all below
         f_ssm = t if self.ss2d is None else self.ss2d(self.norm1(t)) + t
         phi = self.w_ffn(self.norm2(f_ssm)) + f_ssm
         means, log_scales = rearrange(self.head(phi), "b h w (two c) -> two b c h w", two=2)
@@ -82,7 +82,7 @@ class LRP(nn.Module):
 
 
 class ContextModel(StoredPrecision):
-    """All slices: from Phi' and whatever codes one slice, to y_bar."""
+    """The loop over all slices: Phi' to y_bar; `code_slice` quantises, encodes or decodes one."""
 
     def __init__(self, config: CMambaConfig) -> None:
         super().__init__()
@@ -91,13 +91,14 @@ class ContextModel(StoredPrecision):
         self.cae = nn.ModuleList(
             Hyperprior(config, end - width, width)
             if config.context == "none"
-            else CAE(config, 2 * m + end - width, width)
+            else CAE(config, 2 * m + end - width, width)  # reads Phi' and all slices before
             for end, width in zip(ends, widths, strict=True)
         )
         self.lrp = None
         if config.lrp:
             self.lrp = nn.ModuleList(
-                LRP(config, m + end, width) for end, width in zip(ends, widths, strict=True)
+                LRP(config, m + end, width)  # reads Phi'_mean, all slices before and y_hat
+                for end, width in zip(ends, widths, strict=True)
             )
 
     def forward(self, phi: tuple[Tensor, Tensor], code_slice: CodeSlice) -> Tensor:
@@ -106,7 +107,7 @@ class ContextModel(StoredPrecision):
         Args:
             phi: the two halves of Phi' from h_s, each `[B, M, h, w]`.
             code_slice: called once per slice with its number, means and log-scales; returns y_hat
-                of that slice.  Training quantises there, the encoder quantises and notes the
+                of that slice.  Training quantises there, the encoder quantises and records the
                 symbols, the decoder reads the symbols.
         """
         phi_mean, phi_scale = phi

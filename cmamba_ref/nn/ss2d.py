@@ -17,8 +17,7 @@ DIRECTIONS = 4
 # Range of the initial step sizes dt, as in Mamba (Gu & Dao 2023).
 DT_MIN, DT_MAX = 1e-3, 1e-1
 
-
-# Names in VMamba of what has another name here.
+# VMamba's names of tensors that have another name here.
 VMAMBA_NAMES = {
     "conv2d.weight": "conv.weight",
     "conv2d.bias": "conv.bias",
@@ -37,7 +36,8 @@ class SS2D(nn.Module):
 
     `in_proj -> (x, z)`, `x = SiLU(conv3x3(x))`, four-direction scan of x, LayerNorm, times
     `SiLU(z)`, `out_proj`.  The projections of the scan are pointwise, so they commute with every
-    order of traversal and are computed once, in raster order.
+    order of traversal and are computed once, in raster order.  In shapes, D is the number of inner
+    channels, N of states and R the rank of dt; the parameter `D` is the weight of the skip.
 
     Args:
         channels: input and output channels C.
@@ -118,11 +118,12 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map features `[B, H, W, C]` to features `[B, H, W, C]` of the same dtype."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        x = self.convolve(x)
-        proj = rearrange(self.x_proj(x), "b h w (k f) -> b h w k f", k=DIRECTIONS)
-        A, dt_weight, dt_bias, D = self.scan_parameters(x.dtype)
-        return self.output(selective_scan_2d(x, proj, A, dt_weight, dt_bias, D), z)
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # each [B, H, W, D]
+        u = self.convolve(u)
+        # Per position and direction k: dt before its projection [R], B [N] and C [N].
+        proj = rearrange(self.x_proj(u), "b h w (k f) -> b h w k f", k=DIRECTIONS)
+        A, dt_weight, dt_bias, D = self.scan_parameters(u.dtype)
+        return self.output(selective_scan_2d(u, proj, A, dt_weight, dt_bias, D), z)
 
     def convolve(self, x: Tensor) -> Tensor:
         """Depthwise 3x3 convolution and SiLU: `[B, H, W, D]` to `[B, H, W, D]`."""

@@ -31,7 +31,7 @@ def upsample(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
 
 
 def stage(config: CMambaConfig, number: int, *, inverse: bool) -> list[nn.Module]:
-    """Make the blocks of one stage: CA-SSM, or what `config.block` puts in its place.
+    """Make the blocks of one stage: CA-SSM, or the block that `config.block` names.
 
     Args:
         number: 0 for H/2, 1 for H/4, 2 for H/8.
@@ -45,7 +45,7 @@ def stage(config: CMambaConfig, number: int, *, inverse: bool) -> list[nn.Module
             f"`block` must be one of {', '.join(map(repr, BLOCKS))}, got {config.block!r:.80}; "
             "or register it first, see cmamba_ref.nn.blocks.register_block"
         )
-    # A stage without the global path is local, but for GDN, which knows no paths.
+    # A stage without a scan is made of ResBlocks; GDN has no scan to leave out.
     block = config.block if config.ssm_stages[number] or config.block == "gdn" else "cnn"
     make = BLOCKS[block]
     return [make(config.widths[number], config, inverse) for _ in range(config.depths[number])]

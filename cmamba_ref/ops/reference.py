@@ -71,11 +71,11 @@ def selective_scan_2d(inputs: Scan2dInputs) -> Tensor:
     column_major = row_major.view(height, width).t().reshape(-1)
     orders = (row_major, column_major, row_major.flip(0), column_major.flip(0))
 
-    positions = x.to(dtype).reshape(batch, height * width, channels)
+    positions = x.to(dtype).reshape(batch, height * width, channels)  # [B, L, D]
     projections = proj.to(dtype).reshape(batch, height * width, 4, rank + 2 * n)
     total = torch.zeros_like(positions)
     for k, order in enumerate(orders):
-        r, B, C = projections[:, order, k].split((rank, n, n), dim=-1)
+        r, B, C = projections[:, order, k].split((rank, n, n), dim=-1)  # [B, L, R], 2x [B, L, N]
         # W r as products and a sum: autocast would run the backward of a matmul in 16 bits.
         delta = (r.unsqueeze(2) * dt_weight[k].to(dtype)).sum(-1)
         of_direction = ScanInputs(
