@@ -30,7 +30,7 @@ PATIENCE_SECONDS = 180  # a check takes ten to thirty
 
 # Name: file, text that stands there, defect.
 MUTATIONS = {
-    "nothing": ("tiling.py", "MIN_CHUNK", "MIN_CHUNK"),
+    "nothing": ("tiling.py", "min_chunk", "min_chunk"),
     "sign of the decay": (
         "chunk_scan_fwd.py",
         "tl.exp2(dt[None, :] * A) * h",

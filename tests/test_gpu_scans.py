@@ -229,7 +229,7 @@ def test_empty_batches(make):
 )
 def test_more_chunks_than_one_pass_of_the_carry_takes(make, sizes):
     arguments = make(**sizes, batch=1)
-    assert plan_of(arguments).chunks > launch.CARRY_CHUNKS
+    assert plan_of(arguments).chunks > tiling.FIXED.carry_chunks
     assert_as_accurate_as("reference", arguments)
 
 
@@ -315,7 +315,7 @@ def buffer_bytes(batch, height, width, channels, n, rank, dtype):
     cut = tiling.plan(batch, height * width, channels, 1, n, rank, real)
     blocks = tiling.block_count(channels, cut.backward_block)
     chunk = min(cut.chunk_length, height * width)
-    checkpoints = tiling.block_count(chunk, tiling.RECOMPUTE_STEPS)  # of a chunk
+    checkpoints = tiling.block_count(chunk, tiling.FIXED.recompute_steps)  # of a chunk
     positions = batch * height * width
     elements = positions * channels
     columns = rank + 2 * n
