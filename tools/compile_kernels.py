@@ -1,7 +1,7 @@
 """Compile the Triton kernels ahead of time for GPUs that are absent; count and predict.
 
     python tools/compile_kernels.py                            model and benchmark, three targets
-    python tools/compile_kernels.py --scans all --jobs 2
+    python tools/compile_kernels.py --jobs 2
     python tools/compile_kernels.py --targets sm_90 --markdown benchmarks/kernels_static.md
 
 What is compiled is what is dispatched: the launch code of `cmamba_ref.kernels` runs on tensors
@@ -42,7 +42,7 @@ from profile_scan import (
     BOTH,
     DTYPES,
     FORWARD,
-    Gpu,
+    KNOWN_GPUS,
     Shape,
     count,
     floor_seconds,
@@ -128,38 +128,6 @@ MODEL_SCANS = [
     *(Scan(Shape(b, 128, 128, 192, n, 12)) for b in (1, 8) for n in (1, 4, 8, 16)),
     *(Scan(case.shape) for case in model_cases(768, 512)),
 ]
-# Every kernel; both kinds of scan; sizes that fill their power of two and sizes that do not.
-QUICK_SCANS = [
-    Scan(Shape(1, 128, 128, 192, 16, 12)),
-    Scan(Shape(1, 128, 128, 100, 3, 20), "bf16"),
-    Scan(sequence(40, 8), gate=True, softplus=False, c_constant=True),
-]
-
-
-def all_scans() -> list[Scan]:
-    """Return scans of every type, flag and block of channels, and N and R of every kind.
-
-    A kernel sees N and R as a power of two and a mask: 3, 12 and 20 are there for the masks.
-    """
-    product = itertools.product
-    maps = [(d, n, r, "fp32") for n, r, d in product((1, 3, 8, 16, 32), (1, 12), (128, 40, 20))]
-    types = ("fp32", "bf16", "fp64")
-    maps += [(100, n, r, t) for n, r, t in product((2, 12, 32), (8, 20, 64), types)]
-    flags = list(product((False, True), repeat=4))
-    return [
-        *(Scan(Shape(1, 128, 128, *sizes), dtype) for *sizes, dtype in maps),
-        *(
-            Scan(sequence(100, n), dtype, 1, *flag)
-            for n, dtype, flag in product((2, 8, 32), types, flags)
-        ),
-        *(Scan(sequence(d, n)) for n in (4, 16) for d in (128, 64, 32, 40, 20)),
-        *MODEL_SCANS,
-        *QUICK_SCANS,
-    ]
-
-
-SCANS = {"model": lambda: MODEL_SCANS, "quick": lambda: QUICK_SCANS, "all": all_scans}
-
 
 # ---------------------------------------------------------------- what a scan dispatches
 
@@ -402,14 +370,16 @@ def compile_variant(variant: Variant, target: str) -> Report:
     shared = found.metadata.shared
     if TARGETS[target].backend == "hip":
         keys = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
-        used = [int(_search(rf"\.{key}:\s*(\d+)", found.asm["amdgcn"])[1]) for key in keys]
-        return Report(variant, target, *used, shared, 0, ())
+        registers, stack, spilled = (
+            int(re.findall(rf"\.{key}:\s*(\d+)", found.asm["amdgcn"])[0]) for key in keys
+        )
+        return Report(variant, target, registers, stack, spilled, shared, 0, ())
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(found.asm["cubin"])
         file.flush()
         usage = _nvidia_tool("cuobjdump", "-res-usage", file.name)
         sass = _nvidia_tool("nvdisasm", "-c", file.name)
-    registers, stack = map(int, _search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
     spilled = len(re.findall(COUNTED["local"], sass))
     exps = len(re.findall(r"ex2\.approx", found.asm["ptx"]))
     loops = _step_loops(variant, sass)
@@ -442,13 +412,6 @@ def _nvidia_tool(name: str, *arguments: str) -> str:
     package = Path(importlib.import_module("triton").__path__[0])
     command = [str(package / "backends" / "nvidia" / "bin" / name), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _search(pattern: str, text: str) -> re.Match[str]:
-    found = re.search(pattern, text)
-    if found is None:
-        raise RuntimeError(f"there is no {pattern} in {text:.500}")
-    return found
 
 
 def _matching(code: Iterable[str], pattern: str) -> int:
@@ -521,7 +484,7 @@ def exps_of_step(variant: Variant) -> float:
 
 # ---------------------------------------------------------------- bytes and times
 
-H200 = Gpu(bandwidth=4.3e12, sms=132, clock=1.755e9)  # as the predictions take it
+H200 = KNOWN_GPUS["NVIDIA H200"]
 SCHEDULERS = 4  # of a multiprocessor, an instruction of a warp per clock each
 ISSUE_SHARE = 0.75  # of the peak issue rate
 
@@ -598,6 +561,13 @@ COLUMNS = (
 def report_row(report: Report) -> list[str]:
     """Return the values of COLUMNS; "-" where gfx942 is not counted."""
     variant, loops = report.variant, report.loops
+    in_loops = [
+        str(sum(loop.local for loop in loops)),
+        f"{report.per_elt('instructions'):.1f}",
+        f"{report.per_elt('exps'):.2f}",
+        str(sum(loop.wide_loads for loop in loops)),
+        str(report.warps),
+    ]
     return [
         variant.kernel + _flags(variant),
         variant.io,
@@ -606,11 +576,7 @@ def report_row(report: Report) -> list[str]:
         str(variant.constant("BLOCK_D")),
         report.target,
         *map(str, (report.registers, report.stack, report.spilled, report.shared)),
-        str(sum(loop.local for loop in loops)) if loops else "-",
-        f"{report.per_elt('instructions'):.1f}" if loops else "-",
-        f"{report.per_elt('exps'):.2f}" if loops else "-",
-        str(sum(loop.wide_loads for loop in loops)) if loops else "-",
-        str(report.warps) if loops else "-",
+        *(in_loops if loops else "-" * len(in_loops)),
     ]
 
 
@@ -711,21 +677,13 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--scans",
-        choices=SCANS,
-        default="model",
-        help="model: those of the models and benchmarks (default); quick: a few that have every "
-        "kernel; all: every type, flag and size of block",
-    )
     add("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     add("--jobs", type=count, default=1, help="processes (default: 1)")
     add("--markdown", metavar="FILE", type=output, help="write the tables here")
     args = parser.parse_args(argv)
 
-    scans = SCANS[args.scans]()
-    reports = compile_all(variants(scans), args.targets, args.jobs)
-    text = page(scans, reports, shlex.join(["python", "tools/compile_kernels.py", *argv]))
+    reports = compile_all(variants(MODEL_SCANS), args.targets, args.jobs)
+    text = page(MODEL_SCANS, reports, shlex.join(["python", "tools/compile_kernels.py", *argv]))
     if args.markdown:
         write_atomically(args.markdown, text.encode())
     else:
