@@ -65,7 +65,6 @@ DTYPES = {
 }
 FORWARD, BACKWARD, BOTH = MODES = ("forward", "backward", "both")
 
-CHECKED_MAP = (2, 12, 10)  # batch, height, width
 BASELINE_ALLOWANCE = 8
 MIN_REPEATS = 3  # with fewer there is no spread to speak of
 
@@ -99,6 +98,7 @@ class Settings:
         modes: of `MODES`.
         repeats: upper limit for each candidate.
         seconds: measured time after which `MIN_REPEATS` are enough.
+        checked_map: batch, height and width of the map on which candidates are checked.
     """
 
     device: torch.device
@@ -106,6 +106,7 @@ class Settings:
     modes: tuple[str, ...]
     repeats: int
     seconds: float
+    checked_map: tuple[int, int, int] = (2, 12, 10)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -187,39 +188,35 @@ def model_cases(width: int, height: int) -> list[Case]:
     return cases
 
 
-def kernel_cases() -> list[Case]:
-    """Return fixed shapes to compare kernels by: a large map, a batch, narrow and wide channels."""
-    return [
-        # R = D / 32, as in a model with twice as many channels inside the scan as outside.
-        Case("kernels", Shape(batch, height, width, channels, states, channels // 32))
-        for batch, height, width, channels in (
-            (1, 128, 128, 192),
-            (8, 128, 128, 192),
-            (1, 256, 384, 128),
-            (1, 256, 384, 384),
-        )
-        for states in (1, 4, 8, 16)
-    ]
+def fixed_cases(label: str, *sizes: tuple[int, int, int, int, int, int]) -> list[Case]:
+    return [Case(label, Shape(*size)) for size in sizes]
 
 
-def short_cases() -> list[Case]:
-    """Return three of `kernel_cases`, for a minute on a GPU: one image, a batch, few states."""
-    shapes = ((1, 16), (8, 16), (8, 1))
-    return [Case("short", Shape(batch, 128, 128, 192, states, 6)) for batch, states in shapes]
-
-
-def quick_cases() -> list[Case]:
-    """Return maps so small that the sequential reference takes a fraction of a second."""
-    return [Case("quick", Shape(1, 24, 16, 64, 16, 4)), Case("quick", Shape(2, 16, 16, 96, 2, 6))]
-
-
-PRESETS: dict[str, Callable[[], list[Case]]] = {
-    "short": short_cases,
-    "kernels": kernel_cases,
-    "256": functools.partial(model_cases, 256, 256),
-    "kodak": functools.partial(model_cases, 768, 512),
-    "2k": functools.partial(model_cases, 2048, 1080),
-    "quick": quick_cases,
+PRESETS: dict[str, list[Case]] = {
+    # For a minute on a GPU: one image, a batch, few states.
+    "short": fixed_cases(
+        "short", *((b, 128, 128, 192, n, 6) for b, n in ((1, 16), (8, 16), (8, 1)))
+    ),
+    # To compare kernels by: a large map, a batch, narrow and wide channels; R = D / 32, as in a
+    # model with twice as many channels inside the scan as outside.
+    "kernels": fixed_cases(
+        "kernels",
+        *(
+            (batch, height, width, channels, states, channels // 32)
+            for batch, height, width, channels in (
+                (1, 128, 128, 192),
+                (8, 128, 128, 192),
+                (1, 256, 384, 128),
+                (1, 256, 384, 384),
+            )
+            for states in (1, 4, 8, 16)
+        ),
+    ),
+    "256": model_cases(256, 256),
+    "kodak": model_cases(768, 512),
+    "2k": model_cases(2048, 1080),
+    # So small that the sequential reference takes a fraction of a second.
+    "quick": fixed_cases("quick", (1, 24, 16, 64, 16, 4), (2, 16, 16, 96, 2, 6)),
 }
 
 
@@ -539,7 +536,7 @@ def check_correctness(candidate: Candidate, shape: Shape, settings: Settings) ->
 
     Of the shape, only channels, states and rank count.
     """
-    small = Shape(*CHECKED_MAP, *shape.kind)
+    small = Shape(*settings.checked_map, *shape.kind)
     gradients = settings.modes != (FORWARD,) and candidate.differentiable
     try:
         for skip in (True, False):  # without, as the skip connection hides errors of the recurrence
@@ -629,11 +626,12 @@ class Measurement:
 
     def figures(self) -> dict[str, Any]:
         """Return status and the columns that every table has; without figures where it failed."""
-        row = {**asdict(self.outcome), "repeats": 0, "median_ms": None, "iqr_ms": None}
-        row["peak_mib"] = None if self.peak_bytes is None else self.peak_bytes / 2**20
+        row: dict[str, Any] = asdict(self.outcome)
+        row |= {"repeats": 0, "median_ms": None, "iqr_ms": None, "peak_mib": None}
         if self.outcome == OK:
             low, median, high = (float(q) * 1e3 for q in np.percentile(self.times, (25, 50, 75)))
             row |= {"repeats": len(self.times), "median_ms": median, "iqr_ms": high - low}
+            row["peak_mib"] = None if self.peak_bytes is None else self.peak_bytes / 2**20
         return row
 
 
@@ -763,21 +761,6 @@ def device_name(device: torch.device) -> str:
 MEASURED_WITH = ("cmamba-ref", "torch", "triton", "numpy", "mamba-ssm", "mambapy", "selective-scan")
 
 
-def write_report(
-    path: Path, tool: str, settings: Settings, argv: list[str], rows: list[Row], **more: object
-) -> None:
-    """Write rows, and under `meta` what they were measured with, as JSON."""
-    meta = {
-        **of_run(tool, argv),
-        "device": device_name(settings.device),
-        "cuda": torch.version.cuda,
-        "versions": versions(*MEASURED_WITH),
-        **more,
-    }
-    report = {"meta": meta, "results": rows}
-    write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
-
-
 # ---------------------------------------------------------------- command line
 
 
@@ -839,22 +822,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def cases_of(args: argparse.Namespace) -> list[Case]:
     cases = [Case("custom", shape) for shape in args.shape]
     if args.preset or not cases:
-        cases += PRESETS[args.preset or ("quick" if args.device == "cpu" else "short")]()
+        cases += PRESETS[args.preset or ("quick" if args.device == "cpu" else "short")]
     return cases
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = measuring_parser(__doc__)
-    names = (*BACKENDS, *BASELINES)
-    parser.add_argument(
-        "--backends",
-        nargs="+",
-        choices=names,
-        metavar="NAME",
-        help=f"of {', '.join(names)} (default: on CUDA triton and baselines, on the CPU "
-        "reference and chunked)",
-    )
-    return parser
 
 
 def profile_cases(
@@ -881,12 +850,17 @@ def profile_cases(
 
 
 def collect(
-    results: Iterator[Row], notes: Iterable[str], write: Callable[[list[Row]], None]
+    results: Iterator[Row],
+    tool: str,
+    args: argparse.Namespace,
+    argv: list[str],
+    notes: Iterable[str],
+    **more: object,
 ) -> int:
-    """Take rows as they come, write them, print the notes; return the exit status.
+    """Take rows as they come, write them and the notes; return the exit status.
 
-    Args:
-        write: takes the rows, also when Ctrl-C or an error ends the measurement.
+    Also when Ctrl-C or an error ends the measurement, the rows are written as JSON, and with them
+    under `meta` what they were measured with, and `more`.
     """
     rows: list[Row] = []
     interrupted = False
@@ -897,7 +871,17 @@ def collect(
         interrupted = True
         print("interrupted", file=sys.stderr)
     finally:
-        write(rows)
+        if args.json:
+            meta = {
+                **of_run(tool, argv),
+                "device": device_name(torch.device(args.device)),
+                "cuda": torch.version.cuda,
+                "versions": versions(*MEASURED_WITH),
+                "notes": notes,
+                **more,
+            }
+            report = {"meta": meta, "results": rows}
+            write_atomically(args.json, (json.dumps(report, indent=1) + "\n").encode())
     print()
     for note in notes:
         print(textwrap.fill(note, 100, subsequent_indent="    "))
@@ -906,23 +890,21 @@ def collect(
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser()
+    parser, names = measuring_parser(__doc__), (*BACKENDS, *BASELINES)
+    default = "on CUDA triton and baselines, on the CPU reference and chunked"
+    chosen = f"of {', '.join(names)} (default: {default})"
+    parser.add_argument("--backends", nargs="+", choices=names, metavar="NAME", help=chosen)
     args = parser.parse_args(argv)
-    settings, cases = settings_of(args), cases_of(args)
+    settings = settings_of(args)
     try:
         candidates = find_candidates(args.backends, settings)
     except UnavailableError as error:
         parser.error(str(error))
     gpu = gpu_model(settings.device)
-
-    def write(rows: list[Row]) -> None:
-        if args.json:
-            model = None if gpu is None else asdict(gpu)
-            more = {"floor_model": model, "notes": NOTES}
-            write_report(args.json, "profile_scan.py", settings, argv, rows, **more)
-
     print(f"{device_name(settings.device)}, {args.dtype}; shapes are BxHxWxDxNxR\n\n{HEADING}")
-    return collect(profile_cases(cases, candidates, settings, gpu), NOTES, write)
+    rows = profile_cases(cases_of(args), candidates, settings, gpu)
+    model = None if gpu is None else asdict(gpu)
+    return collect(rows, "profile_scan.py", args, argv, NOTES, floor_model=model)
 
 
 if __name__ == "__main__":
