@@ -1,6 +1,7 @@
 """Tuning: other constants are in force where they are timed, and nowhere afterwards."""
 
 import json
+from dataclasses import replace
 
 import profile_scan
 import pytest
@@ -17,7 +18,8 @@ TINY = "1x4x3x8x2x1"
 
 @pytest.fixture(autouse=True)
 def _small_check(require_triton, monkeypatch):
-    monkeypatch.setattr(profile_scan, "CHECKED_MAP", (1, 1, 2))
+    small = lambda args: replace(profile_scan.settings_of(args), checked_map=(1, 1, 2))  # noqa: E731
+    monkeypatch.setattr(tune_scan, "settings_of", small)
     yield
     assert tiling.constants() == tiling.FIXED
 
@@ -69,7 +71,6 @@ def run(tmp_path, *arguments, status=0, device="cpu"):
 
 
 def test_kernels_run_under_other_constants(monkeypatch, tmp_path):
-    monkeypatch.setattr(profile_scan, "CHECKED_MAP", (1, 1, 1))
     monkeypatch.setattr(tune_scan, "VALUES", {"programs": (1,)})
     device = "cpu" if kernels_are_interpreted() else "cuda"
     with chunks_of(2):
