@@ -1,4 +1,4 @@
-"""Compiled kernels: registers, spills, exponentials, wide loads; and what is dispatched.
+"""Compiled kernels: registers, spills, exponentials, wide loads; and that what is compiled is what runs.
 
 Triton compiles in processes of its own: the one of the tests may have the interpreter on.
 """
@@ -86,7 +86,7 @@ def on_cuda(reports: Iterable[Report]) -> list[Report]:
 
 
 def failing(reports: Iterable[Report], found: Any) -> list[str]:
-    """What is wrong, one line for each report for which `found` gives something true."""
+    """One line for each report for which `found` returns something true."""
     return [
         f"{report.target} {report.variant}: {value}"
         for report in reports

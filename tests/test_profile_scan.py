@@ -1,4 +1,4 @@
-"""The profiler: what it times is right, what it reports follows from it, and nothing is lost."""
+"""The profiler times only correct candidates, reports the right figures and loses none."""
 
 import json
 import subprocess
@@ -103,7 +103,7 @@ def test_figures_have_four_digits():
     assert texts == ["0.06123", "2.500", "12346", "0.000001", "0", "20", "-0.2500", "-"]
 
 
-def test_interruption_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
+def test_interruption_keeps_the_rows_so_far(monkeypatch, tmp_path, capsys):
     measure = profile_scan.measure
     modes = []
 
@@ -250,7 +250,7 @@ def error_at_the_check(x, **kwargs):
         (error_at_the_check, "ZeroDivisionError: no such"),
     ],
 )
-def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path, capsys, broken, reason):
+def test_a_wrong_candidate_is_not_timed(monkeypatch, tmp_path, capsys, broken, reason):
     sizes = []
 
     def recorded(x, **kwargs):
@@ -432,7 +432,7 @@ def fake_mamba_ssm(monkeypatch):
 
 def fake_oflex(monkeypatch):
     def fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, nrows, out_float):
-        # What the extension checks.
+        # The extension checks these.
         assert {x.stride(-1) for x in (u, delta, B, C)} == {1}
         assert u.dtype == delta.dtype == B.dtype == C.dtype
         assert nrows == 1 and out_float
@@ -508,7 +508,7 @@ def test_defaults_that_cannot_run_are_named_and_left_out(monkeypatch, capsys):
 
 
 def test_defaults_on_a_gpu_take_a_minute():
-    """What is not there is no matter: each measurement ends soon, and there are few of them."""
+    """Each measurement ends soon, and there are few of them."""
     args = profile_scan.measuring_parser("").parse_args(["--device", "cuda"])
     cases, settings = profile_scan.cases_of(args), profile_scan.settings_of(args)
     rows = len(cases) * len(settings.modes) * len(profile_scan.default_names(settings.device))

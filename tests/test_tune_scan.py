@@ -83,7 +83,7 @@ def test_kernels_run_under_other_constants(monkeypatch, tmp_path):
     assert rows[0]["ratio"] == 1 and rows[1]["ratio"] > 0
 
 
-# ---------------------------------------------------------------- what is tried
+# ---------------------------------------------------------------- trials
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
@@ -100,7 +100,7 @@ def test_no_two_trials_are_the_same_call(mode, dtype):
             assert sum(x != y for x, y in zip(constants, fixed, strict=True)) == 1
 
 
-def test_what_has_no_effect_is_not_tried():
+def test_constants_without_effect_are_not_tried():
     small = Shape(1, 4, 3, 8, 2, 1)
     assert list(tune_scan.one_at_a_time(job(small, FORWARD))) == [tune_scan.FIXED]
     names = list(tune_scan.one_at_a_time(job(small, BOTH)))
@@ -142,7 +142,7 @@ def test_the_best_of_each_run_together(monkeypatch, tmp_path, capsys):
     assert [constants._asdict() for constants in meter.timed] == timed
 
 
-# ---------------------------------------------------------------- what goes wrong
+# ---------------------------------------------------------------- failures
 
 
 def test_a_wrong_alternative_is_reported_and_not_timed(monkeypatch, tmp_path, capsys):
@@ -173,7 +173,7 @@ def test_a_wrong_gradient_and_lack_of_memory_are_reported(monkeypatch, tmp_path)
     assert rows[2]["reason"].startswith("grad of x: error")
 
 
-def test_fixed_rules_that_fail_the_check_end_the_matter(monkeypatch, tmp_path, capsys):
+def test_nothing_is_tried_where_the_fixed_rules_are_wrong(monkeypatch, tmp_path, capsys):
     meter = replace_kernels(monkeypatch, fail=lambda constants, x: 1e-2)
     (row,) = run(tmp_path, "--shape", TINY, "--mode", "both", status=1)
     assert row["trial"] == tune_scan.FIXED and row["status"] == "failed"
@@ -181,7 +181,7 @@ def test_fixed_rules_that_fail_the_check_end_the_matter(monkeypatch, tmp_path, c
     assert not meter.timed
 
 
-def test_an_interruption_keeps_what_was_measured(monkeypatch, tmp_path):
+def test_an_interruption_keeps_the_rows_so_far(monkeypatch, tmp_path):
     def fail(constants, x):
         if constants.recompute_steps == 8:
             raise KeyboardInterrupt

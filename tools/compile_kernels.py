@@ -129,7 +129,7 @@ MODEL_SCANS = [
     *(Scan(case.shape) for case in model_cases(768, 512)),
 ]
 
-# ---------------------------------------------------------------- what a scan dispatches
+# ---------------------------------------------------------------- the launches of a scan
 
 
 @dataclass(frozen=True)
