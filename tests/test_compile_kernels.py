@@ -1,4 +1,4 @@
-"""Compiled kernels: registers, spills, exponentials, wide loads; and that what is compiled is what runs.
+"""Compiled kernels: registers, spills, exponentials, wide loads; what is compiled is what runs.
 
 Triton compiles in processes of its own: the one of the tests may have the interpreter on.
 """
@@ -82,7 +82,7 @@ def reports(request: pytest.FixtureRequest, require_triton: ModuleType) -> list[
 
 
 def on_cuda(reports: Iterable[Report]) -> list[Report]:
-    return [report for report in reports if TARGETS[report.target].backend == "cuda"]
+    return [report for report in reports if TARGETS[report.target][0] == "cuda"]
 
 
 def failing(reports: Iterable[Report], found: Any) -> list[str]:

@@ -252,19 +252,12 @@ def variants(scans: Iterable[Scan]) -> list[Variant]:
 # ---------------------------------------------------------------- compiling
 
 
-@dataclass(frozen=True)
-class Target:
-    """A machine to compile for, as triton names it."""
-
-    backend: str
-    arch: int | str
-    lanes: int
-
-
-TARGETS = {
-    "sm_80": Target("cuda", 80, 32),
-    "sm_90": Target("cuda", 90, 32),
-    "gfx942": Target("hip", "gfx942", 64),
+# Backend, architecture and lanes of a warp, as triton's GPUTarget takes them.
+Target = tuple[str, int | str, int]
+TARGETS: dict[str, Target] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "gfx942": ("hip", "gfx942", 64),
 }
 
 
@@ -338,7 +331,7 @@ def compiled(variant: Variant, target: Target) -> Any:
     function = getattr(launch_code(), variant.kernel)
     types = dict(variant.types)
     facts = [["tt.divisibility", 16]]
-    if target.backend == "hip":
+    if target[0] == "hip":
         facts.append(["tt.pointer_range", 32])  # so it is launched for tensors below 2 GiB
     source = ASTSource(
         fn=function,
@@ -350,11 +343,8 @@ def compiled(variant: Variant, target: Target) -> Any:
             if types.get(name, "").startswith("*")
         },
     )
-    return triton.compile(
-        source,
-        target=GPUTarget(target.backend, target.arch, target.lanes),
-        options=dict(variant.options),
-    )
+    options = dict(variant.options)
+    return triton.compile(source, target=GPUTarget(*target), options=options)
 
 
 def compile_variant(variant: Variant, target: str) -> Report:
@@ -368,7 +358,7 @@ def compile_variant(variant: Variant, target: str) -> Report:
     except Exception as error:
         raise RuntimeError(f"{variant} does not compile for {target}: {error}") from error
     shared = found.metadata.shared
-    if TARGETS[target].backend == "hip":
+    if TARGETS[target][0] == "hip":
         keys = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
         registers, stack, spilled = (
             int(re.findall(rf"\.{key}:\s*(\d+)", found.asm["amdgcn"])[0]) for key in keys

@@ -150,7 +150,7 @@ def compile_all(args: argparse.Namespace) -> Result:
     target = compile_kernels.TARGETS["sm_90"]
     if not args.rehearse:
         major, minor = torch.cuda.get_device_capability()
-        target = Target("cuda", 10 * major + minor, 32)
+        target = ("cuda", 10 * major + minor, 32)
     jobs = min(len(found), len(os.sched_getaffinity(0)), MAX_JOBS)
     start = time.perf_counter()
     with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
