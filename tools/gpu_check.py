@@ -69,7 +69,7 @@ FIRST_TESTS = (
     "(sequences_are_as and (varying-float32 or grouped-float32 or both-constant-float32)) or "
     "(scans_of_the_model and tiny) or 98304 or one_chunk or softplus_and_sigmoid or "
     "(carry_takes and sequence) or (maps_keep and N16-R12-float32) or where_gradients_lie or "
-    "expanded or autocast or ten_runs or forward-and-backward or current_stream or "
+    "autocast or ten_runs or forward-and-backward or current_stream or "
     "peak_memory or auto_takes_triton"
 )
 CROP, BATCHES = 256, (16, 32, 64)

@@ -804,8 +804,8 @@ def measuring_parser(description: str | None) -> argparse.ArgumentParser:
     )
     add("--mode", nargs="+", choices=MODES, default=MODES, help="default: all three")
     add("--dtype", choices=DTYPES, default="fp32", help="of map and projections (default: fp32)")
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cpu", "cuda"), default=best, help=f"default: {best}")
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    add("--device", choices=devices, default=devices[-1], help=f"default: {devices[-1]}")
     add("--repeats", type=count, default=20, help="of each, at most (default: 20)")
     enough = f"measured time after which {MIN_REPEATS} repeats are enough (default: 0.5)"
     add("--seconds", type=positive, default=0.5, help=enough)
