@@ -27,9 +27,6 @@ from .primitives import (
     walk,
 )
 
-# Chunks that one pass of the carry takes together.
-CARRY_CHUNKS = 32
-
 SIZES = ("H", "W", "per_group", "groups", "directions", "chunks", "chunk_length", "blocks")
 
 

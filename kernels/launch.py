@@ -8,14 +8,16 @@ A and the states have channels last, so that the lanes of a warp read neighbours
 # The checker does not know that a kernel's constexpr parameters take plain values.
 # pyright: reportArgumentType=false
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .chunk_scan_bwd import chunk_scan_bwd, chunk_state_bwd
-from .chunk_scan_fwd import CARRY_CHUNKS, chunk_scan_fwd, chunk_state_fwd, state_passing
-from .tiling import CARRY_BLOCK, RECOMPUTE_STEPS, Plan, block_count, plan
+from .chunk_scan_fwd import chunk_scan_fwd, chunk_state_fwd, state_passing
+from .tiling import CARRY_BLOCK, Plan, block_count, constants, plan
 
 
 class Scan(NamedTuple):
@@ -73,6 +75,35 @@ class Gradients(NamedTuple):
     first: Tensor  # of the state before the first position
 
 
+class Launch(NamedTuple):
+    """One launch of a kernel on a one-dimensional grid, with all arguments by name."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within the block no kernel runs; the list takes the launches of this process instead."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def _launch(kernel: Any, programs: int, **arguments: Any) -> None:
+    if _recorded is None:
+        kernel[(programs,)](**arguments)
+    else:
+        _recorded.append(Launch(kernel, programs, arguments))
+
+
 def _arguments(scan: Scan, plan: Plan, block: int) -> dict[str, Any]:
     """What every scanning kernel takes: parameters, run-time sizes, compile-time sizes."""
     _, height, width, channels = scan.x.shape
@@ -127,18 +158,20 @@ def _carried(ends: Tensor, sums: Tensor, A: Tensor, first: Tensor, adjoint: bool
     images, directions, chunks, n, channels = ends.shape
     starts = torch.empty_like(ends)
     blocks = block_count(n * channels, CARRY_BLOCK)
-    state_passing[(images * directions * blocks,)](
-        ends,
-        sums,
-        A,
-        first,
-        starts,
-        channels,
-        directions,
-        chunks,
-        blocks,
+    _launch(
+        state_passing,
+        images * directions * blocks,
+        ends_ptr=ends,
+        sums_ptr=sums,
+        A_ptr=A,
+        first_ptr=first,
+        starts_ptr=starts,
+        D=channels,
+        directions=directions,
+        chunks=chunks,
+        blocks=blocks,
         N=n,
-        CHUNKS=CARRY_CHUNKS,
+        CHUNKS=constants().carry_chunks,
         BLOCK_D=CARRY_BLOCK,
         ADJOINT=adjoint,
         **LAUNCH_OPTIONS,
@@ -166,8 +199,13 @@ def forward(scan: Scan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     starts = first.unsqueeze(2)
     if plan.chunks > 1:
         ends, sums = _per_chunk(first, plan.chunks)
-        chunk_state_fwd[(programs * directions,)](
-            ends_ptr=ends, sums_ptr=sums, **inputs, **arguments
+        _launch(
+            chunk_state_fwd,
+            programs * directions,
+            ends_ptr=ends,
+            sums_ptr=sums,
+            **inputs,
+            **arguments,
         )
         starts = _carried(ends, sums, scan.A, first, adjoint=False)
 
@@ -175,7 +213,9 @@ def forward(scan: Scan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     total = y if y.dtype == acc_dtype else torch.empty_like(y, dtype=acc_dtype)
     last = first.new_zeros(images, n, channels)  # of a map it stays zero
     for first_direction in range(scan.pairs):
-        chunk_scan_fwd[(programs,)](
+        _launch(
+            chunk_scan_fwd,
+            programs,
             C_ptr=scan.C,
             C_CONSTANT=_constant(scan.C),
             skip_ptr=scan.skip,
@@ -199,7 +239,9 @@ def _entering_adjoints(scan: Scan, plan: Plan, grad_y: Tensor, grad_last: Tensor
     arguments = _arguments(scan, plan, plan.block)
     ends, sums = _per_chunk(grad_last, plan.chunks)
     programs = images * directions * plan.chunks * scan.groups * arguments["blocks"]
-    chunk_state_bwd[(programs,)](
+    _launch(
+        chunk_state_bwd,
+        programs,
         C_ptr=scan.C,
         C_CONSTANT=_constant(scan.C),
         dy_ptr=grad_y,
@@ -225,7 +267,8 @@ def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> G
     arguments = _arguments(scan, plan, plan.backward_block)
     blocks, position = arguments["blocks"], (images, height, width)
     in_pair = (directions + 1) // 2
-    windows = block_count(arguments["chunk_length"], RECOMPUTE_STEPS)
+    recompute_steps = constants().recompute_steps
+    windows = block_count(arguments["chunk_length"], recompute_steps)
 
     checkpoints = starts.new_empty(images, plan.chunks, windows, n, channels)
     grad_x = torch.empty_like(scan.x)
@@ -246,7 +289,9 @@ def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> G
 
     adjoints = _entering_adjoints(scan, plan, grad_y, grad_last)
     for first_direction in range(scan.pairs):
-        chunk_scan_bwd[(images * plan.chunks * scan.groups * blocks,)](
+        _launch(
+            chunk_scan_bwd,
+            images * plan.chunks * scan.groups * blocks,
             x_ptr=scan.x,
             B_ptr=scan.B,
             C_ptr=scan.C,
@@ -269,7 +314,7 @@ def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> G
             images=images,
             B_CONSTANT=_constant(scan.B),
             C_CONSTANT=_constant(scan.C),
-            RECOMPUTE_STEPS=RECOMPUTE_STEPS,
+            RECOMPUTE_STEPS=recompute_steps,
             ALIGNED=plan.aligned,
             **_gate(scan),
             **arguments,

@@ -5,32 +5,66 @@ can be repeated elsewhere. The tests read the same rules to know which variants 
 This module needs only torch.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-# Programs (one warp each) that a launch should have: two or three rounds of the 132 * 12 that an
-# H200 holds at a time at N = 16. With a quarter of them, a sequence is not cut at all: one pass
-# does a little more than half of the work of two.
-PROGRAMS = 4096
-# A chunk shorter than this would cost more in carries than it gives in parallelism.
-MIN_CHUNK = 32
 # More would not fit in registers.
 MAX_STATES = 32
 MAX_RANK = 64
 BLOCKS = (128, 64, 32)
 NARROW_BLOCK = 16  # half a warp, where registers leave no choice
-# 32-bit registers per lane for state, A and dt_weight in the forward; about half of what there is.
-FORWARD_REGISTERS = 128
-# States times channels of a program in the backward, which holds a dozen such arrays.
-BACKWARD_TILE = 512
-# By so much both shrink in fp64: a number takes two registers, and its functions as many again.
+# By so much registers and tile (`Constants`) shrink in fp64: a number takes two registers, and its
+# functions as many again.
 FP64_FACTOR = 4
-# Steps that the backward repeats with their states in registers. The scratch memory for
-# checkpoints is 1 / RECOMPUTE_STEPS of all states of one direction.
-RECOMPUTE_STEPS = 4
 # Features (states times channels) of a program of the carry.
 CARRY_BLOCK = 32
+
+
+class Constants(NamedTuple):
+    """The constants of the rules that tests and `tools/tune_scan.py` replace, see `using`."""
+
+    # Programs (one warp each) that a launch should have: two or three rounds of the 132 * 12 that
+    # an H200 holds at a time at N = 16. With a quarter of them, a sequence is not cut at all: one
+    # pass does a little more than half of the work of two.
+    programs: int = 4096
+    # A chunk shorter than this would cost more in carries than it gives in parallelism.
+    min_chunk: int = 32
+    # 32-bit registers per lane for state, A and dt_weight in the forward; about half of all.
+    forward_registers: int = 128
+    # States times channels of a program in the backward, which holds a dozen such arrays.
+    backward_tile: int = 512
+    # Steps that the backward repeats with their states in registers. The scratch memory for
+    # checkpoints is 1 / recompute_steps of all states of one direction.
+    recompute_steps: int = 4
+    # Chunks that one pass of the carry takes together.
+    carry_chunks: int = 32
+
+
+FIXED = Constants()
+# A plain global, as the backward runs in a thread of autograd's.
+_in_force = FIXED
+
+
+def constants() -> Constants:
+    """The constants in force: `FIXED`, except within `using`."""
+    return _in_force
+
+
+@contextlib.contextmanager
+def using(other: Constants) -> Iterator[None]:
+    """Within the block every scan of this process takes these constants.
+
+    A scan and its backward need the same ones.
+    """
+    global _in_force
+    before, _in_force = _in_force, other
+    try:
+        yield
+    finally:
+        _in_force = before
 
 
 class Plan(NamedTuple):
@@ -66,9 +100,10 @@ def chunk_length(length: int, programs: int) -> int:
     It may exceed `length`, and then there is one chunk. The length is compared with nothing, so
     that one compiled graph serves all map sizes.
     """
-    if programs >= PROGRAMS // 4:
+    enough, shortest = _in_force.programs, _in_force.min_chunk
+    if programs >= enough // 4:
         return length
-    return MIN_CHUNK * (1 + length * programs // (PROGRAMS * MIN_CHUNK))
+    return shortest * (1 + length * programs // (enough * shortest))
 
 
 def plan(
@@ -84,8 +119,8 @@ def plan(
     states, ranks = next_power_of_2(n), next_power_of_2(max(rank, 1))
     per_group = channels // groups
     factor = FP64_FACTOR if dtype == torch.float64 else 1
-    block = _block(per_group, FORWARD_REGISTERS * 32 // (factor * (ranks + 2 * states)))
-    backward_block, aligned = _backward_block(per_group, states, BACKWARD_TILE // factor)
+    block = _block(per_group, _in_force.forward_registers * 32 // (factor * (ranks + 2 * states)))
+    backward_block, aligned = _backward_block(per_group, states, _in_force.backward_tile // factor)
     chunk = chunk_length(length, images * groups * block_count(per_group, block))
     chunks = block_count(length, chunk)
     return Plan(states, ranks, block, backward_block, aligned, chunk, chunks)

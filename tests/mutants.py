@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
@@ -28,9 +29,9 @@ from cmamba_ref.testing import assert_accurate, guarded, poisoned, scan_2d_argum
 
 PATIENCE_SECONDS = 180  # a check takes ten to thirty
 
-# Name: file, text that stands there, defect.
+# Name: file, text in it, defect that replaces the text.
 MUTATIONS = {
-    "nothing": ("tiling.py", "MIN_CHUNK", "MIN_CHUNK"),
+    "nothing": ("tiling.py", "min_chunk", "min_chunk"),
     "sign of the decay": (
         "chunk_scan_fwd.py",
         "tl.exp2(dt[None, :] * A) * h",
@@ -100,24 +101,17 @@ def check(folder: Path) -> str:
     return "passed"
 
 
-def started(folder: Path) -> subprocess.Popen[str]:
-    """Start `check` in a process of its own."""
-    command = [sys.executable, __file__, str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
-def result(process: subprocess.Popen[str]) -> str:
-    """Return the result of `check`, or "crashed" if it did not come back.
+def outcome(folder: Path) -> str:
+    """Return the result of `check` in a process of its own, or "crashed" if it did not come back.
 
     A mutant that wrote over the heap may also hang, in the allocator's own lock.
     """
+    command = [sys.executable, __file__, str(folder)]
     try:
-        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
         return "crashed"
-    return output.strip() or "crashed"
+    return ended.stdout.strip() or "crashed"
 
 
 def main() -> int:
@@ -125,14 +119,11 @@ def main() -> int:
     if sys.argv[1:]:
         print(check(Path(sys.argv[1])))
         return 0
-    outcomes, cores, names = {}, os.cpu_count() or 1, list(MUTATIONS)
-    for first in range(0, len(names), cores):
-        with tempfile.TemporaryDirectory() as folder:
-            running = {}
-            for name in names[first : first + cores]:
-                mutate(Path(folder) / name, *MUTATIONS[name])
-                running[name] = started(Path(folder) / name)
-            outcomes |= {name: result(process) for name, process in running.items()}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        folders = {name: Path(folder) / name for name in MUTATIONS}
+        for name, place in folders.items():
+            mutate(place, *MUTATIONS[name])
+        outcomes = dict(zip(folders, pool.map(outcome, folders.values()), strict=True))
     print(json.dumps(outcomes, indent=2))
     return 0
 

@@ -1,10 +1,8 @@
 """Parameters for tests of every backend, and kernels with other constants."""
 
-import contextlib
 import importlib
 import os
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 
@@ -53,17 +51,12 @@ def record_backends(monkeypatch):
     return names
 
 
-@contextlib.contextmanager
 def chunks_of(length, carried_together=32, package="cmamba_ref.kernels"):
-    """Sequences are cut into chunks of `length` (a power of two), however few programs that takes.
+    """Return a context within which sequences are cut into chunks of `length` (a power of two).
 
-    The carry then takes so many chunks at a time.
+    However few programs that takes; the carry then takes so many chunks at a time.
     """
-    launch = importlib.import_module(f"{package}.launch")
     tiling = importlib.import_module(f"{package}.tiling")
-    with (
-        mock.patch.object(tiling, "MIN_CHUNK", length),
-        mock.patch.object(tiling, "PROGRAMS", 2**40),
-        mock.patch.object(launch, "CARRY_CHUNKS", carried_together),
-    ):
-        yield
+    return tiling.using(
+        tiling.FIXED._replace(programs=2**40, min_chunk=length, carry_chunks=carried_together)
+    )

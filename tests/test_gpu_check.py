@@ -87,7 +87,7 @@ def test_codec_exchange_and_steps_are_measured(rehearsed):
     assert len(files) == 6
     assert all(f["symbols"] > 1000 and f["mismatched_symbols"] == 0 for f in files.values())
     (step,) = result_of(rehearsed, "step")["steps"]
-    assert step["images_per_second"] > 0 and step["ms_per_step"] >= step["host_ms_per_step"] > 0
+    assert step["images_per_second"] > 0 and sum(step["share_of_operators"].values()) > 0.9
 
 
 def arguments(tmp_path, **changes):
@@ -165,5 +165,5 @@ def test_margins_are_sorted_by_their_share_of_the_bound():
         json.dumps({"test": test, "name": "y", "error": error, "bound": bound})
         for test, error, bound in (("a", 1.0, 4.0), ("b", 3.0, 4.0), ("c", 0.0, 0.0))
     ]
-    shares = gpu_check._shares(lines)
+    shares = gpu_check.shares_of_bound(lines)
     assert [(one["test"], one["share"]) for one in shares] == [("b", 0.75), ("a", 0.25), ("c", 0)]

@@ -21,7 +21,7 @@ from cmamba_ref.kernels.tiling import block_count, plan
 def test_programs_cover_everything_once(images, length, per_group, groups, n, rank, dtype):
     p = plan(images, length, groups * per_group, groups, n, rank, dtype)
     assert (p.chunks - 1) * p.chunk_length < length <= p.chunks * p.chunk_length
-    assert p.chunk_length % rules.RECOMPUTE_STEPS == 0 or p.chunks == 1
+    assert p.chunk_length % rules.FIXED.recompute_steps == 0 or p.chunks == 1
     assert n <= p.states < 2 * n and p.states & (p.states - 1) == 0
     assert max(rank, 1) <= p.ranks < 2 * max(rank, 1) and p.ranks & (p.ranks - 1) == 0
     for block in (p.block, p.backward_block):
@@ -35,14 +35,14 @@ def test_programs_cover_everything_once(images, length, per_group, groups, n, ra
 def test_chunks_give_a_large_gpu_enough_programs(images, side, channels, n):
     p = plan(images, side * side, channels, 1, n, 6, torch.float32)
     programs = images * p.chunks * block_count(channels, p.block)
-    assert programs <= rules.PROGRAMS
-    assert programs > rules.PROGRAMS / 2 or p.chunk_length == rules.MIN_CHUNK
+    assert programs <= rules.FIXED.programs
+    assert programs > rules.FIXED.programs / 2 or p.chunk_length == rules.FIXED.min_chunk
 
 
 def test_one_pass_where_there_are_programs_enough():
     assert plan(384, 4096, 192, 1, 16, 6, torch.float32).chunks == 1
     assert plan(256, 4096, 192, 1, 16, 6, torch.float32).chunks > 1
-    assert plan(1, rules.MIN_CHUNK, 192, 1, 16, 6, torch.float32).chunks == 1
+    assert plan(1, rules.FIXED.min_chunk, 192, 1, 16, 6, torch.float32).chunks == 1
 
 
 def test_the_plan_depends_on_nothing_but_its_arguments():

@@ -40,6 +40,7 @@ from cmamba_ref.kernels import (  # noqa: E402  # pyright: ignore[reportMissingI
     launch,
     op,
     primitives,
+    tiling,
 )
 
 chunk_lengths = st.sampled_from((4, 8, 16, 32))
@@ -138,7 +139,7 @@ def test_one_pass_and_many_chunks_agree():
 @pytest.mark.parametrize("adjoint", [False, True])
 def test_carry_over_many_chunks(adjoint):
     generator = torch.Generator().manual_seed(0)
-    images, directions, chunks, n, channels = 2, 4, 2 * launch.CARRY_CHUNKS + 5, 3, 7
+    images, directions, chunks, n, channels = 2, 4, 2 * tiling.FIXED.carry_chunks + 5, 3, 7
     shape = (images, directions, chunks, n, channels)
     ends = torch.randn(shape, generator=generator, dtype=torch.float64)
     sums = torch.rand(images, directions, chunks, channels, generator=generator).double()

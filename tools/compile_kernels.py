@@ -1,12 +1,12 @@
 """Compile the Triton kernels ahead of time for GPUs that are absent; count and predict.
 
     python tools/compile_kernels.py                            model and benchmark, three targets
-    python tools/compile_kernels.py --scans all --jobs 2 --json
+    python tools/compile_kernels.py --jobs 2
     python tools/compile_kernels.py --targets sm_90 --markdown benchmarks/kernels_static.md
 
 What is compiled is what is dispatched: the launch code of `cmamba_ref.kernels` runs on tensors
-without memory while its kernels are replaced by recorders, and every variant that it asks for is
-compiled with the types and options that it asked for.  No kernel runs, so nothing is measured.
+without memory and records its launches, and every variant that it asks for is compiled with the
+types and options that it asked for.  No kernel runs, so nothing is measured.
 
 The unit of all counts is the elt: one position, channel, state and direction.  The lanes of a warp
 work on different elts, so that I instructions in a loop body of S steps come to
@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import functools
 import importlib
 import inspect
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -33,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,7 +42,7 @@ from profile_scan import (
     BOTH,
     DTYPES,
     FORWARD,
-    Gpu,
+    KNOWN_GPUS,
     Shape,
     count,
     floor_seconds,
@@ -57,160 +55,81 @@ from torch import Tensor
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.nn.ss2d import DIRECTIONS
 
-KERNELS = (
-    "chunk_state_fwd",
-    "state_passing",
-    "chunk_scan_fwd",
-    "chunk_state_bwd",
-    "chunk_scan_bwd",
-)
-KERNEL_MODULES = ("cmamba_ref.kernels.chunk_scan_fwd", "cmamba_ref.kernels.chunk_scan_bwd")
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WARP = 32
+
+
+def launch_code() -> ModuleType:
+    """Import `cmamba_ref.kernels.launch`.
+
+    To compile what it holds, triton's interpreter must be off before the first import.
+    """
+    return importlib.import_module("cmamba_ref.kernels.launch")
 
 
 # ---------------------------------------------------------------- the scans
 
 
 @dataclass(frozen=True)
-class MapScan:
-    """A four-direction scan of `images` maps of `height` x `width` positions.
+class Scan:
+    """A scan of maps in four directions; with rank 0 one of sequences whose delta is given.
 
     Attributes:
-        n: states N.
-        rank: R, columns of dt_weight.
-        channels: D.
-        dtype: of x and the projections, a key of DTYPES.
-    """
-
-    n: int
-    rank: int
-    channels: int
-    dtype: str = "fp32"
-    images: int = 1
-    height: int = 128
-    width: int = 128
-
-    @classmethod
-    def of(cls, shape: Shape, dtype: str = "fp32", images: int = 1) -> MapScan:
-        """Return the scan of one map of a shape, or of `images` such maps."""
-        sizes = (images, shape.height, shape.width)
-        return cls(shape.states, shape.rank, shape.channels, dtype, *sizes)
-
-    @property
-    def shape(self) -> Shape:
-        sizes = (self.images, self.height, self.width, self.channels, self.n, self.rank)
-        return Shape(*sizes)
-
-    def to_launch(self, launch: ModuleType) -> Any:
-        """Return the `launch.Scan` of this scan, on the meta device."""
-        new, real = _allocators(self.dtype)
-        position = (self.images, self.height, self.width)
-        projections = new(*position, DIRECTIONS, self.rank + 2 * self.n)
-        return launch.Scan(
-            x=new(*position, self.channels),
-            dt_or_proj=projections,
-            B=projections,
-            C=projections,
-            z=None,
-            A=real(DIRECTIONS, self.n, self.channels),
-            dt_weight=real(DIRECTIONS, self.rank, self.channels),
-            dt_bias=real(DIRECTIONS, self.channels),
-            skip=real(self.channels),
-            softplus=True,
-            groups=1,
-        )
-
-
-@dataclass(frozen=True)
-class SequenceScan:
-    """A scan of `images` sequences of `length` positions whose delta is given.
-
-    Attributes:
-        n: states N.
-        channels: D, of all groups together.
-        groups: G, groups of channels that share B and C.
-        dtype: of u, delta and what varies of B, C and the gate, a key of DTYPES.
+        dtype: of x, delta or the projections, and what varies of B, C and the gate, a key of
+            DTYPES.
+        groups: G, groups of channels that share B and C. This and what follows is for sequences.
         b_constant, c_constant: B or C is the same at all positions.
     """
 
-    n: int
-    channels: int
+    shape: Shape
     dtype: str = "fp32"
     groups: int = 1
     gate: bool = False
     softplus: bool = True
     b_constant: bool = False
     c_constant: bool = False
-    images: int = 1
-    length: int = 4096
 
-    def to_launch(self, launch: ModuleType) -> Any:
+    def prepared(self) -> Any:
         """Return the `launch.Scan` of this scan, on the meta device."""
-        new, real = _allocators(self.dtype)
-        position = (self.images, 1, self.length)
-        varying, constant = (*position, self.groups, self.n), (self.n, self.channels)
-        return launch.Scan(
-            x=new(*position, self.channels),
-            dt_or_proj=new(*position, self.channels),
-            B=real(*constant) if self.b_constant else new(*varying),
-            C=real(*constant) if self.c_constant else new(*varying),
-            z=new(*position, self.channels) if self.gate else None,
-            A=real(1, self.n, self.channels),
-            dt_weight=None,
-            dt_bias=real(1, self.channels),
-            skip=real(self.channels),
+        s, io = self.shape, DTYPES[self.dtype]
+        new = functools.partial(torch.empty, dtype=io, device="meta")
+        real = functools.partial(new, dtype=torch.promote_types(io, torch.float32))
+        position = (s.batch, s.height, s.width)
+        directions = DIRECTIONS if s.rank else 1
+        if s.rank:
+            dt = B = C = new(*position, directions, s.rank + 2 * s.states)
+        else:
+            dt = new(*position, s.channels)
+            B, C = (
+                real(s.states, s.channels) if constant else new(*position, self.groups, s.states)
+                for constant in (self.b_constant, self.c_constant)
+            )
+        return launch_code().Scan(
+            x=new(*position, s.channels),
+            dt_or_proj=dt,
+            B=B,
+            C=C,
+            z=new(*position, s.channels) if self.gate else None,
+            A=real(directions, s.states, s.channels),
+            dt_weight=real(directions, s.rank, s.channels) if s.rank else None,
+            dt_bias=real(directions, s.channels),
+            skip=real(s.channels),
             softplus=self.softplus,
             groups=self.groups,
         )
 
 
-Scan = MapScan | SequenceScan
+def sequence(channels: int, states: int, length: int = 4096) -> Shape:
+    """Return the shape of a sequence whose delta is given."""
+    return Shape(1, 1, length, channels, states, 0)
 
 
-def _allocators(dtype: str) -> list[functools.partial[Tensor]]:
-    """Return makers of meta tensors of an I/O type and of the compute type that goes with it."""
-    compute = torch.promote_types(DTYPES[dtype], torch.float32)
-    return [
-        functools.partial(torch.empty, dtype=d, device="meta") for d in (DTYPES[dtype], compute)
-    ]
-
-
-BENCHMARK_SCANS = [MapScan(n, 12, 192, images=b) for b in (1, 8) for n in (1, 4, 8, 16)]
-MODEL_SCANS = [*BENCHMARK_SCANS, *(MapScan.of(case.shape) for case in model_cases(768, 512))]
-# Every kernel; both kinds of scan; sizes that fill their power of two and sizes that do not.
-QUICK_SCANS = [
-    MapScan(16, 12, 192),
-    MapScan(3, 20, 100, "bf16"),
-    SequenceScan(8, 40, gate=True, softplus=False, c_constant=True),
+MODEL_SCANS = [
+    *(Scan(Shape(b, 128, 128, 192, n, 12)) for b in (1, 8) for n in (1, 4, 8, 16)),
+    *(Scan(case.shape) for case in model_cases(768, 512)),
 ]
 
-
-def all_scans() -> list[Scan]:
-    """Return scans of every type, flag and block of channels, and N and R of every kind.
-
-    A kernel sees N and R as a power of two and a mask: 3, 12 and 20 are there for the masks.
-    """
-    flags = list(itertools.product((False, True), repeat=4))
-    return [
-        *itertools.starmap(MapScan, itertools.product((1, 3, 8, 16, 32), (1, 12), (128, 40, 20))),
-        *(
-            MapScan(n, r, 100, dtype)
-            for n, r, dtype in itertools.product((2, 12, 32), (8, 20, 64), ("fp32", "bf16", "fp64"))
-        ),
-        *(
-            SequenceScan(n, 100, dtype, 1, *flag)
-            for n, dtype, flag in itertools.product((2, 8, 32), ("fp32", "bf16", "fp64"), flags)
-        ),
-        *(SequenceScan(n, d) for n in (4, 16) for d in (128, 64, 32, 40, 20)),
-        *MODEL_SCANS,
-        *QUICK_SCANS,
-    ]
-
-
-SCANS = {"model": lambda: MODEL_SCANS, "quick": lambda: QUICK_SCANS, "all": all_scans}
-
-
-# ---------------------------------------------------------------- what a scan dispatches
+# ---------------------------------------------------------------- the launches of a scan
 
 
 @dataclass(frozen=True)
@@ -258,138 +177,87 @@ class Variant:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a variant.
-
-    Attributes:
-        programs: size of the grid.
-        tensors: of each pointer, what tells tensors apart and its size in bytes.
-        integers: values of the run-time sizes.
-    """
+    """One launch of a variant, on a grid of so many programs."""
 
     variant: Variant
     programs: int
-    tensors: dict[str, tuple[int, int]]
-    integers: dict[str, int]
+    arguments: dict[str, Any]
 
-    @property
-    def share(self) -> float:
-        """Share of the directions that this launch does."""
-        if "first_direction" not in self.integers:
-            return 1.0
-        directions = self.integers["directions"]
-        return len(range(self.integers["first_direction"], directions, 2)) / directions
+    @classmethod
+    def of(cls, kernel: Any, programs: int, arguments: dict[str, Any]) -> Launch:
+        """Return what a `launch.Launch` says to a compiler."""
+        parameters = inspect.signature(kernel.fn).parameters
+        options = {name: x for name, x in arguments.items() if name not in parameters}
+        types, constants = {}, {}
+        for name, parameter in parameters.items():
+            value = arguments[name]
+            if "constexpr" in str(parameter.annotation):
+                constants[name] = value
+            elif isinstance(value, Tensor):
+                types[name] = "*" + TYPE_NAMES[value.dtype]
+            else:
+                types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        groups = (tuple(group.items()) for group in (types, constants, options))
+        return cls(Variant(kernel.fn.__name__, *groups), programs, arguments)
 
     @property
     def directions_per_program(self) -> int:
         """Directions that a program does one after the other."""
-        if "first_direction" not in self.integers:
+        if "first_direction" not in self.arguments:
             return 1
-        return round(self.share * self.integers["directions"])
+        return len(range(self.arguments["first_direction"], self.arguments["directions"], 2))
+
+    @property
+    def share(self) -> float:
+        """Share of the directions that this launch does."""
+        if "first_direction" not in self.arguments:
+            return 1.0
+        return self.directions_per_program / self.arguments["directions"]
 
     @property
     def steps(self) -> int:
         """Steps of the inner loop that all warps (programs) of the launch take together."""
         if self.variant.kernel == "state_passing":
-            passes = math.ceil(self.integers["chunks"] / self.variant.constant("CHUNKS"))
+            passes = math.ceil(self.arguments["chunks"] / self.variant.constant("CHUNKS"))
             return self.programs * passes
-        positions = self.integers["H"] * self.integers["W"]
-        return self.programs // self.integers["chunks"] * positions * self.directions_per_program
+        positions = self.arguments["H"] * self.arguments["W"]
+        return self.programs // self.arguments["chunks"] * positions * self.directions_per_program
 
     @property
     def elts(self) -> int:
         """(position, channel, state, direction) that the launch does; of the carry, chunks."""
         if self.variant.kernel == "state_passing":
-            per_image = self.integers["blocks"]
-            features = self.variant.constant("N") * self.integers["D"]
-            return self.programs // per_image * self.integers["chunks"] * features
-        per_step = self.integers["per_group"] * self.variant.constant("N")
-        return self.steps // self.integers["blocks"] * per_step
-
-
-@functools.cache
-def _launch_module() -> ModuleType:
-    """`cmamba_ref.kernels.launch`. Compiling needs that triton's interpreter was off before it."""
-    return importlib.import_module("cmamba_ref.kernels.launch")
-
-
-class _Recorder:
-    """Stands where a kernel stood, and notes its launches."""
-
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.name = kernel.fn.__name__
-        self.parameters = inspect.signature(kernel.fn).parameters
-        self.launches = launches
-
-    def __getitem__(self, grid: tuple[int, ...]):
-        return functools.partial(self._record, grid)
-
-    def _record(self, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-        given = dict(zip(self.parameters, args, strict=False)) | kwargs
-        options = {name: given.pop(name) for name in list(given) if name not in self.parameters}
-        types, constants, tensors, integers = {}, {}, {}, {}
-        for name, parameter in self.parameters.items():
-            value = given[name]
-            if "constexpr" in str(parameter.annotation):
-                constants[name] = value
-            elif isinstance(value, Tensor):
-                types[name] = "*" + TYPE_NAMES[value.dtype]
-                tensors[name] = (id(value), value.nbytes)
-            else:
-                types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                integers[name] = value
-        variant = Variant(
-            self.name, *(tuple(group.items()) for group in (types, constants, options))
-        )
-        self.launches.append(Launch(variant, math.prod(grid), tensors, integers))
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Within the `with` block no kernel runs; what is launched is noted in the list."""
-    launch = _launch_module()
-    launches: list[Launch] = []
-    kernels = {name: getattr(launch, name) for name in KERNELS}
-    for name, kernel in kernels.items():
-        setattr(launch, name, _Recorder(kernel, launches))
-    try:
-        yield launches
-    finally:
-        for name, kernel in kernels.items():
-            setattr(launch, name, kernel)
+            per_image = self.arguments["blocks"]
+            features = self.variant.constant("N") * self.arguments["D"]
+            return self.programs // per_image * self.arguments["chunks"] * features
+        per_step = self.arguments["per_group"] * self.variant.constant("N")
+        return self.steps // self.arguments["blocks"] * per_step
 
 
 def record(scan: Scan) -> list[Launch]:
-    """What the forward and the backward of a scan launch, in order."""
-    launch = _launch_module()
-    prepared = scan.to_launch(launch)
-    state = prepared.A.new_empty(scan.images, *prepared.A.shape)
-    with recording() as launches:
+    """Return what the forward and the backward of a scan launch, in order."""
+    launch, prepared = launch_code(), scan.prepared()
+    state = prepared.A.new_empty(len(prepared.x), *prepared.A.shape)
+    with launch.recorded() as launches:
         y, _, starts = launch.forward(prepared, state)
         launch.backward(prepared, starts, torch.empty_like(y), torch.empty_like(state))
-    return launches
+    return [Launch.of(*one) for one in launches]
 
 
 def variants(scans: Iterable[Scan]) -> list[Variant]:
-    """What scans dispatch, each variant once, in the order of first use."""
+    """Return what scans dispatch, each variant once, in the order of first use."""
     return list(dict.fromkeys(launch.variant for scan in scans for launch in record(scan)))
 
 
 # ---------------------------------------------------------------- compiling
 
 
-@dataclass(frozen=True)
-class Target:
-    """A machine to compile for, as triton names it."""
-
-    backend: str
-    arch: int | str
-    lanes: int
-
-
-TARGETS = {
-    "sm_80": Target("cuda", 80, 32),
-    "sm_90": Target("cuda", 90, 32),
-    "gfx942": Target("hip", "gfx942", 64),
+# Backend, architecture and lanes of a warp, as triton's GPUTarget takes them.
+Target = tuple[str, int | str, int]
+TARGETS: dict[str, Target] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "gfx942": ("hip", "gfx942", 64),
 }
 
 
@@ -454,71 +322,58 @@ class Report:
         return min(32, 4 * (16384 // per_warp))
 
 
-WARP = 32
-
-
-def compile_variant(variant: Variant, target: str) -> Report:
-    """Compile a variant for a target and read its machine code.
-
-    Raises:
-        RuntimeError: it does not compile, or triton's interpreter is on.
-    """
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        raise RuntimeError(
-            "`TRITON_INTERPRET` must be unset to compile kernels, got "
-            f"{os.environ['TRITON_INTERPRET']!r}; run in a process without it"
-        )
-    try:
-        found = compiled(variant, TARGETS[target])
-    except Exception as error:
-        raise RuntimeError(f"{variant} does not compile for {target}: {error}") from error
-    shared = found.metadata.shared
-    if TARGETS[target].backend == "hip":
-        keys = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
-        used = [int(_search(rf"\.{key}:\s*(\d+)", found.asm["amdgcn"])[1]) for key in keys]
-        return Report(variant, target, used[0], used[1], used[2], shared, 0, ())
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(found.asm["cubin"])
-        file.flush()
-        usage = _nvidia_tool("cuobjdump", "-res-usage", file.name)
-        sass = _nvidia_tool("nvdisasm", "-c", file.name)
-    registers, stack = map(int, _search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    spilled = len(re.findall(COUNTED["local"], sass))
-    exps = len(re.findall(r"ex2\.approx", found.asm["ptx"]))
-    loops = _step_loops(variant, sass)
-    return Report(variant, target, registers, stack, spilled, shared, exps, loops)
-
-
 def compiled(variant: Variant, target: Target) -> Any:
     """Return the variant as triton compiles it; a launch finds it in triton's cache."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = next(
-        getattr(module, variant.kernel)
-        for module in map(importlib.import_module, KERNEL_MODULES)
-        if hasattr(module, variant.kernel)
-    )
-    types, constants = dict(variant.types), dict(variant.constants)
+    function = getattr(launch_code(), variant.kernel)
+    types = dict(variant.types)
     facts = [["tt.divisibility", 16]]
-    if target.backend == "hip":
+    if target[0] == "hip":
         facts.append(["tt.pointer_range", 32])  # so it is launched for tensors below 2 GiB
     source = ASTSource(
         fn=function,
         signature={name: types.get(name, "constexpr") for name in function.arg_names},
-        constexprs=constants,
+        constexprs=dict(variant.constants),
         attrs={
             (index,): facts
             for index, name in enumerate(function.arg_names)
             if types.get(name, "").startswith("*")
         },
     )
-    return triton.compile(
-        source,
-        target=GPUTarget(target.backend, target.arch, target.lanes),
-        options=dict(variant.options),
-    )
+    options = dict(variant.options)
+    return triton.compile(source, target=GPUTarget(*target), options=options)
+
+
+def compile_variant(variant: Variant, target: str) -> Report:
+    """Compile a variant for a target and read its machine code.
+
+    Raises:
+        RuntimeError: it does not compile.
+    """
+    try:
+        found = compiled(variant, TARGETS[target])
+    except Exception as error:
+        raise RuntimeError(f"{variant} does not compile for {target}: {error}") from error
+    shared = found.metadata.shared
+    if TARGETS[target][0] == "hip":
+        keys = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+        registers, stack, spilled = (
+            int(re.findall(rf"\.{key}:\s*(\d+)", found.asm["amdgcn"])[0]) for key in keys
+        )
+        return Report(variant, target, registers, stack, spilled, shared, 0, ())
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(found.asm["cubin"])
+        file.flush()
+        usage = _nvidia_tool("cuobjdump", "-res-usage", file.name)
+        sass = _nvidia_tool("nvdisasm", "-c", file.name)
+    registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
+    spilled = len(re.findall(COUNTED["local"], sass))
+    exps = len(re.findall(r"ex2\.approx", found.asm["ptx"]))
+    loops = _step_loops(variant, sass)
+    return Report(variant, target, registers, stack, spilled, shared, exps, loops)
 
 
 def compile_all(chosen: Sequence[Variant], targets: Sequence[str], jobs: int) -> list[Report]:
@@ -547,13 +402,6 @@ def _nvidia_tool(name: str, *arguments: str) -> str:
     package = Path(importlib.import_module("triton").__path__[0])
     command = [str(package / "backends" / "nvidia" / "bin" / name), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _search(pattern: str, text: str) -> re.Match[str]:
-    found = re.search(pattern, text)
-    if found is None:
-        raise RuntimeError(f"there is no {pattern} in {text:.500}")
-    return found
 
 
 def _matching(code: Iterable[str], pattern: str) -> int:
@@ -626,55 +474,57 @@ def exps_of_step(variant: Variant) -> float:
 
 # ---------------------------------------------------------------- bytes and times
 
-H200 = Gpu(bandwidth=4.3e12, sms=132, clock=1.755e9)  # as the predictions take it
+H200 = KNOWN_GPUS["NVIDIA H200"]
 SCHEDULERS = 4  # of a multiprocessor, an instruction of a warp per clock each
 ISSUE_SHARE = 0.75  # of the peak issue rate
 
+# Arguments with an axis of directions. B and C of a map lie in the projections of dt.
+PARAMETERS = {"A_ptr", "weight_ptr", "bias_ptr"}
+OF_DIRECTIONS = {"dt_ptr", "B_ptr", "C_ptr", *PARAMETERS, "starts_ptr", "adjoints_ptr"}
+OF_DIRECTIONS |= {"dA_ptr", "dbias_ptr"}
+
 
 def traffic(launch: Launch) -> int:
-    """Bytes between memory and the caches in a launch: model from its arguments.
+    """Return the bytes between memory and the caches in a launch: model from its arguments.
 
     Every tensor that a kernel reads or writes counts once per launch, or its share of the
     directions that the launch does: all else hits a cache. Checkpoints count as written and read
     once per direction; the time steps before softplus, which chunk_scan_bwd keeps where it later
     puts their gradients, as written, read and written.
     """
-    kernel, constant = launch.variant.kernel, launch.variant.constant
-    first, last = (
-        launch.integers.get("first_direction", 0) == 0,
-        launch.integers.get("first_direction", 0) + 2 >= launch.integers["directions"],
-    )
-    gate, is_map = constant("GATE"), launch.variant.is_map
-    reads = {"x_ptr", "dt_ptr", "B_ptr", "C_ptr", "dy_ptr", "A_ptr", "weight_ptr", "bias_ptr"}
-    reads |= {"skip_ptr", "first_ptr", "adjoints_ptr"}
-    reads |= set() if kernel == "state_passing" else {"starts_ptr"}
-    reads |= {"ends_ptr", "sums_ptr"} if kernel == "state_passing" else set()
-    reads |= {"z_ptr"} if gate else set()
-    reads |= set() if first else {"sum_ptr"}
-    writes = {"dB_ptr", "dC_ptr", "dA_ptr", "dbias_ptr", "ddt_raw_ptr"}
-    writes |= {"starts_ptr"} if kernel == "state_passing" else {"ends_ptr", "sums_ptr"}
-    writes |= {"dz_ptr"} if gate else set()
-    writes |= {"dskip_ptr"} if first else set()
-    writes |= {"y_ptr", "dx_ptr"} if last else {"sum_ptr"}
-    writes |= set() if is_map else {"last_ptr", "dfirst_ptr"}
+    variant, first = launch.variant, launch.arguments.get("first_direction", 0)
+    is_carry, is_map = variant.kernel == "state_passing", variant.is_map
+    read = {"x_ptr", "dt_ptr", "B_ptr", "C_ptr", "dy_ptr", *PARAMETERS}
+    read |= {"skip_ptr", "first_ptr", "adjoints_ptr"}
+    written = {"dB_ptr", "dC_ptr", "dA_ptr", "dbias_ptr", "ddt_raw_ptr"}
+    of_chunk, start = {"ends_ptr", "sums_ptr"}, {"starts_ptr"}
+    read |= of_chunk if is_carry else start
+    written |= start if is_carry else of_chunk
+    if variant.constant("GATE"):
+        read.add("z_ptr")
+        written.add("dz_ptr")
+    if first == 0:
+        written.add("dskip_ptr")
+    else:
+        read.add("sum_ptr")
+    is_last = first + 2 >= launch.arguments["directions"]
+    written |= {"y_ptr", "dx_ptr"} if is_last else {"sum_ptr"}
+    if not is_map:
+        written |= {"last_ptr", "dfirst_ptr"}
 
     def total(names: set[str]) -> float:
-        distinct = {launch.tensors[name]: name for name in names if name in launch.tensors}
-        return sum(size * _share(name, launch) for (_, size), name in distinct.items())
+        given = {name: launch.arguments[name] for name in names & launch.arguments.keys()}
+        distinct = {id(tensor): (name, tensor) for name, tensor in given.items()}
+        return sum(
+            tensor.nbytes * (launch.share if name in OF_DIRECTIONS else 1)
+            for name, tensor in distinct.values()
+        )
 
-    again = 2 * launch.directions_per_program * launch.tensors.get("checkpoints_ptr", (0, 0))[1]
-    if is_map:
-        again += 2 * launch.tensors.get("ddt_raw_ptr", (0, 0))[1]
-    return round(total(reads) + total(writes) + again)
-
-
-# Arguments with an axis of directions. B and C of a map lie in the projections of dt.
-_OF_DIRECTIONS = {"dt_ptr", "B_ptr", "C_ptr", "A_ptr", "weight_ptr", "bias_ptr", "starts_ptr"}
-_OF_DIRECTIONS |= {"adjoints_ptr", "dA_ptr", "dbias_ptr"}
-
-
-def _share(name: str, launch: Launch) -> float:
-    return launch.share if name in _OF_DIRECTIONS else 1.0
+    again = 0
+    if variant.kernel == "chunk_scan_bwd":
+        again += 2 * launch.directions_per_program * launch.arguments["checkpoints_ptr"].nbytes
+        again += 2 * launch.arguments["ddt_raw_ptr"].nbytes if is_map else 0
+    return round(total(read) + total(written) + again)
 
 
 def predict(launch: Launch, report: Report) -> tuple[float, float, float]:
@@ -701,6 +551,13 @@ COLUMNS = (
 def report_row(report: Report) -> list[str]:
     """Return the values of COLUMNS; "-" where gfx942 is not counted."""
     variant, loops = report.variant, report.loops
+    in_loops = [
+        str(sum(loop.local for loop in loops)),
+        f"{report.per_elt('instructions'):.1f}",
+        f"{report.per_elt('exps'):.2f}",
+        str(sum(loop.wide_loads for loop in loops)),
+        str(report.warps),
+    ]
     return [
         variant.kernel + _flags(variant),
         variant.io,
@@ -709,11 +566,7 @@ def report_row(report: Report) -> list[str]:
         str(variant.constant("BLOCK_D")),
         report.target,
         *map(str, (report.registers, report.stack, report.spilled, report.shared)),
-        str(sum(loop.local for loop in loops)) if loops else "-",
-        f"{report.per_elt('instructions'):.1f}" if loops else "-",
-        f"{report.per_elt('exps'):.2f}" if loops else "-",
-        str(sum(loop.wide_loads for loop in loops)) if loops else "-",
-        str(report.warps) if loops else "-",
+        *(in_loops if loops else "-" * len(in_loops)),
     ]
 
 
@@ -726,16 +579,6 @@ def _flags(variant: Variant) -> str:
     if variant.kernel == "chunk_scan_bwd" and not variant.constant("ALIGNED"):
         shown.append("unaligned")
     return f" ({', '.join(shown)})" if shown else ""
-
-
-def as_json(reports: Sequence[Report]) -> dict[str, Any]:
-    """Return everything of the reports."""
-    parts = ("types", "constants", "options")
-    found = []
-    for report in reports:
-        variant = {name: dict(getattr(report.variant, name)) for name in parts}
-        found.append(asdict(report) | {"variant": {"kernel": report.variant.kernel, **variant}})
-    return {"versions": versions("triton", "torch"), "reports": found}
 
 
 NOTES = f"""\
@@ -760,22 +603,24 @@ def page(scans: Sequence[Scan], reports: Sequence[Report], command: str) -> str:
         markdown_table(COLUMNS, map(report_row, reports), figures=len(COLUMNS) - 1),
     ]
     of = {report.variant: report for report in reports if report.target == "sm_90"}
-    maps = list(dict.fromkeys(scan for scan in scans if isinstance(scan, MapScan)))
+    maps = list(dict.fromkeys(scan for scan in scans if scan.shape.rank))
     if of and maps:
+        predicted = [(scan.shape, record(scan)) for scan in maps]
         parts += [
             "## Predicted times, µs",
-            _table(SCAN_COLUMNS, [_predicted_row(scan, of) for scan in maps]),
+            _table(SCAN_COLUMNS, [_scan_row(*one, of) for one in predicted]),
             "## By kernel, forward and backward, µs",
-            _table(LAUNCH_COLUMNS, [row for scan in maps for row in _launch_rows(scan, of)]),
+            _table(LAUNCH_COLUMNS, [row for one in predicted for row in _launch_rows(*one, of)]),
         ]
     return "\n\n".join(parts) + "\n"
 
 
 SCAN_COLUMNS = ("shape", "N", "forward", "floor", "both", "floor", "fill fwd", "fill bwd")
 LAUNCH_COLUMNS = ("shape", "N", "kernel", "launches", "bytes/elt", "issue", "exp unit", "memory")
+Cells = tuple[str | float, ...]
 
 
-def _table(columns: Sequence[str], rows: list[tuple[str | float, ...]]) -> str:
+def _table(columns: Sequence[str], rows: list[Cells]) -> str:
     """Return a table; floats are rounded to one digit after the point below 10."""
     cells = (
         [f"{x:.{int(x < 10)}f}" if isinstance(x, float) else str(x) for x in row] for row in rows
@@ -783,65 +628,55 @@ def _table(columns: Sequence[str], rows: list[tuple[str | float, ...]]) -> str:
     return markdown_table(columns, cells, figures=len(columns) - 1)
 
 
-def _predicted_row(scan: MapScan, of: dict[Variant, Report]) -> tuple[str | float, ...]:
-    launches = record(scan)
+def _scan_row(shape: Shape, launches: list[Launch], of: dict[Variant, Report]) -> Cells:
     outputs = [launch.variant.kernel == "chunk_scan_fwd" for launch in launches]
     begin = len(outputs) - outputs[::-1].index(True)  # of the backward
     forward, backward = (
         1e6 * sum(max(predict(launch, of[launch.variant])) for launch in half)
         for half in (launches[:begin], launches[begin:])
     )
-    floors = [1e6 * floor_seconds(scan.shape, mode, 4, H200) for mode in (FORWARD, BOTH)]
+    floors = [1e6 * floor_seconds(shape, mode, 4, H200) for mode in (FORWARD, BOTH)]
     fills = [
         last.programs / (H200.sms * of[last.variant].warps)
         for last in (launches[begin - 1], launches[-1])
     ]
-    return (*_names(scan), forward, floors[0], forward + backward, floors[1], *fills)
+    return (*_names(shape), forward, floors[0], forward + backward, floors[1], *fills)
 
 
-def _launch_rows(scan: MapScan, of: dict[Variant, Report]) -> Iterator[tuple[str | float, ...]]:
-    launches = record(scan)
+def _launch_rows(
+    shape: Shape, launches: list[Launch], of: dict[Variant, Report]
+) -> Iterator[Cells]:
     for kernel in dict.fromkeys(launch.variant.kernel for launch in launches):
         own = [launch for launch in launches if launch.variant.kernel == kernel]
         times = [predict(launch, of[launch.variant]) for launch in own]
         moved = sum(map(traffic, own)) / sum(launch.elts for launch in own)
         sums = (1e6 * sum(parts) for parts in zip(*times, strict=True))
-        yield (*_names(scan), f"`{kernel}`", len(own), moved, *sums)
+        yield (*_names(shape), f"`{kernel}`", len(own), moved, *sums)
 
 
-def _names(scan: MapScan) -> tuple[str, str]:
-    return f"B{scan.images} {scan.height}x{scan.width} D{scan.channels} R{scan.rank}", str(scan.n)
+def _names(shape: Shape) -> tuple[str, str]:
+    sizes = f"B{shape.batch} {shape.height}x{shape.width} D{shape.channels} R{shape.rank}"
+    return sizes, str(shape.states)
 
 
 def main(argv: list[str] | None = None) -> int:
-    # The interpreter must be off before the kernels are imported, here and in the pool.
+    # The interpreter must be off before the kernels are imported in the pool.
     os.environ.pop("TRITON_INTERPRET", None)
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--scans",
-        choices=SCANS,
-        default="model",
-        help="model: those of the models and benchmarks (default); quick: a few that have every "
-        "kernel; all: every type, flag and size of block",
-    )
     add("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     add("--jobs", type=count, default=1, help="processes (default: 1)")
-    add("--json", action="store_true", help="print JSON instead of tables")
     add("--markdown", metavar="FILE", type=output, help="write the tables here")
     args = parser.parse_args(argv)
 
-    scans = SCANS[args.scans]()
-    reports = compile_all(variants(scans), args.targets, args.jobs)
-    text = page(scans, reports, shlex.join(["python", "tools/compile_kernels.py", *argv]))
+    reports = compile_all(variants(MODEL_SCANS), args.targets, args.jobs)
+    text = page(MODEL_SCANS, reports, shlex.join(["python", "tools/compile_kernels.py", *argv]))
     if args.markdown:
         write_atomically(args.markdown, text.encode())
-    if args.json:
-        print(json.dumps(as_json(reports), indent=1))
-    elif not args.markdown:
+    else:
         print(text, end="")
     return 0
 

@@ -16,7 +16,7 @@ a crash ends none of the others, and leaves NAME.txt (its output) and NAME.json 
     profile    three shapes: `triton` beside VMamba's pipeline and the floor of the card
     codec      encode and decode 768x512 with `base`: seconds by stage
     exchange   files written on the GPU and read on the CPU, and the reverse
-    step       training steps of `tiny`: milliseconds, host's part, kernels, operators
+    step       training of `tiny` by tools/bench_training.py: images per second, shares of the time
     rest       the other GPU tests, as far as the time goes
 
 `--rehearse` runs all of it on a CPU, with triton's interpreter and the sizes cut.
@@ -28,6 +28,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import copy
+import functools
 import importlib.util
 import itertools
 import json
@@ -35,20 +36,21 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bench_training
 import compile_kernels
 import numpy as np
 import profile_scan
 import torch
 from bench_cpu import photograph
-from bench_training import write_photographs
-from compile_kernels import MapScan, SequenceScan, Target, Variant
+from compile_kernels import Scan, Target, Variant, sequence
 from determinism import decode_batch, scale_indexes
+from profile_scan import BOTH, FORWARD, Settings, Shape
 from provenance import ROOT, of_run, versions
 from stage_clock import time_by_stage
 
@@ -57,9 +59,8 @@ from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.config import CONFIGS
 from cmamba_ref.ops import available_backends, dispatch
-from cmamba_ref.training import data, trainer
-from cmamba_ref.training.distributed import Group
-from cmamba_ref.training.settings import resolve
+
+Result = dict[str, Any]
 
 TEST_FILES = ("tests/test_gpu_scans.py", "tests/test_determinism.py", "tests/test_profile_scan.py")
 # Accuracy on every kind of kernel, memory, graphs and streams: two minutes at most.
@@ -68,38 +69,28 @@ FIRST_TESTS = (
     "(sequences_are_as and (varying-float32 or grouped-float32 or both-constant-float32)) or "
     "(scans_of_the_model and tiny) or 98304 or one_chunk or softplus_and_sigmoid or "
     "(carry_takes and sequence) or (maps_keep and N16-R12-float32) or where_gradients_lie or "
-    "expanded or autocast or ten_runs or forward_and_backward_replays or current_stream or "
+    "autocast or ten_runs or forward-and-backward or current_stream or "
     "peak_memory or auto_takes_triton"
 )
 CROP, BATCHES = 256, (16, 32, 64)
 MAX_JOBS = 16  # processes that compile; each imports torch
-STEPS = 15
-
-
-def is_cuda(args: argparse.Namespace) -> bool:
-    return not args.rehearse
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
-    return torch.device("cuda" if is_cuda(args) else "cpu")
-
-
-def synchronize(args: argparse.Namespace) -> None:
-    if is_cuda(args):
-        torch.cuda.synchronize()
+    return torch.device("cpu" if args.rehearse else "cuda")
 
 
 # ---------------------------------------------------------------- stages
 
 
-def machine(args: argparse.Namespace) -> dict[str, Any]:
+def machine(args: argparse.Namespace) -> Result:
     """Card, driver and versions."""
-    found: dict[str, Any] = {
+    found: Result = {
         **of_run("gpu_check.py", sys.argv[1:]),
         "versions": versions("torch", "triton", "numpy", "pytest"),
         "cuda": torch.version.cuda,
     }
-    if is_cuda(args):
+    if not args.rehearse:
         query = "name,memory.total,clocks.sm,clocks.max.sm,driver_version"
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
         with contextlib.suppress(OSError):
@@ -112,35 +103,36 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def scans_to_compile() -> list[compile_kernels.Scan]:
-    """Most scans that the stages launch: profile, models, the tests that come first."""
-    scans: list[compile_kernels.Scan] = []
-    for case in profile_scan.short_cases():
+def scans_to_compile() -> list[Scan]:
+    """Return most scans that the stages launch: profile, models, the tests that come first."""
+    scans: list[Scan] = []
+    for case in profile_scan.PRESETS["short"]:
         s = case.shape
-        scans.append(MapScan.of(s, images=s.batch))
-        length = s.height * s.width
-        scans.append(SequenceScan(s.states, 4 * s.channels, groups=4, length=length))
+        scans.append(Scan(s))
+        scans.append(Scan(sequence(4 * s.channels, s.states, s.height * s.width), groups=4))
     for side, images in ((CROP, BATCHES[0]), (512, 1)):
         for case in profile_scan.model_cases(side, side):
             model, _, place = case.label.partition(" ")
             if model not in ("tiny", "base"):
                 continue
             if place == "context":  # trained in fp32, and run in fp64 when it codes
-                scans += [MapScan.of(case.shape, dtype) for dtype in ("fp32", "fp64")]
+                scans += [Scan(case.shape, dtype) for dtype in ("fp32", "fp64")]
             else:
-                scans += [MapScan.of(case.shape, dtype, images) for dtype in ("fp32", "bf16")]
-    scans += [
-        *(MapScan(2, 4, 32, dtype) for dtype in ("fp32", "bf16")),
-        *(MapScan(16, 12, 192, dtype) for dtype in ("fp32", "bf16", "fp64")),
-        *(MapScan(3, 5, 40), MapScan(32, 64, 50), MapScan(16, 12, 128, height=256, width=384)),
-        *(SequenceScan(4, 6, dtype, gate=True) for dtype in ("fp32", "bf16")),
-        SequenceScan(16, 33, gate=True, softplus=False, b_constant=True, c_constant=True),
+                shape = replace(case.shape, batch=images)
+                scans += [Scan(shape, dtype) for dtype in ("fp32", "bf16")]
+    square = functools.partial(Shape, 1, 128, 128)
+    return [
+        *scans,
+        *(Scan(square(32, 2, 4), dtype) for dtype in ("fp32", "bf16")),
+        *(Scan(square(192, 16, 12), dtype) for dtype in ("fp32", "bf16", "fp64")),
+        *(Scan(square(40, 3, 5)), Scan(square(50, 32, 64)), Scan(Shape(1, 256, 384, 128, 16, 12))),
+        *(Scan(sequence(6, 4), dtype, gate=True) for dtype in ("fp32", "bf16")),
+        Scan(sequence(33, 16), gate=True, softplus=False, b_constant=True, c_constant=True),
     ]
-    return scans
 
 
 def _compile(variant: Variant, target: Target) -> tuple[float, str]:
-    """Seconds that a variant took to compile, and what went wrong."""
+    """Return the seconds that a variant took to compile, and what went wrong."""
     start = time.perf_counter()
     try:
         compile_kernels.compiled(variant, target)
@@ -149,16 +141,16 @@ def _compile(variant: Variant, target: Target) -> tuple[float, str]:
     return time.perf_counter() - start, ""
 
 
-def compile_all(args: argparse.Namespace) -> dict[str, Any]:
+def compile_all(args: argparse.Namespace) -> Result:
     """Compile in parallel, ahead of the launches, into the cache that they look into."""
     found = compile_kernels.variants(scans_to_compile())
     found.sort(key=lambda variant: variant.kernel != "chunk_scan_bwd")  # the slowest first
     if args.rehearse:
         found = [variant for variant in found if variant.kernel == "state_passing"][:2]
     target = compile_kernels.TARGETS["sm_90"]
-    if is_cuda(args):
+    if not args.rehearse:
         major, minor = torch.cuda.get_device_capability()
-        target = Target("cuda", 10 * major + minor, 32)
+        target = ("cuda", 10 * major + minor, 32)
     jobs = min(len(found), len(os.sched_getaffinity(0)), MAX_JOBS)
     start = time.perf_counter()
     with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
@@ -176,10 +168,10 @@ def compile_all(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def backend(args: argparse.Namespace) -> dict[str, Any]:
+def backend(args: argparse.Namespace) -> Result:
     """Refuse to measure another backend than the kernels."""
-    chosen = dispatch.choose("auto" if is_cuda(args) else "triton", device_of(args).type)
-    result: dict[str, Any] = {"auto": chosen, "available": available_backends()}
+    chosen = dispatch.choose("triton" if args.rehearse else "auto", device_of(args).type)
+    result: Result = {"auto": chosen, "available": available_backends()}
     if chosen != "triton":
         result["failed"] = dispatch.BACKENDS["triton"].refusal("cuda", 1, 0)
     return result
@@ -197,10 +189,10 @@ def pytest_command(files: Sequence[str], chosen: str, processes: int) -> list[st
     ]
 
 
-def run_tests(args: argparse.Namespace, chosen: str, processes: int = 6) -> dict[str, Any]:
+def run_tests(args: argparse.Namespace, chosen: str, processes: int = 6) -> Result:
     """Run tests by pytest; margins of the accuracy rule go to margins.jsonl as they come."""
     margins = args.out / "margins.jsonl"
-    has_xdist = is_cuda(args) and importlib.util.find_spec("xdist") is not None
+    has_xdist = not args.rehearse and importlib.util.find_spec("xdist") is not None
     command = pytest_command(TEST_FILES, chosen, processes if has_xdist else 1)
     before = len(margins.read_text().splitlines()) if margins.exists() else 0
     environment = {**os.environ, "CMAMBA_MARGINS": str(margins)}
@@ -208,10 +200,10 @@ def run_tests(args: argparse.Namespace, chosen: str, processes: int = 6) -> dict
     ended = subprocess.run(command, cwd=ROOT, env=environment)
     output = (args.out / f"{args.stage}.txt").read_text()
     lines = margins.read_text().splitlines()[before:] if margins.exists() else []
-    shares = _shares(lines)
+    shares = shares_of_bound(lines)
     for one in shares:
         print(f"{one['share']:.3f} of the bound: {one['name']}, {one['test']}")
-    result = {
+    result: Result = {
         "exit_status": ended.returncode,
         "summary": output.strip().splitlines()[-1:],
         "cases": len(shares),
@@ -222,54 +214,53 @@ def run_tests(args: argparse.Namespace, chosen: str, processes: int = 6) -> dict
     return result
 
 
-def _shares(lines: list[str]) -> list[dict[str, Any]]:
-    """Every comparison with its error as a share of what is allowed, the largest first."""
+def shares_of_bound(lines: list[str]) -> list[Result]:
+    """Return every comparison with its error as a share of what is allowed, largest first."""
     found = [json.loads(line) for line in lines]
     for one in found:
         one["share"] = one["error"] / one["bound"] if one["bound"] else float(one["error"] > 0)
     return sorted(found, key=lambda one: -one["share"])
 
 
-def tests(args: argparse.Namespace) -> dict[str, Any]:
+def tests(args: argparse.Namespace) -> Result:
     """The tests that matter most."""
     return run_tests(args, FIRST_TESTS)
 
 
-def rest(args: argparse.Namespace) -> dict[str, Any]:
+def rest(args: argparse.Namespace) -> Result:
     """The other ones, one after the other: some need most of the memory of the GPU."""
     return run_tests(args, f"not ({FIRST_TESTS})", processes=1)
 
 
-def profile(args: argparse.Namespace) -> dict[str, Any]:
-    """The scan beside VMamba's pipeline; the table is in profile.txt."""
-    shapes = ("--preset", "short")
+def profile(args: argparse.Namespace) -> Result:
+    """Measure the scan beside VMamba's pipeline; the table is in profile.txt."""
+    device, modes = device_of(args), (FORWARD, BOTH)
+    settings = Settings(device, "fp32", modes, repeats=20, seconds=0.2)
+    cases = profile_scan.PRESETS["short"]
     if args.rehearse:  # the interpreter takes a minute for what a GPU does at once
-        shapes, profile_scan.CHECKED_MAP = ("--shape", "1x4x4x4x2x1"), (1, 3, 3)
-    rows = args.out / "profile_rows.json"
-    status = profile_scan.main(
-        [
-            *shapes,
-            *("--backends", "triton", "vmamba-pipeline", "--mode", "forward", "both"),
-            *("--seconds", "0.2" if is_cuda(args) else "1e-9", "--device", device_of(args).type),
-            *("--json", str(rows)),
-        ]
-    )
-    result = json.loads(rows.read_text())
-    if status:
+        settings = replace(settings, repeats=3, checked_map=(1, 3, 3))
+        cases = profile_scan.fixed_cases("rehearsal", (1, 4, 4, 4, 2, 1))
+    names = ("triton", "vmamba-pipeline")
+    candidates = [profile_scan.find_candidate(name, settings) for name in names]
+    gpu = profile_scan.gpu_model(device)
+    print(profile_scan.HEADING)
+    rows = list(profile_scan.profile_cases(cases, candidates, settings, gpu))
+    result: Result = {"notes": profile_scan.NOTES, "results": rows}
+    if any(row["status"] == "failed" for row in rows):
         result["failed"] = "a backend is wrong; see the output"
     return result
 
 
-def codec(args: argparse.Namespace) -> dict[str, Any]:
+def codec(args: argparse.Namespace) -> Result:
     """Where the time of encoding and decoding goes; weights are random, so rates mean nothing."""
-    height, width = (512, 768) if is_cuda(args) else (64, 64)
+    height, width = (64, 64) if args.rehearse else (512, 768)
     torch.manual_seed(0)
-    config = CONFIGS["base"] if is_cuda(args) else CONFIGS["tiny"]
+    config = CONFIGS["tiny" if args.rehearse else "base"]
     model = CMamba(config).eval()
     model.update()
     model.to(device_of(args))
     pixels = photograph(width, height)
-    result: dict[str, Any] = {"config": config.name, "height": height, "width": width}
+    result: Result = {"config": config.name, "height": height, "width": width}
     file = cmamba_ref.encode(pixels, model)
     calls: dict[str, Callable[[], object]] = {
         "encode": lambda: cmamba_ref.encode(pixels, model),
@@ -277,10 +268,9 @@ def codec(args: argparse.Namespace) -> dict[str, Any]:
     }
     for name, call in calls.items():
         seconds = []
-        for _ in range(4):
+        for _ in range(4):  # each ends with bytes or pixels on the CPU
             start = time.perf_counter()
             call()
-            synchronize(args)
             seconds.append(time.perf_counter() - start)
         _, timing = time_by_stage(model, call)  # waits for the GPU at each stage
         result[name] = {
@@ -291,12 +281,12 @@ def codec(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def exchange(args: argparse.Namespace) -> dict[str, Any]:
+def exchange(args: argparse.Namespace) -> Result:
     """Write on one device and read on the other: the same symbols, pixels within 1."""
     here = CMamba.from_pretrained("tiny")
     there = copy.deepcopy(here).to(device_of(args))
-    pixels = photograph(*((600, 400) if is_cuda(args) else (80, 64)))
-    found: dict[str, Any] = {}
+    pixels = photograph(*((80, 64) if args.rehearse else (600, 400)))
+    found: Result = {}
     for name, writer, reader in (("gpu to cpu", there, here), ("cpu to gpu", here, there)):
         for quality in (1, 4, 8):
             file = cmamba_ref.encode(pixels, writer, quality)
@@ -315,70 +305,24 @@ def exchange(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def step(args: argparse.Namespace) -> dict[str, Any]:
-    """Training steps on a batch that is there already: what the device and the host take."""
-    crop, batches, steps = (CROP, BATCHES, STEPS) if is_cuda(args) else (64, (2,), 1)
-    with tempfile.TemporaryDirectory() as folder:
-        write_photographs(Path(folder), crop)
-        images = data.find_images(folder, crop, held_out=1)
-        return {"steps": _measured_steps(args, images, crop, batches, steps)}
-
-
-def _measured_steps(
-    args: argparse.Namespace,
-    images: data.TrainingImages,
-    crop: int,
-    batches: tuple[int, ...],
-    steps: int,
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for batch in batches:
-        settings = resolve(
-            {},
-            {"config": "tiny", "steps": 10**6, "crop": [crop], "batch": [batch], "scale": 1.0}
-            | {"precision": "auto", "optimiser": "soap", "out": str(args.out), "workers": 2},
-        )
-        run = trainer.Trainer(settings, images, Group(device_of(args)))
-        given = run.next_batch()
-        run.close()
-        for _ in range(4 if is_cuda(args) else 1):
-            run.train_step(given)
-        synchronize(args)
-        start = time.perf_counter()
-        for _ in range(steps):
-            run.train_step(given)
-        host = time.perf_counter() - start
-        synchronize(args)
-        total = time.perf_counter() - start
-        rows.append(
-            {
-                "batch": batch,
-                "crop": crop,
-                "bf16": run.bf16,
-                "ms_per_step": 1e3 * total / steps,
-                "host_ms_per_step": 1e3 * host / steps,
-                "images_per_second": batch * steps / total,
-            }
-        )
-        print(rows[-1], flush=True)
-        if batch == batches[0]:
-            rows[0] |= _operators(run, given, args)
-    return rows
-
-
-def _operators(run: trainer.Trainer, given: data.Batch, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the kernels of one step and the time in them; print the table of operators."""
-    with torch.profiler.profile() as profiler:
-        run.train_step(given)
-        synchronize(args)
-    by = "self_device_time_total" if is_cuda(args) else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=60))
-    kernels = [e for e in profiler.events() or () if e.device_type.name == "CUDA"]
-    return {"kernels": len(kernels), "device_ms": sum(e.device_time for e in kernels) / 1e3}
+def step(args: argparse.Namespace) -> Result:
+    """Train on batches of several sizes, and say where the time of a step goes."""
+    sizes = ["64x2"] if args.rehearse else [f"{CROP}x{batch}" for batch in BATCHES]
+    rows = args.out / "training_rows.json"
+    status = bench_training.main(
+        [
+            *("--device", device_of(args).type, "--json", str(rows), "--sizes", *sizes),
+            *("--backends", *(["chunked"] if args.rehearse else ["triton"])),
+            *("--precision", "fp32" if args.rehearse else "bf16"),
+        ]
+    )
+    if status:
+        return {"failed": "training failed; see the output"}
+    return {"steps": json.loads(rows.read_text())["rows"]}
 
 
 # Each with the share of the time that it may take at most.
-STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], float]] = {
+STAGES: dict[str, tuple[Callable[[argparse.Namespace], Result], float]] = {
     "machine": (machine, 0.1),
     "compile": (compile_all, 0.3),
     "backend": (backend, 0.1),

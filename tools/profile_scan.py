@@ -27,10 +27,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import functools
 import importlib
-import io
 import json
 import math
 import re
@@ -50,7 +48,6 @@ from provenance import of_run, processor, versions
 from resident import peak_beyond
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from cmamba_ref import testing
 from cmamba_ref.atomic_write import write_atomically
@@ -68,7 +65,6 @@ DTYPES = {
 }
 FORWARD, BACKWARD, BOTH = MODES = ("forward", "backward", "both")
 
-CHECKED_MAP = (2, 12, 10)  # batch, height, width
 BASELINE_ALLOWANCE = 8
 MIN_REPEATS = 3  # with fewer there is no spread to speak of
 
@@ -102,6 +98,7 @@ class Settings:
         modes: of `MODES`.
         repeats: upper limit for each candidate.
         seconds: measured time after which `MIN_REPEATS` are enough.
+        checked_map: batch, height and width of the map on which candidates are checked.
     """
 
     device: torch.device
@@ -109,6 +106,7 @@ class Settings:
     modes: tuple[str, ...]
     repeats: int
     seconds: float
+    checked_map: tuple[int, int, int] = (2, 12, 10)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -190,39 +188,35 @@ def model_cases(width: int, height: int) -> list[Case]:
     return cases
 
 
-def kernel_cases() -> list[Case]:
-    """Return fixed shapes to compare kernels by: a large map, a batch, narrow and wide channels."""
-    return [
-        # R = D / 32, as in a model with twice as many channels inside the scan as outside.
-        Case("kernels", Shape(batch, height, width, channels, states, channels // 32))
-        for batch, height, width, channels in (
-            (1, 128, 128, 192),
-            (8, 128, 128, 192),
-            (1, 256, 384, 128),
-            (1, 256, 384, 384),
-        )
-        for states in (1, 4, 8, 16)
-    ]
+def fixed_cases(label: str, *sizes: tuple[int, int, int, int, int, int]) -> list[Case]:
+    return [Case(label, Shape(*size)) for size in sizes]
 
 
-def short_cases() -> list[Case]:
-    """Return three of `kernel_cases`, for a minute on a GPU: one image, a batch, few states."""
-    shapes = ((1, 16), (8, 16), (8, 1))
-    return [Case("short", Shape(batch, 128, 128, 192, states, 6)) for batch, states in shapes]
-
-
-def quick_cases() -> list[Case]:
-    """Return maps so small that the sequential reference takes a fraction of a second."""
-    return [Case("quick", Shape(1, 24, 16, 64, 16, 4)), Case("quick", Shape(2, 16, 16, 96, 2, 6))]
-
-
-PRESETS: dict[str, Callable[[], list[Case]]] = {
-    "short": short_cases,
-    "kernels": kernel_cases,
-    "256": functools.partial(model_cases, 256, 256),
-    "kodak": functools.partial(model_cases, 768, 512),
-    "2k": functools.partial(model_cases, 2048, 1080),
-    "quick": quick_cases,
+PRESETS: dict[str, list[Case]] = {
+    # For a minute on a GPU: one image, a batch, few states.
+    "short": fixed_cases(
+        "short", *((b, 128, 128, 192, n, 6) for b, n in ((1, 16), (8, 16), (8, 1)))
+    ),
+    # To compare kernels by: a large map, a batch, narrow and wide channels; R = D / 32, as in a
+    # model with twice as many channels inside the scan as outside.
+    "kernels": fixed_cases(
+        "kernels",
+        *(
+            (batch, height, width, channels, states, channels // 32)
+            for batch, height, width, channels in (
+                (1, 128, 128, 192),
+                (8, 128, 128, 192),
+                (1, 256, 384, 128),
+                (1, 256, 384, 384),
+            )
+            for states in (1, 4, 8, 16)
+        ),
+    ),
+    "256": model_cases(256, 256),
+    "kodak": model_cases(768, 512),
+    "2k": model_cases(2048, 1080),
+    # So small that the sequential reference takes a fraction of a second.
+    "quick": fixed_cases("quick", (1, 24, 16, 64, 16, 4), (2, 16, 16, 96, 2, 6)),
 }
 
 
@@ -234,7 +228,7 @@ class Gpu:
     """What the floor depends on.
 
     Attributes:
-        bandwidth: of the memory, in bytes per second.
+        bandwidth: of the memory, sustained, in bytes per second.
         sms: multiprocessors.
         clock: of the multiprocessors, in Hz.
         fp32_lanes: fp32 operations per clock and multiprocessor, a fused multiply-add being one.
@@ -248,36 +242,18 @@ class Gpu:
     exps: int = 16
 
 
-# Sustained bandwidth in bytes per second and clock in Hz, by name. Assumed: nine tenths of the data
-# sheet's 4.8, 3.35 and 2.0 TB/s, and the clock that docs/kernels.md's predictions take; a card that
-# runs faster may come below its floor.
+# Assumed: nine tenths of the data sheet's 4.8, 3.35 and 2.0 TB/s, and the clock that
+# docs/kernels.md's predictions take; a card that runs faster may come below its floor.
 KNOWN_GPUS = {
-    "NVIDIA H200": (4.3e12, 1.755e9),
-    "NVIDIA H100 80GB HBM3": (3.0e12, 1.755e9),
-    "NVIDIA H100 PCIe": (1.8e12, 1.755e9),
+    "NVIDIA H200": Gpu(4.3e12, 132, 1.755e9),
+    "NVIDIA H100 80GB HBM3": Gpu(3.0e12, 132, 1.755e9),
+    "NVIDIA H100 PCIe": Gpu(1.8e12, 114, 1.755e9),
 }
-# By compute capability, from the CUDA programming guide.
-FP32_LANES = {(7, 5): 64, (8, 0): 64, (8, 6): 128, (8, 9): 128, (9, 0): 128}
 
 
 def gpu_model(device: torch.device) -> Gpu | None:
     """Return the model of a device, or None where there is none."""
-    if device.type != "cuda" or torch.version.hip:  # AMD's versions are no compute capabilities
-        return None
-    properties = torch.cuda.get_device_properties(device)
-    if properties.name in KNOWN_GPUS:
-        bandwidth, clock = KNOWN_GPUS[properties.name]
-        return Gpu(bandwidth, properties.multi_processor_count, clock)
-    lanes = FP32_LANES.get((properties.major, properties.minor))
-    # In kHz and bits; absent from some versions of torch, and 0 where the driver does not tell.
-    clock, memory_clock, bus = (
-        getattr(properties, name, 0)
-        for name in ("clock_rate", "memory_clock_rate", "memory_bus_width")
-    )
-    if not (lanes and clock and memory_clock and bus):
-        return None
-    bandwidth = 2 * memory_clock * 1e3 * bus / 8  # two transfers per clock
-    return Gpu(bandwidth, properties.multi_processor_count, clock * 1e3, lanes)
+    return KNOWN_GPUS.get(device_name(device)) if device.type == "cuda" else None
 
 
 def minimum_bytes(shape: Shape, mode: str, itemsize: int) -> int:
@@ -426,7 +402,7 @@ BASELINES: dict[str, Scan1d] = {
     "vmamba-pipeline": ours,
 }
 CUDA_ONLY = ("mamba_ssm", "selective_scan_cuda_oflex")  # and at most 32 bits
-FORWARD_ONLY = ("selective_scan_cuda_oflex",)
+FORWARD_ONLY = "selective_scan_cuda_oflex"
 
 
 # ---------------------------------------------------------------- candidates
@@ -473,7 +449,7 @@ def find_candidate(name: str, settings: Settings) -> Candidate:
             through_copies(BASELINES[name]),
             through_copies(functools.partial(ours, backend="reference")),
             BASELINE_ALLOWANCE,
-            name not in FORWARD_ONLY,
+            differentiable=name != FORWARD_ONLY,
         )
     try:
         with torch.no_grad():
@@ -560,7 +536,7 @@ def check_correctness(candidate: Candidate, shape: Shape, settings: Settings) ->
 
     Of the shape, only channels, states and rank count.
     """
-    small = Shape(*CHECKED_MAP, *shape.kind)
+    small = Shape(*settings.checked_map, *shape.kind)
     gradients = settings.modes != (FORWARD,) and candidate.differentiable
     try:
         for skip in (True, False):  # without, as the skip connection hides errors of the recurrence
@@ -634,31 +610,29 @@ def meter_for(device: torch.device) -> Meter:
 class Measurement:
     """Seconds of each repeat of one candidate in one mode, and the bytes it took."""
 
+    candidate: Candidate
+    outcome: Outcome = OK
     times: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
-    outcome: Outcome = OK
 
     @contextlib.contextmanager
-    def of(self, candidate: Candidate) -> Iterator[None]:
+    def attempt(self) -> Iterator[None]:
         """Within the block the candidate may be called; an exception becomes the outcome."""
         try:
-            with candidate.within():
+            with self.candidate.within():
                 yield
         except Exception as error:  # noqa: BLE001 - the other candidates go on
             self.outcome = outcome_of(error)
 
     def figures(self) -> dict[str, Any]:
-        """Return the columns that every table has: repeats, median, IQR and peak of memory."""
-        if self.outcome != OK:
-            return {}
-        low, median, high = (float(q) * 1e3 for q in np.percentile(self.times, (25, 50, 75)))
-        peak = None if self.peak_bytes is None else self.peak_bytes / 2**20
-        return {
-            "repeats": len(self.times),
-            "median_ms": median,
-            "iqr_ms": high - low,
-            "peak_mib": peak,
-        }
+        """Return status and the columns that every table has; without figures where it failed."""
+        row: dict[str, Any] = asdict(self.outcome)
+        row |= {"repeats": 0, "median_ms": None, "iqr_ms": None, "peak_mib": None}
+        if self.outcome == OK:
+            low, median, high = (float(q) * 1e3 for q in np.percentile(self.times, (25, 50, 75)))
+            row |= {"repeats": len(self.times), "median_ms": median, "iqr_ms": high - low}
+            row["peak_mib"] = None if self.peak_bytes is None else self.peak_bytes / 2**20
+        return row
 
 
 def prepare(scan: Scan2d, arguments: testing.Arguments, mode: str) -> Callable[[], object]:
@@ -688,33 +662,29 @@ def measure(
     mode: str,
     settings: Settings,
     meter: Meter,
-) -> dict[str, Measurement]:
+) -> list[Measurement]:
     """Return a measurement of each candidate; those that are right take turns.
 
     Args:
         outcomes: of each candidate at the check.
     """
-    results = {c.name: Measurement(outcome=outcomes[c.name]) for c in candidates}
-    for candidate in candidates:
-        result = results[candidate.name]
-        if mode != FORWARD and not candidate.differentiable and result.outcome == OK:
+    results = [Measurement(candidate, outcomes[candidate.name]) for candidate in candidates]
+    for result in results:
+        candidate = result.candidate
+        if result.outcome != OK:
+            continue
+        if mode != FORWARD and not candidate.differentiable:
             result.outcome = Outcome("forward only")
-
-    def waiting() -> list[Candidate]:
-        ready = [c for c in candidates if results[c.name].outcome == OK]
-        return [c for c in ready if not settings.enough(results[c.name].times)]
-
-    for candidate in waiting():
-        result = results[candidate.name]
-        with result.of(candidate):
+            continue
+        with result.attempt():
             for _ in range(meter.warm_ups):
                 prepare(candidate.scan, arguments, mode)()
             result.peak_bytes = meter.peak_bytes(prepare(candidate.scan, arguments, mode))
-    while turn := waiting():
-        for candidate in turn:
-            result = results[candidate.name]
-            with result.of(candidate):
-                result.times.append(meter.seconds(prepare(candidate.scan, arguments, mode)))
+    while turn := [r for r in results if r.outcome == OK and not settings.enough(r.times)]:
+        for result in turn:
+            with result.attempt():
+                call = prepare(result.candidate.scan, arguments, mode)
+                result.times.append(meter.seconds(call))
     return results
 
 
@@ -722,27 +692,19 @@ def measure(
 
 
 Row = dict[str, Any]  # of strings and figures, as JSON has them
-# The figures of a row with the status "ok", others have None; `NOTES` defines them.
-FIGURES = (
-    *("repeats", "median_ms", "iqr_ms", "gb_per_s", "gexp_per_s", "ns_per_elt"),
-    *("floor_ms", "of_floor", "peak_mib"),
-)
 
 
-def to_row(
-    case: Case, name: str, mode: str, result: Measurement, settings: Settings, gpu: Gpu | None
-) -> Row:
-    """Return a measurement as a row, with the figures that follow from it."""
+def to_row(case: Case, mode: str, result: Measurement, settings: Settings, gpu: Gpu | None) -> Row:
+    """Return a measurement as a row, with the figures that follow from it; `NOTES` defines them."""
     shape, itemsize = case.shape, settings.dtype.itemsize
     row = {
         "label": case.label,
         "shape": str(shape),
         "dtype": settings.dtype_name,
-        "backend": name,
+        "backend": result.candidate.name,
         "mode": mode,
-        **asdict(result.outcome),
-        **dict.fromkeys(FIGURES),
         **result.figures(),
+        **dict.fromkeys(("gb_per_s", "gexp_per_s", "ns_per_elt", "floor_ms", "of_floor")),
     }
     if result.outcome != OK:
         return row
@@ -792,52 +754,11 @@ def why_not(row: Row) -> str:
     return "" if row["status"] == "ok" else f"  {row['status']}{reason}"
 
 
-def to_csv(rows: list[Row]) -> bytes:
-    """Format one line per row, empty where there is no figure."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else (), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
 def device_name(device: torch.device) -> str:
     return processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 MEASURED_WITH = ("cmamba-ref", "torch", "triton", "numpy", "mamba-ssm", "mambapy", "selective-scan")
-
-
-def write_report(
-    path: Path, tool: str, settings: Settings, argv: list[str], rows: list[Row], **more: object
-) -> None:
-    """Write rows, and under `meta` what they were measured with, as JSON."""
-    meta = {
-        **of_run(tool, argv),
-        "device": device_name(settings.device),
-        "cuda": torch.version.cuda,
-        "versions": versions(*MEASURED_WITH),
-        **more,
-    }
-    report = {"meta": meta, "results": rows}
-    write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
-
-
-def write_trace(path: Path, candidates: list[Candidate], shape: Shape, settings: Settings) -> None:
-    """Write a Chrome trace of one forward and backward of each candidate, after a warm-up."""
-    arguments = draw_arguments(shape, settings)
-    activities = [ProfilerActivity.CPU]
-    activities += [ProfilerActivity.CUDA] if settings.device.type == "cuda" else []
-
-    def run_all() -> None:
-        for candidate in candidates:
-            with candidate.within(), record_function(candidate.name):
-                testing.evaluate(arguments, candidate.scan, gradients=candidate.differentiable)
-
-    run_all()
-    with profile(activities=activities) as profiler:
-        run_all()
-    profiler.export_chrome_trace(str(path))
 
 
 # ---------------------------------------------------------------- command line
@@ -866,16 +787,6 @@ def output(text: str) -> Path:
     return path
 
 
-def device_there(text: str) -> torch.device:
-    """Read a device on which scans run, for argparse."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:INDEX, got {text!r}")
-    device = torch.device(text)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"must be there, got {text!r}; torch does not see it")
-    return device
-
-
 def measuring_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options that `settings_of` and `cases_of` read."""
     parser = argparse.ArgumentParser(
@@ -893,8 +804,8 @@ def measuring_parser(description: str | None) -> argparse.ArgumentParser:
     )
     add("--mode", nargs="+", choices=MODES, default=MODES, help="default: all three")
     add("--dtype", choices=DTYPES, default="fp32", help="of map and projections (default: fp32)")
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=device_there, default=best, help=f"default: {best}")
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    add("--device", choices=devices, default=devices[-1], help=f"default: {devices[-1]}")
     add("--repeats", type=count, default=20, help="of each, at most (default: 20)")
     enough = f"measured time after which {MIN_REPEATS} repeats are enough (default: 0.5)"
     add("--seconds", type=positive, default=0.5, help=enough)
@@ -904,31 +815,15 @@ def measuring_parser(description: str | None) -> argparse.ArgumentParser:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     modes = tuple(dict.fromkeys(args.mode))
-    return Settings(args.device, args.dtype, modes, args.repeats, args.seconds)
+    device = torch.device(args.device)
+    return Settings(device, args.dtype, modes, args.repeats, args.seconds)
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
     cases = [Case("custom", shape) for shape in args.shape]
     if args.preset or not cases:
-        cases += PRESETS[args.preset or ("quick" if args.device.type == "cpu" else "short")]()
+        cases += PRESETS[args.preset or ("quick" if args.device == "cpu" else "short")]
     return cases
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = measuring_parser(__doc__)
-    names = (*BACKENDS, *BASELINES)
-    parser.add_argument(
-        "--backends",
-        nargs="+",
-        choices=names,
-        metavar="NAME",
-        help=f"of {', '.join(names)} (default: on CUDA triton and baselines, on the CPU "
-        "reference and chunked)",
-    )
-    parser.add_argument("--threads", type=count, help="torch threads (default: torch's choice)")
-    parser.add_argument("--csv", type=output, help="write the rows here")
-    parser.add_argument("--trace", type=output, help="write a Chrome trace of the first shape here")
-    return parser
 
 
 def profile_cases(
@@ -944,30 +839,28 @@ def profile_cases(
             checked[shape.kind] = {
                 c.name: check_correctness(c, shape, settings) for c in candidates
             }
-        outcomes, arguments = checked[shape.kind], {}
-        try:
-            arguments = draw_arguments(shape, settings)
-        except RuntimeError as error:  # even the arguments are too much
-            too_much = outcome_of(error)
-            outcomes = {
-                name: too_much if found == OK else found for name, found in outcomes.items()
-            }
+        arguments = draw_arguments(shape, settings)
         for mode in settings.modes:
-            results = measure(candidates, outcomes, arguments, mode, settings, meter)
-            for candidate in candidates:
-                result = results[candidate.name]
-                row = to_row(case, candidate.name, mode, result, settings, gpu)
+            for result in measure(
+                candidates, checked[shape.kind], arguments, mode, settings, meter
+            ):
+                row = to_row(case, mode, result, settings, gpu)
                 print(table_line(row), flush=True)
                 yield row
 
 
 def collect(
-    results: Iterator[Row], notes: Iterable[str], write: Callable[[list[Row]], None]
+    results: Iterator[Row],
+    tool: str,
+    args: argparse.Namespace,
+    argv: list[str],
+    notes: Iterable[str],
+    **more: object,
 ) -> int:
-    """Take rows as they come, write them, print the notes; return the exit status.
+    """Take rows as they come, write them and the notes; return the exit status.
 
-    Args:
-        write: takes the rows, also when Ctrl-C or an error ends the measurement.
+    Also when Ctrl-C or an error ends the measurement, the rows are written as JSON, and with them
+    under `meta` what they were measured with, and `more`.
     """
     rows: list[Row] = []
     interrupted = False
@@ -978,7 +871,17 @@ def collect(
         interrupted = True
         print("interrupted", file=sys.stderr)
     finally:
-        write(rows)
+        if args.json:
+            meta = {
+                **of_run(tool, argv),
+                "device": device_name(torch.device(args.device)),
+                "cuda": torch.version.cuda,
+                "versions": versions(*MEASURED_WITH),
+                "notes": notes,
+                **more,
+            }
+            report = {"meta": meta, "results": rows}
+            write_atomically(args.json, (json.dumps(report, indent=1) + "\n").encode())
     print()
     for note in notes:
         print(textwrap.fill(note, 100, subsequent_indent="    "))
@@ -987,37 +890,21 @@ def collect(
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser()
+    parser, names = measuring_parser(__doc__), (*BACKENDS, *BASELINES)
+    default = "on CUDA triton and baselines, on the CPU reference and chunked"
+    chosen = f"of {', '.join(names)} (default: {default})"
+    parser.add_argument("--backends", nargs="+", choices=names, metavar="NAME", help=chosen)
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)
-    settings, cases, sound = settings_of(args), cases_of(args), set()
+    settings = settings_of(args)
     try:
         candidates = find_candidates(args.backends, settings)
     except UnavailableError as error:
         parser.error(str(error))
     gpu = gpu_model(settings.device)
-
-    def write(rows: list[Row]) -> None:
-        first = str(cases[0].shape)
-        sound.update(
-            row["backend"] for row in rows if (row["shape"], row["status"]) == (first, "ok")
-        )
-        if args.csv:
-            write_atomically(args.csv, to_csv(rows))
-        if args.json:
-            model = None if gpu is None else asdict(gpu)
-            more = {"floor_model": model, "notes": NOTES}
-            write_report(args.json, "profile_scan.py", settings, argv, rows, **more)
-
     print(f"{device_name(settings.device)}, {args.dtype}; shapes are BxHxWxDxNxR\n\n{HEADING}")
-    status = collect(profile_cases(cases, candidates, settings, gpu), NOTES, write)
-    if args.trace and status != 130:
-        traced = [candidate for candidate in candidates if candidate.name in sound]
-        write_trace(args.trace, traced, cases[0].shape, settings)
-    return status
+    rows = profile_cases(cases_of(args), candidates, settings, gpu)
+    model = None if gpu is None else asdict(gpu)
+    return collect(rows, "profile_scan.py", args, argv, NOTES, floor_model=model)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Time and memory of the codec, stage by stage.
 
-    data, timing = time_by_stage(model, lambda: cmamba_ref.encode(picture, model))
+    data, timing = time_by_stage(model, lambda: cmamba_ref.encode(image, model))
     print(timing.stages)
 
-The stages are modules of the model, seen through forward hooks, and the functions of the entropy
-coder.  Work inside a stage that belongs to another counts for the inner one alone (LRP is not also
-the slice loop's), so that the stages together take at most as long as the whole.  A stage that is
-not called as a module of its own does not show by itself: its time is part of what is around it.
+The stages are modules of the model, seen through forward hooks, and the entropy coder, which
+`cmamba_ref.stages` tells of.  Work inside a stage that belongs to another counts for the inner one
+alone (LRP is not also the slice loop's), so that the stages together take at most as long as the
+whole.  A stage that is not called as a module of its own does not show by itself: its time is part
+of what is around it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from resident import peak_bytes, restart_peak
 from torch import nn
 
 from cmamba_ref import CMamba
-from cmamba_ref.entropy import rans
-from cmamba_ref.nn import ss2d, tiled
+from cmamba_ref.stages import SCAN, watched_by
 
 # Everything that is in no other stage: types and padding, scale indexes, CRC, gain, the container.
 OTHER = "other"
@@ -59,7 +59,8 @@ class _Clock:
         self._finish = torch.cuda.synchronize if is_cuda else lambda: None
         self._memory = memory and restart_peak()  # costs some microseconds per stage
         self._at_work = [OTHER]
-        self._since = time.perf_counter()
+        self._finish()
+        self._start = self._since = time.perf_counter()
 
     def book(self) -> None:
         """Book the time since the last event to the stage at work."""
@@ -71,6 +72,7 @@ class _Clock:
             timing.peaks[stage] = max(timing.peaks.get(stage, 0), peak_bytes() or 0)
             restart_peak()
         self._since = time.perf_counter()
+        timing.total = self._since - self._start
 
     def enter(self, stage: str) -> None:
         self.book()
@@ -81,30 +83,16 @@ class _Clock:
         self._at_work.pop()
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Within the block, a stage is at work."""
-        self.enter(name)
-        try:
+    def within(self, name: str) -> Iterator[None]:
+        """Watch what `cmamba_ref.stages` tells of: scans, in whatever stage, or a stage."""
+        if name == SCAN:
+            start = time.perf_counter()
             yield
-        finally:
-            self.leave()
-
-    @contextlib.contextmanager
-    def scan(self) -> Iterator[None]:
-        """Within the block, a scan is at work, in whatever stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
             self.timing.scans += time.perf_counter() - start
-
-    def run(self, call: Callable[[], ResultT]) -> ResultT:
-        self._finish()
-        start = self._since = time.perf_counter()
-        result = call()
-        self.book()
-        self.timing.total = time.perf_counter() - start
-        return result
+            return
+        self.enter(name)
+        yield
+        self.leave()
 
 
 def time_by_stage(
@@ -115,11 +103,17 @@ def time_by_stage(
     Args:
         memory: also note the peak memory of each stage.
     """
+    watched = stages_of(model)
     clock = _Clock(memory, next(model.parameters()).is_cuda)
-    with _watched(model, clock):
-        result = clock.run(call)
-    if sum(clock.timing.stages.values()) > clock.timing.total:
-        raise RuntimeError("the stages took longer than the whole; something was booked twice")
+    with contextlib.ExitStack() as hooks:
+        for stage, module in watched:
+            before = module.register_forward_pre_hook(lambda *_, stage=stage: clock.enter(stage))
+            after = module.register_forward_hook(lambda *_: clock.leave())
+            hooks.callback(before.remove)
+            hooks.callback(after.remove)
+        hooks.enter_context(watched_by(clock.within))
+        result = call()
+        clock.book()
     return result, clock.timing
 
 
@@ -154,24 +148,3 @@ def stages_of(model: CMamba) -> list[tuple[str, nn.Module]]:
     watched += [("g_s other", model.g_s)]
     watched += zip(transform_stages("g_s", model.g_s, 4), model.g_s, strict=True)
     return watched
-
-
-@contextlib.contextmanager
-def _watched(model: CMamba, clock: _Clock) -> Iterator[None]:
-    """Within the `with` block, the clock sees the stages of this model and of the coder."""
-    with contextlib.ExitStack() as undo:
-        for stage, module in stages_of(model):
-            handle = module.register_forward_pre_hook(lambda *_, stage=stage: clock.enter(stage))
-            undo.callback(handle.remove)
-            # Also after an exception, or the stage would run on.
-            handle = module.register_forward_hook(lambda *_: clock.leave(), always_call=True)
-            undo.callback(handle.remove)
-        # Functions are wrapped where they are looked up.
-        coder = ((rans, "encode"), (rans.Decoder, "__init__"), (rans.Decoder, "take"))
-        scans = ((ss2d, "selective_scan_2d"), (tiled, "scan_2d_strips"))
-        for places, within in ((coder, clock.stage("entropy coder")), (scans, clock.scan())):
-            for owner, name in places:
-                original = getattr(owner, name)
-                undo.callback(setattr, owner, name, original)
-                setattr(owner, name, within(original))
-        yield

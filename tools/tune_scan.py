@@ -17,13 +17,10 @@ of a scan never depends on a measurement.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from types import ModuleType
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -51,17 +48,17 @@ from profile_scan import (
     outcome_of,
     settings_of,
     why_not,
-    write_report,
 )
 
 from cmamba_ref import testing
+from cmamba_ref.kernels import tiling  # pyright: ignore[reportMissingImports]
 
-# Constant: module of the kernels that reads it, and values to try.
-CONSTANTS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "PROGRAMS": ("tiling", (512, 1024, 2048, 4096, 8192)),
-    "FORWARD_REGISTERS": ("tiling", (64, 128, 192)),
-    "BACKWARD_TILE": ("tiling", (256, 512, 1024)),
-    "RECOMPUTE_STEPS": ("launch", (2, 4, 8)),
+# Values to try, of the constants of `tiling.Constants`.
+VALUES: dict[str, tuple[int, ...]] = {
+    "programs": (512, 1024, 2048, 4096, 8192),
+    "forward_registers": (64, 128, 192),
+    "backward_tile": (256, 512, 1024),
+    "recompute_steps": (2, 4, 8),
 }
 FIXED, TOGETHER = "fixed rules", "best of each"
 # Other chunks and blocks add in another order. A sum over all positions of a large map has been
@@ -79,34 +76,6 @@ NOTES = (
     f"checked: max|alternative - fixed| <= {ALLOWED_EPS} eps max|fixed| for output and gradients, "
     "eps of fp64 or fp32, in which the scan computes, plus 2 eps of the result's type",
 )
-
-Constants = dict[str, int]  # a value for each of CONSTANTS
-
-
-def module(name: str) -> ModuleType:
-    """Import a module of the kernels, which may need triton."""
-    return importlib.import_module(f"cmamba_ref.kernels.{name}")
-
-
-def current_constants() -> Constants:
-    """Return the constants as the kernels read them now; outside `patched` the fixed rules'."""
-    return {name: getattr(module(reader), name) for name, (reader, _) in CONSTANTS.items()}
-
-
-@contextlib.contextmanager
-def patched(constants: Constants) -> Iterator[None]:
-    """Within the block, the kernels' launch code reads these constants."""
-    before = current_constants()
-    try:
-        _write(constants)
-        yield
-    finally:
-        _write(before)
-
-
-def _write(constants: Constants) -> None:
-    for name, value in constants.items():
-        setattr(module(CONSTANTS[name][0]), name, value)
 
 
 @dataclass(frozen=True)
@@ -139,29 +108,28 @@ class Sizes(NamedTuple):
     chunks: int
     block: int
     backward_block: int | None  # None in a forward
-    piece: int | None  # likewise
+    recompute_steps: int | None  # likewise
 
 
-def sizes_of(constants: Constants, job: Job) -> Sizes:
+def sizes_of(constants: tiling.Constants, job: Job) -> Sizes:
     shape = job.case.shape
     length = shape.height * shape.width
-    with patched(constants):
-        plan = module("tiling").plan(
+    with tiling.using(constants):
+        plan = tiling.plan(
             shape.batch, length, shape.channels, 1, shape.states, shape.rank, job.compute_type
         )
-    of_backward = (
-        (plan.backward_block, constants["RECOMPUTE_STEPS"]) if job.gradients else (None, None)
-    )
+    of_backward = (plan.backward_block, constants.recompute_steps)
+    of_backward = of_backward if job.gradients else (None, None)
     return Sizes(min(plan.chunk_length, length), plan.chunks, plan.block, *of_backward)
 
 
-def one_at_a_time(job: Job) -> dict[str, Constants]:
+def one_at_a_time(job: Job) -> dict[str, tiling.Constants]:
     """Return constants to try: the fixed ones, then with one changed where that has an effect."""
-    fixed = current_constants()
+    fixed = tiling.constants()
     trials, seen = {FIXED: fixed}, {sizes_of(fixed, job)}
-    for name, (_, values) in CONSTANTS.items():
+    for name, values in VALUES.items():
         for value in values:
-            constants = fixed | {name: value}
+            constants = fixed._replace(**{name: value})
             sizes = sizes_of(constants, job)
             if sizes not in seen:
                 trials[f"{name} {value}"] = constants
@@ -174,7 +142,7 @@ def compare(
 ) -> dict[str, Outcome]:
     """Return which alternatives agree with the fixed rules, by the rule at the end of `NOTES`."""
     expected = testing.evaluate(arguments, job.fixed.scan, gradients=job.gradients)
-    outcomes = {job.fixed.name: OK}
+    outcomes = {FIXED: OK}
     for candidate in alternatives:
         outcomes[candidate.name] = OK
         try:
@@ -191,59 +159,54 @@ def compare(
     return outcomes
 
 
-def try_out(trials: dict[str, Constants], job: Job) -> list[Row]:
-    """Return a row for each trial; the fixed rules have to be among them."""
-    alternatives = [
-        replace(job.fixed, name=name, within=functools.partial(patched, constants))
+def try_out(trials: dict[str, tiling.Constants], job: Job) -> list[Row]:
+    """Return a row for each trial; the fixed rules have to be the first."""
+    candidates = [
+        replace(job.fixed, name=name, within=functools.partial(tiling.using, constants))
         for name, constants in trials.items()
-        if name != FIXED
     ]
-    try:
-        arguments = draw_arguments(job.case.shape, job.settings)
-        outcomes = compare(alternatives, arguments, job)
-    except RuntimeError as error:  # too much for this machine, say
-        arguments, outcomes = {}, dict.fromkeys(trials, outcome_of(error))
-    candidates = [job.fixed, *alternatives]
+    arguments = draw_arguments(job.case.shape, job.settings)
+    outcomes = compare(candidates[1:], arguments, job)
     results = measure(candidates, outcomes, arguments, job.mode, job.settings, job.meter)
-    fixed = results[FIXED].figures()
-    return [to_row(name, trials[name], results[name], fixed, job) for name in trials]
+    rows = [
+        to_row(result, constants, job)
+        for result, constants in zip(results, trials.values(), strict=True)
+    ]
+    fixed = rows[0]["median_ms"]
+    for row in rows:
+        if fixed and row["median_ms"]:
+            row["ratio"] = row["median_ms"] / fixed
+    return rows
 
 
 FIGURES = {"median_ms": "ms", "iqr_ms": "IQR", "peak_mib": "MiB", "ratio": "ratio"}
 
 
-def to_row(
-    name: str, constants: Constants, result: Measurement, fixed: dict[str, float], job: Job
-) -> Row:
-    """Return a measurement as a row, compared with the figures of the fixed rules."""
-    row = {
+def to_row(result: Measurement, constants: tiling.Constants, job: Job) -> Row:
+    return {
         "label": job.case.label,
         "shape": str(job.case.shape),
         "dtype": job.settings.dtype_name,
         "mode": job.mode,
-        "trial": name,
-        "constants": constants,
+        "trial": result.candidate.name,
+        "constants": constants._asdict(),
         "sizes": sizes_of(constants, job)._asdict(),
-        **asdict(result.outcome),
-        "repeats": 0,
-        **dict.fromkeys(FIGURES),
         **result.figures(),
+        "ratio": None,
     }
-    if fixed and result.outcome == OK:
-        row["ratio"] = row["median_ms"] / fixed["median_ms"]
-    return row
 
 
-def best_of_each(rows: list[Row]) -> Constants:
-    """Return each constant from the fastest of these rows that changes no other."""
-    best = fixed = current_constants()
-    for name in fixed:
-        comparable = [
-            (row["ratio"], row["constants"][name])
+def best_of_each(trials: dict[str, tiling.Constants], rows: list[Row]) -> tiling.Constants:
+    """Return each constant from the fastest of the trials that change no other."""
+    best = tiling.constants()
+    for name in VALUES:
+        ratios = [
+            (row["ratio"], trials[row["trial"]])
             for row in rows
-            if row["ratio"] and row["constants"] == fixed | {name: row["constants"][name]}
+            if row["ratio"] and row["trial"].startswith((FIXED, name))
         ]
-        best = best | {name: min(comparable, default=(1, fixed[name]))[1]}
+        if ratios:
+            best = best._replace(**{name: getattr(min(ratios)[1], name)})
     return best
 
 
@@ -253,63 +216,61 @@ def tune(job: Job, check: Outcome) -> Iterator[Row]:
     Args:
         check: result of checking the fixed rules; if they failed, nothing is tried.
     """
-    fixed = current_constants()
     if check != OK:
-        yield to_row(FIXED, fixed, Measurement(outcome=check), {}, job)
+        yield to_row(Measurement(job.fixed, check), tiling.constants(), job)
         return
     trials = one_at_a_time(job)
     rows = try_out(trials, job)
     yield from rows
-    best = best_of_each(rows)
+    best = best_of_each(trials, rows)
     if sizes_of(best, job) not in {sizes_of(constants, job) for constants in trials.values()}:
-        yield from try_out({FIXED: fixed, TOGETHER: best}, job)[1:]
+        yield from try_out({FIXED: tiling.constants(), TOGETHER: best}, job)[1:]
 
 
 def verdict(rows: list[Row]) -> str:
     """Say how far the fixed rules are from the best of these rows, in one line."""
-    ratios = [(row["ratio"], row["trial"]) for row in rows if row["ratio"]]
-    if not ratios:
+    measured = [row for row in rows if row["ratio"]]
+    if not measured:
         return "the fixed rules were not measured"
-    ratio, trial = min(ratios)
-    return f"the fixed rules are within {100 * (1 / ratio - 1):.1f} % of the best ({trial})"
+    best = min(measured, key=lambda row: row["ratio"])
+    others = best["constants"].items() - tiling.constants()._asdict().items()
+    changed = ", ".join(f"{name} {value}" for name, value in sorted(others)) or FIXED
+    return (
+        f"the fixed rules are within {100 * (1 / best['ratio'] - 1):.1f} % of the best ({changed})"
+    )
 
 
-TRIAL_WIDTH = max(len(name) for name in (FIXED, TOGETHER, *CONSTANTS)) + 7
-WIDTHS = {name: len(name) + 2 for name in CONSTANTS}
-SIZES = {"chunk_length": "chunk", "chunks": "chunks", "block": "block", "backward_block": "in bwd"}
+TRIAL_WIDTH = max(len(name) for name in (FIXED, TOGETHER, *VALUES)) + 7
+SIZES = {
+    "chunk_length": "chunk",
+    "chunks": "chunks",
+    "block": "block",
+    "backward_block": "in bwd",
+    "recompute_steps": "steps",
+}
 HEADING = (
     f"{'trial':<{TRIAL_WIDTH}}"
-    + "".join(f"{name:>{width}}" for name, width in WIDTHS.items())
     + "".join(f"{name:>8}" for name in SIZES.values())
     + "".join(f"{name:>10}" for name in FIGURES.values())
 )
 
 
 def table_line(row: Row) -> str:
-    """Format a row, aligned with `HEADING`; "-" where a value has no effect."""
-    constants: dict[str, int | None] = {**row["constants"]}
-    if row["mode"] == FORWARD:
-        constants |= {"BACKWARD_TILE": None, "RECOMPUTE_STEPS": None}
-    line = (
-        f"{row['trial']:<{TRIAL_WIDTH}}"
-        + "".join(f"{as_text(constants[name]):>{width}}" for name, width in WIDTHS.items())
-        + "".join(f"{as_text(row['sizes'][name]):>8}" for name in SIZES)
-    )
+    """Format a row, aligned with `HEADING`; "-" where a size has no effect."""
+    line = f"{row['trial']:<{TRIAL_WIDTH}}"
+    line += "".join(f"{as_text(row['sizes'][name]):>8}" for name in SIZES)
     return line + (why_not(row) or "".join(f"{as_text(row[name]):>10}" for name in FIGURES))
 
 
 def tune_cases(cases: list[Case], fixed: Candidate, settings: Settings) -> Iterator[Row]:
     """Try everything and print it; yields rows as results come in."""
     meter = meter_for(settings.device)
-    checked: dict[tuple[int, int, int], Outcome] = {}
     for case in cases:
-        kind = case.shape.kind
-        if kind not in checked:
-            checked[kind] = check_correctness(fixed, case.shape, settings)
+        check = check_correctness(fixed, case.shape, settings)
         for mode in settings.modes:
             print(f"\n{case.label}: {case.shape}, {mode}\n{HEADING}", flush=True)
             rows = []
-            for row in tune(Job(fixed, case, mode, settings, meter), checked[kind]):
+            for row in tune(Job(fixed, case, mode, settings, meter), check):
                 print(table_line(row), flush=True)
                 rows.append(row)
                 yield row
@@ -320,8 +281,6 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = measuring_parser(__doc__)
     args = parser.parse_args(argv)
-    if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)
     settings = settings_of(args)
     try:
         fixed = replace(find_candidate("triton", settings), name=FIXED)
@@ -330,13 +289,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{device_name(settings.device)}, {args.dtype}; shapes are BxHxWxDxNxR")
     if settings.device.type == "cpu":
         print("the kernels run in triton's interpreter: these times say nothing about a GPU")
-    more = {"fixed_rules": current_constants(), "notes": NOTES}
-
-    def write(rows: list[Row]) -> None:
-        if args.json:
-            write_report(args.json, "tune_scan.py", settings, argv, rows, **more)
-
-    return collect(tune_cases(cases_of(args), fixed, settings), NOTES, write)
+    rows = tune_cases(cases_of(args), fixed, settings)
+    rules = tiling.constants()._asdict()
+    return collect(rows, "tune_scan.py", args, argv, NOTES, fixed_rules=rules)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from cmamba_ref.entropy.tables import CdfTables
 from cmamba_ref.errors import BitstreamError, CMambaError, WeightsError
 from cmamba_ref.model_id import fingerprint
 from cmamba_ref.ops.autocast import without_autocast
+from cmamba_ref.stages import ENTROPY_CODER, stage
 
 # z lives at H/64 and y at H/16: images are padded to a multiple of the former.
 MULTIPLE = 64
@@ -233,9 +234,10 @@ class LatentCoder:
                 shift=shift,
                 crc=symbols_crc([z_block, *y_blocks]),
             )
-            coded = rans.encode(y_tables, list(zip(y_blocks, indexes, strict=True)))
+            with stage(ENTROPY_CODER):
+                coded = rans.encode(y_tables, list(zip(y_blocks, indexes, strict=True)))
+                z_strings.append(rans.encode(z_tables, [(z_block, z_index)]))
             y_strings.append(pack_latent(prefix, coded))
-            z_strings.append(rans.encode(z_tables, [(z_block, z_index)]))
         return {"strings": [y_strings, z_strings], "shape": (height, width)}
 
     @torch.no_grad()
@@ -273,11 +275,12 @@ class LatentCoder:
         z_index = self.z_index(shape)
 
         seen = []  # per image: every block of symbols, in coding order
-        for string in z_strings:
-            decoder = rans.Decoder(z_tables, string)
-            seen.append([decoder.take(z_index)])
-            decoder.finish()
-        y_decoders = [rans.Decoder(y_tables, string) for string in coded]
+        with stage(ENTROPY_CODER):
+            for string in z_strings:
+                decoder = rans.Decoder(z_tables, string)
+                seen.append([decoder.take(z_index)])
+                decoder.finish()
+            y_decoders = [rans.Decoder(y_tables, string) for string in coded]
 
         with without_autocast(device):
             z_symbols = torch.stack(
@@ -287,8 +290,9 @@ class LatentCoder:
             def read(i: int, means: Tensor, log_scales: Tensor) -> Tensor:
                 for b, decoder in enumerate(y_decoders):
                     check_finite(log_scales[b], BitstreamError, NOT_FINITE_STRING)
-                    index = scale_index(log_scales[b], prefixes[b].shift)
-                    seen[b].append(decoder.take(_flat(index)))
+                    index = _flat(scale_index(log_scales[b], prefixes[b].shift))
+                    with stage(ENTROPY_CODER):
+                        seen[b].append(decoder.take(index))
                 symbols = [torch.from_numpy(blocks[-1]).view(means.shape[1:]) for blocks in seen]
                 return torch.stack(symbols).to(device, torch.float64) + means
 

@@ -26,6 +26,7 @@ from cmamba_ref.nn.blocks import CASSM, ResBlock, VSSBlock
 from cmamba_ref.nn.ss2d import DIRECTIONS, SS2D
 from cmamba_ref.ops import dispatch
 from cmamba_ref.ops.chunked.scan import read_direction, scan_2d_strips
+from cmamba_ref.stages import SCAN, stage
 
 # Positions of a strip. A map of no more is not cut.
 STRIP_POSITIONS = 2**17
@@ -127,7 +128,8 @@ def _add_ss2d(ss2d: SS2D, x: Tensor, norm: nn.Module, out: Tensor) -> None:
 
     y = x.new_zeros(batch, height, width, inner)
     read = ReadByRegion(project, batch, height, width)
-    scan_2d_strips(read, y, A, dt_weight, dt_bias)
+    with stage(SCAN):
+        scan_2d_strips(read, y, A, dt_weight, dt_bias)
     for rows, *_ in cut(height, batch * width, REGION_POSITIONS):
         scanned = y[:, rows].addcmul_(scan_input(1, rows), D.sum(0))
         z = F.linear(norm(x[:, rows]), to_z)

@@ -9,6 +9,7 @@ from cmamba_ref.ops.autocast import without_autocast
 from cmamba_ref.ops.chunked import op as chunked
 from cmamba_ref.ops.dispatch import BACKENDS, Backend, register_backend
 from cmamba_ref.ops.validation import Scan2dInputs, ScanInputs, check_scan, check_scan_2d
+from cmamba_ref.stages import SCAN, stage
 
 register_backend(Backend("reference", reference.selective_scan, reference.selective_scan_2d))
 register_backend(Backend("chunked", chunked.selective_scan, chunked.selective_scan_2d))
@@ -176,5 +177,5 @@ def selective_scan_2d(
     inputs = Scan2dInputs(x, proj, A, dt_weight, dt_bias, D)
     check_scan_2d(inputs)
     name = dispatch.choose(backend, x.device.type, A.shape[2], dt_weight.shape[2])
-    with without_autocast(x.device):
+    with without_autocast(x.device), stage(SCAN):
         return BACKENDS[name].scan_2d(inputs)
