@@ -169,10 +169,3 @@ def test_graphics_stand_in_for_crops_and_leave_the_others_as_they_are(paths):
             assert np.array_equal(mixed[sample].permute(1, 2, 0).numpy(), graphic), sample
         else:
             assert torch.equal(mixed[sample], plain[sample]), sample
-
-
-def test_several_processes_draw_the_graphics_of_one(paths):
-    parts = [batches(paths, 6, graphics=0.4, rank=rank, size=2) for rank in range(2)]
-    whole = batches(paths, 6, graphics=0.4).reshape(6, 2, 4, 3, 64, 64)
-    for rank, part in enumerate(parts):
-        assert torch.equal(part.reshape(6, 4, 3, 64, 64), whole[:, rank])
