@@ -261,7 +261,7 @@ def test_the_whole_comparison(folders, capsys):
     first, *others = log.read_text().splitlines(keepends=True)
     log.write_text("".join([first.replace('"lr": 0.0001', '"lr": 0.5'), *others]))
     assert run(folders, "--only", "no-lrp") == 1
-    assert "got lr 0.0001 in ca-ssm-0 and 0.5 in no-lrp-0" in capsys.readouterr().err
+    assert "from ca-ssm-0 to no-lrp-0 lr was 0.0001 and is now 0.5" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in out.glob("*/model/*")}
 
 

@@ -12,12 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from cmamba_ref import ImageError
 from cmamba_ref.codec import images
-from cmamba_ref.errors import TrainingError
 from cmamba_ref.training import data, draws
 from cmamba_ref.training.schedule import Phase
-from tests.test_images import profile
 from tests.training_helpers import make_images, parts_of_an_image
 
 SIDE = 80
@@ -115,20 +112,6 @@ def test_a_file_that_cannot_be_read_is_left_out(folder, monkeypatch, caplog):
     assert "cannot be read (1)" in caplog.text
 
 
-def test_16_bit_grey_is_not_trained_on_as_white(root, tmp_path, caplog):
-    case = root.parent / "shared" / "cases" / "grey16_for_training.png"
-    if not case.exists():
-        pytest.skip("../shared/cases is absent")
-    with pytest.raises(ImageError, match="more than 8 bits per channel"):
-        data.read_rgb(case)
-    with pytest.raises(TrainingError, match="got 0"):
-        data.find_images(case.parent, 10**6, 1)
-    (tmp_path / "grey16.png").write_bytes(case.read_bytes())
-    with pytest.raises(TrainingError, match="got 0"):
-        data.find_images(tmp_path, 16, 1)
-    assert "more than 8 bits per channel (1)" in caplog.text
-
-
 def test_finding_decodes_the_held_out_images_alone(folder, monkeypatch):
     decoded = []
     load = ImageFile.ImageFile.load
@@ -166,14 +149,6 @@ def test_exif_orientation_turns_size_and_pixels(tmp_path, rgb, name):
     read, plain = data.read_rgb(tmp_path / name), data.read_rgb(tmp_path / f"plain-{name}")
     assert read.shape == (SIDE + 40, SIDE, 3)
     assert np.array_equal(read, np.rot90(plain, -1))
-
-
-def test_a_colour_profile_is_applied(tmp_path, rgb):
-    Image.fromarray(rgb).save(tmp_path / "linear.png", icc_profile=profile(1.0))
-    light = rgb / 255
-    expected = 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    read = data.read_rgb(tmp_path / "linear.png")
-    assert np.abs(read - expected).max() <= 2 and np.abs(read.astype(int) - rgb).max() > 40
 
 
 def test_grey_images_are_trained_on_as_rgb(tmp_path, rgb):

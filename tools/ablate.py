@@ -30,7 +30,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -46,7 +46,7 @@ from tqdm import tqdm
 from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.model_id import WEIGHTS_FILE
-from cmamba_ref.training.settings import Settings
+from cmamba_ref.training.settings import Settings, conflicts
 
 HERE = Path(__file__).resolve().parent
 
@@ -120,17 +120,14 @@ def check_alike(logs: Mapping[str, list[dict[str, Any]]]) -> None:
     Raises:
         CMambaError: some do.
     """
-    fixed = [f.name for f in fields(Settings) if not f.metadata["may_change"]]
-    fixed.remove("seed")
-    first, *others = logs
-    settings = {name: log[0]["settings"] for name, log in logs.items()}
-    for name in others:
-        for key in fixed:
-            if settings[name][key] != settings[first][key]:
-                raise CMambaError(
-                    f"runs must be trained alike, got {key} {settings[first][key]} in {first} and "
-                    f"{settings[name][key]} in {name}; move one away, or take another --out"
-                )
+    first, *others = ((name, log[0]["settings"]) for name, log in logs.items())
+    for name, settings in others:
+        same_seed = Settings(**{**settings, "seed": first[1]["seed"]})
+        if differing := conflicts(first[1], same_seed, extend=False):
+            raise CMambaError(
+                f"runs must be trained alike, from {first[0]} to {name} {'; '.join(differing)}; "
+                "move one away, or take another --out"
+            )
 
 
 def results_of(

@@ -67,6 +67,10 @@ GRID = 33
 # Added to amplitudes, so that a frequency that a map does not have at all has a logarithm.
 FLOOR = 1e-12
 REACH = 3  # of the correlation, in positions
+CEILING = (
+    "quality {quality}: PSNR {psnr:.2f} dB, {psnr_ceiling:.2f} dB with the quantiser off, which "
+    "leaves {share_of_error:.1%} of the squared error"
+)
 
 Numbers = dict[str, Any]
 
@@ -241,17 +245,13 @@ def means_of(rows: Sequence[Numbers], qualities: Sequence[float | None]) -> Numb
         },
         "bits": {key: _mean([row["bits"][key] for row in rows]) for key in ("y_bpp", "z_bpp")},
     }
-    if qualities:
-        numbers["ceiling"] = [
-            {
-                "quality": quality,
-                "psnr": mean["psnr"],
-                "psnr_ceiling": mean["psnr_ceiling"],
-                "share_of_error": mean["mse_ceiling"] / mean["mse"] if mean["mse"] else 0.0,
-            }
-            for k, quality in enumerate(qualities)
-            for mean in [_mean([row["ceiling"][k] for row in rows])]
-        ]
+    for k, quality in enumerate(qualities):
+        mean = _mean([row["ceiling"][k] for row in rows])
+        error, ceiling = mean.pop("mse"), mean.pop("mse_ceiling")
+        share = ceiling / error if error else 0.0
+        numbers.setdefault("ceiling", []).append(
+            {"quality": quality, **mean, "share_of_error": share}
+        )
     return numbers
 
 
@@ -353,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     write_atomically(output, (json.dumps(numbers) + "\n").encode())
     kept.discard()
     for row in numbers.get("ceiling", []):
-        print(", ".join(f"{name} {value}" for name, value in row.items()))
+        print(CEILING.format(**row))
     return 1 if bad else 0
 
 
