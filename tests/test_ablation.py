@@ -55,7 +55,7 @@ def test_a_variant_trains_and_codes(variant):
     assert np.abs(decoded - expected.numpy()).max() <= 1.01
 
 
-def test_variants_differ_from_the_whole_model_in_what_they_say():
+def test_variants_differ_from_the_whole_model_as_described():
     """Classes of the blocks, scans and LRP of each variant, as they are built."""
 
     def kinds(variant: str) -> tuple[set[type], int, int]:

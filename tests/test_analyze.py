@@ -218,7 +218,7 @@ def test_the_image_that_is_shown_may_be_another(weights, folder, tmp_path):
     assert np.shape(shown["map"]) == (2, 12, 4)
 
 
-def test_ctrl_c_leaves_what_a_second_run_completes(weights, folder, tmp_path, monkeypatch, capsys):
+def test_a_second_run_completes_an_interrupted_one(weights, folder, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     arguments = [str(folder), "-o", str(output), "--model", weights, "--limit", "2"]
     analyzed = []

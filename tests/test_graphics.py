@@ -79,7 +79,7 @@ def test_a_graphic_depends_on_its_generator_alone(no_fonts_kept):
     assert not np.array_equal(other, alone[0])
 
 
-def test_graphics_hold_what_natural_images_lack():
+def test_graphics_have_details_that_natural_images_lack():
     """Pure colours, uniform areas, few colours, and details of one pixel in every direction."""
     crops = drawn(50)
     flat = np.concatenate([crop[::3, ::3].reshape(-1, 3) for crop in crops])

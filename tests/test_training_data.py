@@ -177,7 +177,7 @@ def make_deceptive(path: Path, rgb: np.ndarray, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["transparency", "profile", "damage"])
-def test_what_only_pixels_show_is_told_once_and_the_next_image_is_used(folder, rgb, kind, caplog):
+def test_an_image_with_unusable_pixels_is_named_once_and_replaced(folder, rgb, kind, caplog):
     paths = sorted(folder.rglob("*.png"))
     plain = data.CropCache(paths, seed=0, scale=2.0, memory=0)
     expected = data.random_crop(data.read_rgb(paths[1]), 64, draws.for_crop(0, 0, 0))

@@ -109,7 +109,7 @@ def records(out: Path) -> list[dict[str, Any]]:
 
 
 def losses(out: Path) -> dict[int, tuple[float, ...]]:
-    """What was measured in each step, from a log with a record per step."""
+    """The measures of each step, from a log with a record per step."""
     steps = [record for record in records(out) if "event" not in record]
     assert len({record["step"] for record in steps}) == len(steps), "a step stands there twice"
     return {record["step"]: tuple(record[name] for name in LOSSES) for record in steps}

@@ -5,10 +5,10 @@
 
 For each backend and size of crops, tools/train.py does a few steps in a process of its own: one of
 the first is profiled, in the last ones images per second and the share of data, forward, backward
-and optimiser are taken.  What the profiler says is each part's share of the time in operators,
-forward and backward: `entropy model` is h_s, CAE, LRP and the likelihoods with their scans, `scan`
-and `convolution` are those of the transforms.  Without a folder of photographs the one that ships
-is taken, continued by mirroring.  The exit status is 1 if a training failed.
+and optimiser are taken.  The profiler gives each part's share of the time in operators, forward
+and backward: `entropy model` is h_s, CAE, LRP and the likelihoods with their scans, `scan` and
+`convolution` are those of the transforms.  Without a folder of photographs the bundled photograph
+is used, continued by mirroring.  The exit status is 1 if a training failed.
 """
 
 from __future__ import annotations
