@@ -132,7 +132,7 @@ def test_nonfinite_steps_change_nothing():
     assert torch.equal(parameter, plain)
 
 
-def test_work_counts_what_is_rotated():
+def test_work_counts_rotated_axes():
     assert work((8,)) < work((8, 8)) < work((64, 64)) < work((64, 64, 3, 3))
     # An axis without a basis costs nothing of its own.
     assert work((64, 4096)) < work((64, 1024)) * 4

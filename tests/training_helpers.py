@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 import cmamba_ref
 from cmamba_ref.config import CMambaConfig
+from cmamba_ref.training.data import find_images
+from cmamba_ref.training.distributed import Group
 from cmamba_ref.training.settings import Settings, resolve
+from cmamba_ref.training.trainer import Trainer
 from tests.codec_helpers import SMALL
 
 IMAGE = Path(cmamba_ref.__file__).parent / "data" / "coffee.png"
@@ -30,11 +34,19 @@ def parts_of_an_image() -> list[bytes]:
     return files
 
 
-def make_images(folder: Path) -> None:
-    """Six images, some in a folder below."""
+def make_images(folder: Path) -> Path:
+    """Make a folder of six images, some in a folder below, and return it."""
     (folder / "more").mkdir(parents=True)
     for number, file in enumerate(parts_of_an_image()):
         (folder / ("more" if number % 2 else ".") / f"{number}.png").write_bytes(file)
+    return folder
+
+
+def make_run_folder(folder: Path) -> Path:
+    """A folder with images and the configuration of the miniature model, for `settings`."""
+    make_images(folder / "photos")
+    write_config(folder / "config.json")
+    return folder
 
 
 def write_config(path: Path, config: CMambaConfig = SMALL) -> Path:
@@ -66,8 +78,14 @@ def defaults(folder: Path) -> dict[str, Any]:
 
 
 def settings(folder: Path, **changes: Any) -> Settings:
-    """Settings of a run of the miniature model in a folder made by the fixture `folder`."""
+    """Settings of a run of the miniature model in a folder made by `make_run_folder`."""
     return resolve(defaults(folder), {"steps": 6, **changes})
+
+
+def make_trainer(folder: Path, **changes: Any) -> Trainer:
+    """A trainer of one process with these settings."""
+    images = find_images(folder / "photos", 64, held_out=1)
+    return Trainer(settings(folder, **changes), images, Group(torch.device("cpu")))
 
 
 def arguments(folder: Path, **changes: Any) -> list[str]:
@@ -91,7 +109,7 @@ def records(out: Path) -> list[dict[str, Any]]:
 
 
 def losses(out: Path) -> dict[int, tuple[float, ...]]:
-    """What was measured in each step, from a log with a record per step."""
+    """The measures of each step, from a log with a record per step."""
     steps = [record for record in records(out) if "event" not in record]
     assert len({record["step"] for record in steps}) == len(steps), "a step stands there twice"
     return {record["step"]: tuple(record[name] for name in LOSSES) for record in steps}

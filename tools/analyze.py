@@ -18,7 +18,7 @@ Writes into the folder of -o:
                      be any file; one that is not in the folder is in no mean
     field.png        effective receptive field of g_a, from the centre of each image
     analysis.json    all numbers that are drawn, means over images, and provenance; with --ceiling
-                     also `ceiling`, one object per quality, which is printed as a table:
+                     also `ceiling`, one object per quality, which is printed too:
                        psnr             of the decoded files, dB, mean over images
                        psnr_ceiling     of synthesize(analyze(x)), the quantiser off: about the most
                                         that these weights reach at any rate
@@ -67,6 +67,10 @@ GRID = 33
 # Added to amplitudes, so that a frequency that a map does not have at all has a logarithm.
 FLOOR = 1e-12
 REACH = 3  # of the correlation, in positions
+CEILING = (
+    "quality {quality}: PSNR {psnr:.2f} dB, {psnr_ceiling:.2f} dB with the quantiser off, which "
+    "leaves {share_of_error:.1%} of the squared error"
+)
 
 Numbers = dict[str, Any]
 
@@ -135,7 +139,7 @@ def bits_by_slice(y_bits: np.ndarray, slice_widths: Sequence[int]) -> np.ndarray
 # ---------------------------------------------------------------- one image
 
 
-def look_at(model: CMamba, image: np.ndarray, quality: float | None) -> Numbers:
+def numbers_of(model: CMamba, image: np.ndarray, quality: float | None) -> Numbers:
     """Return all numbers of one image, as JSON holds them.
 
     Args:
@@ -154,11 +158,12 @@ def look_at(model: CMamba, image: np.ndarray, quality: float | None) -> Numbers:
         for block in seen.blocks
         if block.name.startswith("g_a")
     }
-    fused = [name for name, paths in spectra.items() if "fused" in paths]
+    # Of the last block with both paths, if there is one.
+    shown = [name for name, paths in spectra.items() if "fused" in paths][-1:]
     bits = bits_by_slice(seen.y_bits, model.config.slice_widths)
     return {
-        "spectrum_of": fused[-1] if fused else None,
-        "spectrum": {path: s.tolist() for path, s in spectra[fused[-1]].items()} if fused else {},
+        "spectrum_of": shown[0] if shown else None,
+        "spectrum": {path: s.tolist() for name in shown for path, s in spectra[name].items()},
         "log_amplitude": {
             name: {path: half_diagonal(spectrum).tolist() for path, spectrum in paths.items()}
             for name, paths in spectra.items()
@@ -214,32 +219,21 @@ def ceiling_of(model: CMamba, image: np.ndarray, qualities: list[float | None]) 
     return rows
 
 
-def mean_ceiling(
-    rows: list[list[Numbers]], qualities: list[float | None]
-) -> list[dict[str, float | None]]:
-    """Average over images what `ceiling_of` returns for each; errors before their ratio."""
-    means = [_mean(list(of_quality)) for of_quality in zip(*rows, strict=True)]
-    return [
-        {
-            "quality": quality,
-            "psnr": mean["psnr"],
-            "psnr_ceiling": mean["psnr_ceiling"],
-            "share_of_error": mean["mse_ceiling"] / mean["mse"] if mean["mse"] else 0.0,
-        }
-        for quality, mean in zip(qualities, means, strict=True)
-    ]
-
-
 # ---------------------------------------------------------------- means
 
 
-def mean_of(rows: list[Numbers], shown: str, bit_map: list) -> Numbers:
-    """Average everything over images but the map of bits, which is that of the image shown."""
-    kept = ("spectrum", "log_amplitude", "correlation", "field")
+def means_of(rows: Sequence[Numbers], qualities: Sequence[float | None]) -> Numbers:
+    """Average everything over images but the map of bits; errors before their ratio.
+
+    Args:
+        rows: what `numbers_of` returned for each image, and `ceiling_of` under `ceiling`.
+        qualities: those of `ceiling_of`.
+    """
+    averaged = ("spectrum", "log_amplitude", "correlation", "field")
     alphas = {block: [row["alpha"][block] for row in rows] for block in rows[0]["alpha"]}
-    return {
+    numbers = {
         "spectrum_of": rows[0]["spectrum_of"],
-        **{key: _mean([row[key] for row in rows]) for key in kept},
+        **{key: _mean([row[key] for row in rows]) for key in averaged},
         "field_square": FIELD_SQUARE,
         "fusion": {
             block: {
@@ -249,12 +243,16 @@ def mean_of(rows: list[Numbers], shown: str, bit_map: list) -> Numbers:
             }
             for block, values in alphas.items()
         },
-        "bits": {
-            **{key: _mean([row["bits"][key] for row in rows]) for key in ("y_bpp", "z_bpp")},
-            "picture": shown,
-            "map": bit_map,
-        },
+        "bits": {key: _mean([row["bits"][key] for row in rows]) for key in ("y_bpp", "z_bpp")},
     }
+    for k, quality in enumerate(qualities):
+        mean = _mean([row["ceiling"][k] for row in rows])
+        error, ceiling = mean.pop("mse"), mean.pop("mse_ceiling")
+        share = ceiling / error if error else 0.0
+        numbers.setdefault("ceiling", []).append(
+            {"quality": quality, **mean, "share_of_error": share}
+        )
+    return numbers
 
 
 def _mean(values: list) -> Any:
@@ -262,6 +260,9 @@ def _mean(values: list) -> Any:
     if isinstance(values[0], dict):
         return {key: _mean([value[key] for value in values]) for key in values[0]}
     return np.mean(values, axis=0).tolist()
+
+
+# ---------------------------------------------------------------- the command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -275,8 +276,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--model", default="tiny", help="name or directory (default: tiny)")
     add("--quality", type=float, help="default: 4, where a model has qualities")
     add("--limit", type=int, metavar="N", help="only the first N images")
-    shown = "the image of bits.png: one of the folder, or another file (default: the first)"
-    add("--picture", metavar="NAME", help=shown)
+    shown_help = "the image of bits.png: one of the folder, or another file (default: the first)"
+    add("--picture", metavar="NAME", help=shown_help)
     ceiling = (
         "also PSNR with the quantiser off, and the share of the error that no rate removes, at "
         "these qualities (default: all whole ones)"
@@ -292,18 +293,15 @@ def main(argv: list[str] | None = None) -> int:
     output = args.output / "analysis.json"
     try:
         paths = picture_paths(args.folder, args.limit)
-        apart = None
-        if args.picture and args.picture not in [path.name for path in paths]:
-            apart = Path(args.picture)
-            if not apart.is_file():
-                raise CMambaError(
-                    f"--picture must be one of the images or a file, got {args.picture!r}"
-                )
+        names = {path.name: path for path in paths}
+        shown = names.get(args.picture, Path(args.picture)) if args.picture else paths[0]
+        if not shown.is_file():
+            raise CMambaError(f"--picture must be an image or a file, got {args.picture!r}")
         model = CMamba.from_pretrained(args.model)
         quality = model.check_quality(args.quality)
+        whole = range(1, len(model.config.lmbdas) + 1)
         ceilings: list[float | None] = []
         if args.ceiling is not None:
-            whole = range(1, len(model.config.lmbdas) + 1)
             ceilings = [model.check_quality(q) for q in args.ceiling or whole or [None]]
         args.output.mkdir(parents=True, exist_ok=True)
         kept = PartialResults(output, conditions, fresh=args.fresh)
@@ -314,18 +312,17 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
 
     seen: dict[Path, Numbers] = {}
-    waiting: list[Path] = [*paths, apart] if apart else paths
     bad = 0
     try:
-        for path in tqdm(waiting, unit="image", disable=None):
+        for path in tqdm(dict.fromkeys([*paths, shown]), unit="image", disable=None):
+            # An image that is not in the folder is in no mean.
+            at = ceilings if path in paths else []
             try:
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                # A picture apart is in no mean.
-                at = [] if path == apart else ceilings
                 key = f"{model.model_id.hex()} {quality} {at} {digest}"
                 if key not in kept.results:
                     image = read_rgb(path)
-                    found = look_at(model, image, quality)
+                    found = numbers_of(model, image, quality)
                     kept.add(key, found | {"ceiling": ceiling_of(model, image, at)})
             except Exception as error:
                 if (text := explain(error)) is None:
@@ -342,11 +339,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"no image in {args.folder} that can be analysed", file=sys.stderr)
         return 1
 
-    wanted = apart or args.folder / (args.picture or "")
-    shown = wanted if wanted in seen else used[0]
-    numbers = mean_of([seen[path] for path in used], shown.name, seen[shown]["bits"]["map"])
-    if ceilings:
-        numbers["ceiling"] = mean_ceiling([seen[path]["ceiling"] for path in used], ceilings)
+    shown = shown if shown in seen else used[0]
+    numbers = means_of([seen[path] for path in used], ceilings)
+    numbers["bits"] |= {"picture": shown.name, "map": seen[shown]["bits"]["map"]}
     for name, draw in FIGURES.items():
         if (figure := draw(numbers, shown)) is not None:
             save(figure, args.output / f"{name}.png")
@@ -357,36 +352,9 @@ def main(argv: list[str] | None = None) -> int:
     }
     write_atomically(output, (json.dumps(numbers) + "\n").encode())
     kept.discard()
-    print(summary(numbers))
-    return 1 if bad else 0
-
-
-def summary(numbers: Numbers) -> str:
-    """The main figures as text."""
-    neighbours = np.array(numbers["correlation"])
-    middle = len(neighbours) // 2
-    lines = [
-        f"correlation with the neighbour below {neighbours[middle + 1, middle]:+.3f}, "
-        f"to the right {neighbours[middle, middle + 1]:+.3f}",
-        f"bpp of slices {' '.join(f'{b:.3f}' for b in numbers['bits']['y_bpp'])}, "
-        f"of z {numbers['bits']['z_bpp']:.3f} (estimated)",
-        f"{'block':<12}{'log amplitude at pi relative to 0, by path':<44}alpha",
-    ]
-    for block in dict.fromkeys([*numbers["log_amplitude"], *numbers["fusion"]]):
-        paths = numbers["log_amplitude"].get(block, {})
-        amplitudes = "  ".join(f"{path} {values[-1]:+.2f}" for path, values in paths.items())
-        fusion = numbers["fusion"].get(block)
-        alpha = f"{np.mean(fusion['alpha']):.3f}" if fusion else ""
-        lines.append(f"{block:<12}{amplitudes:<44}{alpha}")
-    if "ceiling" in numbers:
-        lines.append("quality   PSNR, dB   quantiser off   share of the squared error")
     for row in numbers.get("ceiling", []):
-        quality = "" if row["quality"] is None else f"{row['quality']:g}"
-        lines.append(
-            f"{quality:>7}{row['psnr']:>11.2f}{row['psnr_ceiling']:>16.2f}"
-            f"{row['share_of_error']:>29.1%}"
-        )
-    return "\n".join(lines)
+        print(CEILING.format(**row))
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

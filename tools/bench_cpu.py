@@ -32,12 +32,11 @@ import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,67 +47,38 @@ import torch
 from markdown_table import markdown_table
 from profile_scan import BOTH, FORWARD, Case, Settings, Shape, UnavailableError, as_text
 from provenance import of_run, versions
-from resident import available_bytes, peak_bytes, resident_bytes
-from stage_clock import Timing, time_by_stage
+from resident import peak_bytes, resident_bytes
+from stage_clock import time_by_stage
 from tqdm import tqdm
 
 import cmamba_ref
-from cmamba_ref import CMamba
+from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.cli.demo import PHOTOGRAPH
-from cmamba_ref.codec import images
+from cmamba_ref.codec import images, memory
 from cmamba_ref.model import MULTIPLE
 from cmamba_ref.weights import pretrained_names
 
 Section = dict[str, Any]  # what JSON holds
+Size = tuple[int, int]  # width and height
 
 BACKEND, BASELINES = "chunked", ("ref-style", "mambapy")
-MODES = (FORWARD, BOTH)
 # Baselines hold so many tensors of an fp32 number per element of the scan, forward and backward.
 # Without the memory, the system would end this process and perhaps others.
 BASELINE_TENSORS = 14
 ENCODE, DECODE = DIRECTIONS = ("encode", "decode")
+# For 24 megapixels.
+LIMITS = {"seconds": 600, "gib": 8}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Shapes and sizes to measure.
-
-    Attributes:
-        scan: the shape on which baselines are compared.
-        lengths, states: shapes that differ in one size.
-        sizes: width and height, of the section `codec`.
-        startup, large: width and height.
-        models: configurations; one without trained weights gets random ones.
-    """
-
-    scan: Shape
-    lengths: tuple[Shape, ...]
-    states: tuple[Shape, ...]
-    sizes: tuple[tuple[int, int], ...]
-    startup: tuple[int, int]
-    large: tuple[int, int]
-    models: tuple[str, ...] = ("tiny", "small")
-
-
-FULL = Plan(
-    scan=Shape(1, 128, 192, 192, 16, 6),
-    lengths=tuple(Shape(1, side, side, 64, 16, 4) for side in (64, 128, 256, 448, 632)),
-    states=tuple(Shape(1, 128, 128, 64, n, 4) for n in (1, 2, 4, 8, 16, 32)),
-    sizes=((256, 256), (768, 512), (2048, 1365)),
-    startup=(768, 512),
-    large=(6000, 4000),
-)
-# Whether everything runs; the figures mean nothing.
-QUICK = Plan(
-    scan=Shape(1, 6, 8, 4, 2, 1),
-    lengths=tuple(Shape(1, side, side, 4, 2, 1) for side in (4, 8)),
-    states=tuple(Shape(1, 6, 6, 4, n, 1) for n in (1, 2)),
-    sizes=((64, 64), (128, 64)),
-    startup=(64, 64),
-    large=(128, 128),
-    models=("tiny",),
-)
+SETTINGS = Settings(torch.device("cpu"), "fp32", (FORWARD, BOTH), repeats=5, seconds=5)
+SCAN = Shape(1, 128, 192, 192, 16, 6)
+# (what varies, its size, the shape)
+GROWTH = [
+    *(("positions", side**2, Shape(1, side, side, 64, 16, 4)) for side in (64, 128, 256, 448, 632)),
+    *(("states", n, Shape(1, 128, 128, 64, n, 4)) for n in (1, 2, 4, 8, 16, 32)),
+]
+MODELS, SIZES = ("tiny", "small"), ((256, 256), (768, 512), (2048, 1365))
 
 
 # ---------------------------------------------------------------- scans
@@ -117,45 +87,32 @@ QUICK = Plan(
 def measure_scan(shape: Shape, settings: Settings) -> Section:
     """Measure ours and the baselines on one shape; those that are wrong are not timed."""
     candidates, left_out = [profile_scan.find_candidate(BACKEND, settings)], {}
+    needed, available = 4 * shape.elts * BASELINE_TENSORS, memory.available() or math.inf
     for name in BASELINES:
         try:
-            check_memory(4 * shape.elts * BASELINE_TENSORS)
+            if available < needed:
+                sizes = f"{needed / 2**30:.0f} GiB of memory, and {available / 2**30:.0f} GiB"
+                raise UnavailableError(f"it takes about {sizes} are available")
             candidates.append(profile_scan.find_candidate(name, settings))
         except UnavailableError as error:
             left_out[name] = str(error)
-    case = Case("scan", shape)
-    rows = list(profile_scan.profile_cases([case], candidates, settings, None))
-    arguments = profile_scan.draw_arguments(shape, settings).values()
-    return {
-        "shape": str(shape),
-        "positions": shape.height * shape.width,
-        "inputs_mib": sum(x.nbytes for x in arguments) / 2**20,
-        "rows": rows,
-        "left_out": left_out,
-    }
+    rows = list(profile_scan.profile_cases([Case("scan", shape)], candidates, settings, None))
+    return {"shape": str(shape), "rows": rows, "left_out": left_out}
 
 
-def check_memory(needed: int) -> None:
-    """Raise UnavailableError if fewer bytes are available."""
-    available = available_bytes()
-    if available is not None and available < needed:
-        raise UnavailableError(
-            f"it takes about {needed / 2**30:.0f} GiB of memory, and {available / 2**30:.0f} GiB "
-            "are available"
-        )
-
-
-def measure_growth(plan: Plan, settings: Settings) -> Section:
+def measure_growth(sizes: Sequence[tuple[str, int, Shape]], settings: Settings) -> Section:
     """Measure the backend `chunked` against the number of positions, and of states."""
     ours = [profile_scan.find_candidate(BACKEND, settings)]
-    rows, points = [], []
-    for varied, shapes in (("positions", plan.lengths), ("states", plan.states)):
-        for shape in shapes:
-            size = shape.height * shape.width if varied == "positions" else shape.states
-            for row in profile_scan.profile_cases([Case(varied, shape)], ours, settings, None):
-                rows.append({"varied": varied, "size": size, **row})
-                if row["status"] == "ok":
-                    points.append((f"{varied}, {row['mode']}", size, row["median_ms"]))
+    rows = [
+        {"varied": varied, "size": size, **row}
+        for varied, size, shape in sizes
+        for row in profile_scan.profile_cases([Case(varied, shape)], ours, settings, None)
+    ]
+    points = [
+        (f"{row['varied']}, {row['mode']}", row["size"], row["median_ms"])
+        for row in rows
+        if row["status"] == "ok"
+    ]
     return {"backend": BACKEND, "rows": rows, "exponents": exponents_of(points)}
 
 
@@ -173,10 +130,6 @@ def exponents_of(points: Sequence[tuple[str, float, float]]) -> dict[str, float]
     return found
 
 
-def as_mib(size: int | None) -> float | None:
-    return None if size is None else size / 2**20
-
-
 # ---------------------------------------------------------------- the codec
 
 
@@ -187,60 +140,28 @@ def photograph(width: int, height: int) -> np.ndarray:
     return np.pad(image, ((0, below), (0, right), (0, 0)), "symmetric")[:height, :width]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Upper limits of a run."""
+def code_image(
+    source: str, size: Size, direction: str, data: bytes, settings: Settings, threads: int
+) -> tuple[Section, bytes]:
+    """Encode an image, or decode its file; return the figures and the file.
 
-    seconds: float
-    gib: float
-
-
-# For 24 megapixels.
-LARGE_LIMITS = Limits(seconds=600, gib=8)
-# A run that exceeds its limits by so much ends itself: the figure no longer matters, and the
-# machine may be at the end of its memory.
-STOP_AT = 1.5
-
-
-@dataclass(frozen=True)
-class Job:
-    """One image to be encoded, or decoded, in a process of its own.
-
-    Attributes:
-        model: a name or directory, as `CMamba.from_pretrained` takes it.
-        data: the file to be decoded.
-        repeats: runs after the first, at most; 0 where the first one is what counts.
-        seconds: of measured time after which `MIN_REPEATS` runs are enough.
+    Args:
+        source: the model, a name or directory.
+        data: the file to decode.
+        settings: repeats count after the first run; with 0 that is the one that counts.
     """
-
-    model: str
-    width: int
-    height: int
-    direction: str
-    data: bytes
-    threads: int
-    repeats: int
-    seconds: float
-    limits: Limits | None = None
-
-
-def code_image(job: Job) -> tuple[Section, bytes]:
-    """Do a job; return its figures, and the encoded image."""
-    if job.limits:
-        threading.Thread(target=end_beyond, args=(job.limits,), daemon=True).start()
-    torch.set_num_threads(job.threads)
-    model = CMamba.from_pretrained(job.model)
-    if job.direction == ENCODE:
-        call = functools.partial(cmamba_ref.encode, photograph(job.width, job.height), model)
+    torch.set_num_threads(threads)
+    model = CMamba.from_pretrained(source)
+    if direction == ENCODE:
+        call = functools.partial(cmamba_ref.encode, photograph(*size), model)
     else:
-        call = functools.partial(cmamba_ref.decode, job.data, model)
+        call = functools.partial(cmamba_ref.decode, data, model)
     loaded, peak_before = resident_bytes(), peak_bytes()
 
     # Only the first run is that of a user, who starts a process per image: its memory counts.
     result, first = time_by_stage(model, call, memory=True)
-    later: list[Timing] = []
-    settings = Settings(torch.device("cpu"), "fp32", MODES, job.repeats, job.seconds)
-    while not settings.enough([timing.total for timing in later]) and job.repeats:
+    later = []
+    while not settings.enough([timing.total for timing in later]):
         later.append(time_by_stage(model, call)[1])
     timings = later or [first]
 
@@ -248,39 +169,22 @@ def code_image(job: Job) -> tuple[Section, bytes]:
     stages = {}
     for stage in first.stages:
         seconds = median(timing.stages.get(stage, 0.0) for timing in timings)
-        beyond = None
-        if stage in first.peaks and loaded is not None:
-            beyond = as_mib(first.peaks[stage] - loaded)
+        peak = first.peaks.get(stage)
+        beyond = None if peak is None or loaded is None else (peak - loaded) / 2**20
         stages[stage] = {"seconds": seconds, "share": seconds / total, "peak_mib": beyond}
-    data = result if isinstance(result, bytes) else job.data
+    peak = max(filter(None, (peak_before, *first.peaks.values())), default=None)
+    data = result if isinstance(result, bytes) else data
     section = {
-        "model": model.config.name,
-        "width": job.width,
-        "height": job.height,
-        "direction": job.direction,
-        "status": "ok",
-        "bpp": 8 * len(data) / (job.width * job.height),
+        "bpp": 8 * len(data) / math.prod(size),
         "repeats": len(timings),
         "median_s": total,
         "first_s": first.total,
         "scans_s": median(timing.scans for timing in timings),
         "stages": stages,
-        "loaded_mib": as_mib(loaded),
-        "peak_mib": as_mib(max(filter(None, (peak_before, *first.peaks.values())), default=None)),
+        "loaded_mib": None if loaded is None else loaded / 2**20,
+        "peak_mib": None if peak is None else peak / 2**20,
     }
     return section, data
-
-
-def end_beyond(limits: Limits) -> None:
-    """Watch this process and end it where it takes far more than it may."""
-    start = time.monotonic()
-    while True:
-        time.sleep(0.05)
-        gib = (resident_bytes() or 0) / 2**30
-        seconds = time.monotonic() - start
-        if gib > STOP_AT * limits.gib or seconds > STOP_AT * limits.seconds:
-            print(f"stopped at {gib:.1f} GiB after {seconds:.0f} s", file=sys.stderr, flush=True)
-            os._exit(1)
 
 
 def in_fresh_process(call: Callable, *arguments: Any) -> Any:
@@ -294,81 +198,59 @@ def in_fresh_process(call: Callable, *arguments: Any) -> Any:
         return pool.submit(call, *arguments).result()
 
 
-def model_sources(names: tuple[str, ...], folder: Path) -> dict[str, str]:
-    """Return where each model is: bundled ones by name, others made with random weights."""
-    sources = {}
-    for name in names:
-        sources[name] = name
-        if name not in pretrained_names():
-            torch.manual_seed(0)
-            model = CMamba(name).eval()
-            model.update()
-            sources[name] = str(folder / name)
-            model.save_pretrained(sources[name])
-    return sources
+def model_source(name: str, folder: Path) -> str:
+    """Return where a model is: a bundled one by name, another made with random weights."""
+    if name in pretrained_names():
+        return name
+    torch.manual_seed(0)
+    model = CMamba(name).eval()
+    model.update()
+    model.save_pretrained(folder / name)
+    return str(folder / name)
 
 
-def measure_codec(
-    sizes: tuple[tuple[int, int], ...],
-    models: tuple[str, ...],
-    settings: Settings,
-    limits: Limits | None = None,
-) -> Section:
-    """Encode and decode with each model, for each size.
+def measure_codec(sizes: Sequence[Size], models: Sequence[str], settings: Settings) -> Section:
+    """Encode and decode with each model, for each size, each in a process of its own.
 
-    Args:
-        limits: given for images so large that they are coded only once.
+    A run that fails has no figures, and its status says why.
     """
-    runs = []
+    runs, points = [], []
     cases = [(name, size) for name in models for size in sizes]
     with (
         tempfile.TemporaryDirectory() as scratch,
         tqdm(total=2 * len(cases), desc="codec", disable=None) as progress,
     ):
-        sources = model_sources(models, Path(scratch))
-        for name, (width, height) in cases:
+        sources = {name: model_source(name, Path(scratch)) for name in models}
+        for name, size in cases:
             data = b""
             for direction in DIRECTIONS:
-                repeats = 0 if limits else settings.repeats
-                how = (torch.get_num_threads(), repeats, settings.seconds, limits)
-                job = Job(sources[name], width, height, direction, data, *how)
-                section, data = run_job(name, job)
-                runs.append(section)
+                run = {"model": name, "width": size[0], "height": size[1], "direction": direction}
+                runs.append(run)
                 progress.update()
-    points = [
-        (f"{run['model']}, {run['direction']}", padded_pixels(run), run["median_s"])
-        for run in runs
-        if run["status"] == "ok"
-    ]
+                if direction == DECODE and not data:
+                    run["status"] = "not run: there is no file"
+                    continue
+                job = (sources[name], size, direction, data, settings, torch.get_num_threads())
+                try:
+                    figures, data = in_fresh_process(code_image, *job)
+                except (BrokenProcessPool, CMambaError) as error:
+                    run["status"] = f"failed: {error}"
+                    continue
+                run |= {"status": "ok", **figures}
+                padded = math.prod(-(-side // MULTIPLE) * MULTIPLE for side in size)
+                points.append((f"{name}, {direction}", padded, run["median_s"]))
     return {"runs": runs, "exponents": exponents_of(points)}
 
 
-def run_job(name: str, job: Job) -> tuple[Section, bytes]:
-    """Do a job in a process of its own; if that dies, the status says so."""
-    size = {"width": job.width, "height": job.height}
-    nothing = {"model": name, **size, "direction": job.direction}
-    if job.direction == DECODE and not job.data:
-        return {**nothing, "status": "not run: there is no file"}, b""
-    try:
-        return in_fresh_process(code_image, job)
-    except BrokenProcessPool:
-        return {**nothing, "status": "failed: the process ended, out of memory or time"}, b""
-
-
-def padded_pixels(run: Section) -> int:
-    """Return the pixels that are coded."""
-    return math.prod(-(-run[side] // MULTIPLE) * MULTIPLE for side in ("width", "height"))
-
-
-def measure_large(size: tuple[int, int], settings: Settings, limits: Limits) -> Section:
+def measure_large(size: Size, settings: Settings) -> Section:
     """One large image with `small`, once."""
-    section = measure_codec((size,), ("small",), settings, limits)
+    section = measure_codec([size], ["small"], replace(settings, repeats=0))
     for run in section["runs"]:
-        if run["status"] == "ok" and run["first_s"] > limits.seconds:
-            run["status"] = f"failed: more than {limits.seconds:g} s"
-        elif run["status"] == "ok" and (run["peak_mib"] or 0) > 1024 * limits.gib:
-            run["status"] = f"failed: more than {limits.gib:g} GiB"
-    return {**section, "limits": asdict(limits)}
+        if run["status"] == "ok" and run["first_s"] > LIMITS["seconds"]:
+            run["status"] = f"failed: more than {LIMITS['seconds']} s"
+        elif run["status"] == "ok" and (run["peak_mib"] or 0) > 1024 * LIMITS["gib"]:
+            run["status"] = f"failed: more than {LIMITS['gib']} GiB"
+    return {**section, "limits": LIMITS}
 
 
 # ---------------------------------------------------------------- whole commands
@@ -380,7 +262,7 @@ ALONE = {
 }
 
 
-def measure_startup(size: tuple[int, int], repeats: int) -> Section:
+def measure_startup(size: Size, repeats: int) -> Section:
     """Measure `cmamba` as a user runs it, from the first to the last moment of its process."""
     with tempfile.TemporaryDirectory() as scratch:
         image, encoded, decoded = (
@@ -391,9 +273,10 @@ def measure_startup(size: tuple[int, int], repeats: int) -> Section:
         for direction, source, target in ((ENCODE, image, encoded), (DECODE, encoded, decoded)):
             commands[direction] = ("-m", "cmamba_ref", direction, source, "-o", target, "--force")
         walls = {name: wall_seconds(command, repeats) for name, command in commands.items()}
-    begun, ready, *ended = (median(times) for times in walls.values())
+    begun, ready = (median(walls[name]) for name in ALONE)
     results: Section = {"width": size[0], "height": size[1]}
-    for direction, wall in zip(DIRECTIONS, ended, strict=True):
+    for direction in DIRECTIONS:
+        wall = median(walls[direction])
         results[direction] = {
             "repeats": repeats,
             "wall_s": wall,
@@ -424,25 +307,20 @@ def wall_seconds(arguments: Sequence[str], repeats: int) -> list[float]:
 
 def to_markdown(sections: Section) -> str:
     """Return all figures as one table, below what they were measured with."""
-    sections = {name: sections[name] for name in SECTIONS if name in sections}
-    lines = ["# Time and memory on a CPU", ""]
-    for name, section in sections.items():
-        meta = section["meta"]
+    lines, rows = ["# Time and memory on a CPU", ""], []
+    for name in (name for name in SECTIONS if name in sections):
+        section, meta = sections[name], sections[name]["meta"]
         used = ", ".join(f"{package} {version}" for package, version in meta["versions"].items())
         lines.append(
             f"- `{name}`: `{meta['command']}`, commit {meta['commit']}, {meta['date']}, "
             f"{meta['machine']}, {meta['threads']} threads, {meta['system']}; {used}."
-            + (" **Tiny sizes: these figures mean nothing.**" if meta["quick"] else "")
         )
-        for what, value in section.get("exponents", {}).items():
-            lines.append(f"  - Exponent of the time, {what}: {value:.3f}.")
-        for what, why in section.get("left_out", {}).items():
-            lines.append(f"  - `{what}` is left out: {why}.")
-    rows = [
-        (name, case, as_text(seconds), cost, "-" if mib is None else f"{mib:.0f}")
-        for name, section in sections.items()
-        for case, seconds, cost, mib in FIGURES[name](section)
-    ]
+        for series, value in section.get("exponents", {}).items():
+            lines.append(f"  - Exponent of the time, {series}: {value:.3f}.")
+        for baseline, reason in section.get("left_out", {}).items():
+            lines.append(f"  - `{baseline}` is left out: {reason}.")
+        for case, seconds, cost, mib in figures_of(section):
+            rows.append((name, case, as_text(seconds), cost, "-" if mib is None else f"{mib:.0f}"))
     heading = ("section", "case", "s", "cost or share", "MiB")
     return "\n".join(lines) + f"\n\n{NOTE}\n\n{markdown_table(heading, rows, figures=3)}\n"
 
@@ -453,152 +331,87 @@ included; that of the codec is the peak of the process with torch and the weight
 while it was at work, is beyond what was loaded. The first run of a process also sets up torch and
 the float64 copies of the entropy path. Scans are part of the stages."""
 
-# Case, seconds, cost or share, MiB.
-Figures = Iterator[tuple[str, float | None, str, float | None]]
 
-
-def scan_figures(section: Section) -> Figures:
-    """Yield the figures of the sections `scan` and `growth`."""
-    for row in section["rows"]:
+def figures_of(section: Section) -> Iterator[tuple[str, float | None, str, float | None]]:
+    """Yield case, seconds, cost or share, and MiB of scans, of coded images, of whole commands."""
+    for row in section.get("rows", ()):
         case = f"{row['backend']} {row['shape']}, {row['mode']}"
         if row["status"] == "ok":
             cost = f"{as_text(row['ns_per_elt'])} ns/elt"
             yield case, row["median_ms"] / 1e3, cost, row["peak_mib"]
         else:
             yield f"{case}: {row['status']}", None, row["reason"], None
-
-
-def codec_figures(section: Section) -> Figures:
-    """Yield the figures of the sections `codec` and `large`."""
-    for run in section["runs"]:
+    for run in section.get("runs", ()):
         case = f"{run['model']} {run['width']}x{run['height']} {run['direction']}"
         if "median_s" not in run:
             yield f"{case}: {run['status']}", None, "", None
             continue
-        cost = f"{as_text(1e6 * run['median_s'] / (run['width'] * run['height']))} µs/pixel"
-        yield case, run["median_s"], f"{cost}, {run['bpp']:.2f} bpp", run["peak_mib"]
+        total = run["median_s"]
+        cost = f"{as_text(1e6 * total / (run['width'] * run['height']))} µs/pixel"
+        yield case, total, f"{cost}, {run['bpp']:.2f} bpp", run["peak_mib"]
         yield f"{case}: first run; MiB before it", run["first_s"], "", run["loaded_mib"]
-        yield f"{case}: scans", run["scans_s"], f"{run['scans_s'] / run['median_s']:.1%}", None
+        yield f"{case}: scans", run["scans_s"], f"{run['scans_s'] / total:.1%}", None
         for stage, figures in run["stages"].items():
             share = f"{figures['share']:.1%}"
             yield f"{case}: {stage}", figures["seconds"], share, figures["peak_mib"]
-
-
-def startup_figures(section: Section) -> Figures:
-    for direction in DIRECTIONS:
+    for direction in (direction for direction in DIRECTIONS if direction in section):
         case, figures = f"cmamba {direction}", section[direction]
         yield case, figures["wall_s"], f"at most {as_text(figures['wall_max_s'])} s", None
         for part, seconds in figures["split_s"].items():
             yield f"{case}: {part}", seconds, f"{seconds / figures['wall_s']:.1%}", None
 
 
-FIGURES: dict[str, Callable[[Section], Figures]] = {
-    "scan": scan_figures,
-    "growth": scan_figures,
-    "codec": codec_figures,
-    "startup": startup_figures,
-    "large": codec_figures,
-}
-
-
-def failures(sections: Section) -> list[str]:
-    """Return what was wrong, or took more than it may, in one line each."""
-    lines = [
-        f"{name}: {row['backend']}, {row['mode']}: {row['reason']}"
-        for name in ("scan", "growth")
-        for row in sections.get(name, {}).get("rows", ())
-        if row["status"] == "failed"
+def failures(section: Section) -> list[str]:
+    """Return a line for each row and run that was wrong, or took more than it may."""
+    measured = [*section.get("rows", ()), *section.get("runs", ())]
+    return [
+        ", ".join(str(row[key]) for key in FAILURE if key in row)
+        for row in measured
+        if row["status"].startswith(("failed", "not run"))
     ]
-    for name in ("codec", "large"):
-        lines += [
-            f"{name}: {run['model']}, {run['width']}x{run['height']}, {run['direction']}: "
-            f"{run['status']}"
-            for run in sections.get(name, {}).get("runs", ())
-            if run["status"] != "ok"
-        ]
-    return lines
 
 
-def image_size(text: str) -> tuple[int, int]:
-    """Read a size written as WIDTHxHEIGHT, for argparse."""
-    try:
-        width, height = map(profile_scan.count, text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, got {text!r}") from None
-    return width, height
+FAILURE = ("backend", "mode", "model", "width", "height", "direction", "status", "reason")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        "--only",
-        nargs="*",
-        choices=SECTIONS,
-        metavar="SECTION",
-        help=f"of {', '.join(SECTIONS)}; none to write the table again",
-    )
-    add("--json", type=profile_scan.output, help="results, which are kept where not renewed")
-    add("--markdown", type=profile_scan.output, help="write the table here")
-    add("--threads", type=profile_scan.count, help="torch threads (default: torch's choice)")
-    add("--repeats", type=profile_scan.count, default=5, help="of each, at most (default: 5)")
-    add(
-        "--seconds",
-        type=profile_scan.positive,
-        default=5.0,
-        help=f"after which {profile_scan.MIN_REPEATS} repeats are enough (default: 5)",
-    )
-    add("--large-size", type=image_size, metavar="WxH", help="default: 6000x4000")
-    add("--quick", action="store_true", help="tiny sizes, to see whether everything runs")
-    return parser
+# ---------------------------------------------------------------- the command
 
-
-SECTIONS: dict[str, Callable[[Plan, Settings], Section]] = {
-    "scan": lambda plan, settings: measure_scan(plan.scan, settings),
-    "growth": measure_growth,
-    "codec": lambda plan, settings: measure_codec(plan.sizes, plan.models, settings),
-    "startup": lambda plan, settings: measure_startup(plan.startup, settings.repeats),
-    "large": lambda plan, settings: measure_large(plan.large, settings, LARGE_LIMITS),
+SECTIONS: dict[str, Callable[[], Section]] = {
+    "scan": lambda: measure_scan(SCAN, SETTINGS),
+    "growth": lambda: measure_growth(GROWTH, SETTINGS),
+    "codec": lambda: measure_codec(SIZES, MODELS, SETTINGS),
+    "startup": lambda: measure_startup((768, 512), SETTINGS.repeats),
+    "large": lambda: measure_large((6000, 4000), SETTINGS),
 }
-
-
-def read_sections(path: Path | None) -> Section:
-    """Return the sections of an earlier run; none where there is no such file."""
-    if path is None or not path.exists():
-        return {}
-    return json.loads(path.read_text())["sections"]
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    sections_to_measure = f"of {', '.join(SECTIONS)}; none to write the table again"
+    usual = [name for name in SECTIONS if name != "large"]
+    add("--only", nargs="*", choices=SECTIONS, default=usual, help=sections_to_measure)
+    add("--json", type=profile_scan.output, help="results, which are kept where not renewed")
+    add("--markdown", type=profile_scan.output, help="write the table here")
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    plan = QUICK if args.quick else FULL
-    if args.large_size:
-        plan = replace(plan, large=args.large_size)
-    settings = Settings(torch.device("cpu"), "fp32", MODES, args.repeats, args.seconds)
-    asked = [name for name in SECTIONS if name != "large"] if args.only is None else args.only
-    try:
-        sections = read_sections(args.json)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(f"--json must be a file that this command wrote, or none yet: {error}")
-
-    for name in (name for name in SECTIONS if name in asked):
+    sections = {}
+    if args.json and args.json.exists():
         try:
-            section = SECTIONS[name](plan, settings)
-        except KeyboardInterrupt:
-            kept = f"the sections before it are in {args.json}" if args.json else "nothing is kept"
-            print(f"interrupted in {name}; {kept}", file=sys.stderr)
-            return 130
+            sections = json.loads(args.json.read_text())["sections"]
+        except (ValueError, KeyError, TypeError) as error:
+            parser.error(f"--json must be a file that this command wrote, or none yet: {error}")
+
+    failed = []
+    for name in (name for name in SECTIONS if name in args.only):
+        section = SECTIONS[name]()
+        failed += failures(section)
         meta = {
             **of_run("bench_cpu.py", argv),
             "system": f"{platform.system()} {platform.release()}",
             "versions": versions(*profile_scan.MEASURED_WITH),
-            "quick": args.quick,
         }
         sections[name] = {"meta": meta, **section}
         if args.json:  # after each section: what was measured is kept, whatever ends the run
@@ -608,7 +421,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.markdown:
         write_atomically(args.markdown, text.encode())
     print(text)
-    failed = failures({name: sections[name] for name in asked})
     for line in failed:
         print(line, file=sys.stderr)
     return 1 if failed else 0

@@ -5,10 +5,10 @@
 
 For each backend and size of crops, tools/train.py does a few steps in a process of its own: one of
 the first is profiled, in the last ones images per second and the share of data, forward, backward
-and optimiser are taken.  What the profiler says is each part's share of the time in operators,
-forward and backward: `entropy model` is h_s, CAE, LRP and the likelihoods with their scans, `scan`
-and `convolution` are those of the transforms.  Without a folder of photographs the one that ships
-is taken, continued by mirroring.  The exit status is 1 if a training failed.
+and optimiser are taken.  The profiler gives each part's share of the time in operators, forward
+and backward: `entropy model` is h_s, CAE, LRP and the likelihoods with their scans, `scan` and
+`convolution` are those of the transforms.  Without a folder of photographs the bundled photograph
+is used, continued by mirroring.  The exit status is 1 if a training failed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from bench_cpu import photograph
+from complexity import image_size
 from markdown_table import markdown_table
 from provenance import in_words, of_run, versions
 from tqdm import tqdm
@@ -70,12 +71,8 @@ def measure(
     (profile,) = (record for record in log if record.get("event") == "profile")
     last = [record for record in log if "event" not in record][-1]
     return {
-        "backend": backend,
-        "crop": crop,
-        "batch": batch,
-        "steps": MEASURED,
-        "images_per_second": last["images_per_second"],
-        "share": last["share"],
+        **{"backend": backend, "crop": crop, "batch": batch, "steps": MEASURED},
+        **{name: last[name] for name in ("images_per_second", "share")},
         "share_of_operators": profile["share_of_operators"],
     }
 
@@ -88,42 +85,34 @@ def write_photographs(folder: Path, crop: int) -> None:
 
 def page(rows: list[dict[str, Any]], made: dict[str, Any]) -> str:
     """Return the rows as a Markdown table."""
-    names = [*rows[0]["share"], *rows[0]["share_of_operators"]]
-    cells = [
-        [
-            f"`{row['backend']}`",
-            f"{row['batch']} of {row['crop']}x{row['crop']}",
-            f"{row['images_per_second']:.2f}",
-            *(f"{s:.0%}" for s in (*row["share"].values(), *row["share_of_operators"].values())),
-        ]
-        for row in rows
-    ]
-    heading = ("backend", "crops", "images/s", *names)
+    cells = []
+    for row in rows:
+        shares = row["share"] | row["share_of_operators"]
+        crops = f"{row['batch']} of {row['crop']}x{row['crop']}"
+        speed = f"{row['images_per_second']:.2f}"
+        cells.append([f"`{row['backend']}`", crops, speed, *(f"{s:.0%}" for s in shares.values())])
+    heading = ("backend", "crops", "images/s", *rows[0]["share"], *rows[0]["share_of_operators"])
     return (
         f"# Training throughput\n\n`{made['config']}`, {made['precision']}, "
-        f"{made.get('gpu', 'CPU')}, over {rows[0]['steps']} steps; shares of the time, then of the "
+        f"{made.get('gpu', 'CPU')}, over {MEASURED} steps; shares of the time, then of the "
         f"time of operators. {in_words(made)}\n\n"
-        f"{markdown_table(heading, cells, figures=1 + len(names))}\n"
+        f"{markdown_table(heading, cells, figures=len(heading) - 2)}\n"
     )
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     cuda = torch.cuda.is_available()
     usual = ["chunked", "triton" if cuda else "reference"]
+    sizes = "default: 128x8, and but for `reference` 512x2"
     add("photographs", type=Path, nargs="?", help="folder to train on")
     add("--config", default="tiny", help="which model (default: tiny)")
     add("--backends", nargs="+", choices=BACKENDS, default=usual, help=f"default: {usual}")
-    add(
-        "--sizes",
-        nargs="+",
-        type=_size,
-        metavar="CROPxBATCH",
-        help="default: 128x8, and but for `reference` 512x2",
-    )
+    add("--sizes", nargs="+", type=image_size, metavar="CROPxBATCH", help=sizes)
     add("--device", default="cuda" if cuda else "cpu", help="default: cuda where there is one")
     add("--precision", default="fp32", help="fp32 or bf16 (default: fp32)")
     add("--json", type=Path, metavar="FILE", help="write the figures here")
@@ -131,33 +120,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.photographs and not args.photographs.is_dir():
         parser.error(f"{str(args.photographs)!r} must be a folder of photographs")
-    return args
-
-
-def _size(text: str) -> tuple[int, int]:
-    crop, _, batch = text.partition("x")
-    return int(crop), int(batch)
-
-
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse(argv)
     jobs = [
         (backend, crop, batch)
         for backend in args.backends
         for crop, batch in args.sizes or default_sizes(backend)
     ]
-    rows = []
-    try:
-        with tempfile.TemporaryDirectory() as ours:
-            if not args.photographs:
-                write_photographs(Path(ours), max(crop for _, crop, _ in jobs))
-            for backend, crop, batch in tqdm(jobs, unit="training", disable=None):
-                folder = args.photographs or Path(ours)
-                rows.append(measure(backend, crop, batch, folder, args))
-    except KeyboardInterrupt:
-        print("interrupted; nothing is written", file=sys.stderr)
-        return 130
+    with tempfile.TemporaryDirectory() as ours:
+        folder = args.photographs or Path(ours)
+        if not args.photographs:
+            write_photographs(folder, max(crop for _, crop, _ in jobs))
+        rows = [measure(*job, folder, args) for job in tqdm(jobs, unit="training", disable=None)]
     measured = [row for row in rows if row is not None]
     if not measured:
         return 1

@@ -26,18 +26,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import bench_cpu
 import torch
-from bench_cpu import DIRECTIONS as CODING
-from bench_cpu import image_size
 from markdown_table import markdown_table
-from profile_scan import Settings, output
+from profile_scan import output
 from provenance import of_run, versions
 from published_costs import PUBLISHED_CODECS
 from torch.utils.flop_counter import FlopCounterMode
@@ -93,193 +92,128 @@ def count(config: CMambaConfig | str, width: int, height: int) -> dict[str, Cost
     with torch.device("meta"):
         model = CMamba(config).eval()
         x = torch.empty(1, 3, height, width)
-    quality = 1.0 if model.gain is not None else None
-    op = torch.ops.cmamba.chunked_scan_2d
-    with FlopCounterMode(display=False, custom_mapping={op: _dt_flops}) as linear, torch.no_grad():
-        model(x, quality)
-    only_scan = {op: _scan_elements}
-    with FlopCounterMode(display=False, custom_mapping=only_scan) as scans, torch.no_grad():
-        model(x, quality)
+    scan = torch.ops.cmamba.chunked_scan_2d
 
+    def counts(scan_formula: Callable[..., int]) -> dict[str, dict[Any, int]]:
+        """Return what each module and operator costs."""
+        custom = {scan: scan_formula}
+        with FlopCounterMode(display=False, custom_mapping=custom) as counter, torch.no_grad():
+            model(x, 1.0 if model.gain is not None else None)
+        return counter.get_flop_counts()
+
+    flops, elements = counts(_dt_flops), counts(_scan_elements)
     costs = {}
-    for child, module in [("total", model), *model.named_children()]:
-        key = "Global" if child == "total" else f"CMamba.{child}"
-        # A module that computes nothing of the kind has no entry.
-        elements = scans.get_flop_counts().get(key, {}).get(op, 0)
-        costs[child] = Cost(
+    for name, module in [("total", model), *model.named_children()]:
+        key = "Global" if name == "total" else f"CMamba.{name}"
+        costs[name] = Cost(
             params=sum(p.numel() for p in module.parameters()),
-            macs=sum(linear.get_flop_counts().get(key, {}).values()) // 2,
-            scan=elements,
+            # A module that computes nothing of the kind has no entry.
+            macs=sum(flops.get(key, {}).values()) // 2,
+            scan=elements.get(key, {}).get(scan, 0),
         )
     return costs
 
 
-# ---------------------------------------------------------------- time and memory
+def measure(names: list[str], width: int, height: int) -> dict[str, dict[str, Any]]:
+    """Measure encoding and decoding by each model on this machine, with a progress bar.
 
-
-@dataclass(frozen=True)
-class Run:
-    """An image encoded or decoded by a model; see tools/bench_cpu.py.
-
-    Attributes:
-        status: "ok", or why there are no figures.
-        seconds: median.
-        peak_mib: of the process, with torch and the weights; None where the system does not count.
-        has_trained_weights: otherwise they are random.
+    Returns:
+        by model and direction: `status`, "ok" or why there are no figures; `seconds`, a median;
+        `peak_mib` of the process, None where the system does not count; `has_trained_weights`.
     """
-
-    status: str
-    seconds: float | None
-    peak_mib: float | None
-    has_trained_weights: bool
-
-
-def measure(names: list[str], width: int, height: int) -> dict[str, dict[str, Run]]:
-    """Measure encoding and decoding by each model on this machine, with a progress bar."""
-    settings = Settings(torch.device("cpu"), "fp32", bench_cpu.MODES, repeats=3, seconds=5)
-    coded = bench_cpu.measure_codec(((width, height),), tuple(names), settings)
-    runs: dict[str, dict[str, Run]] = {name: {} for name in names}
-    for run in coded["runs"]:
-        runs[run["model"]][run["direction"]] = Run(
-            run["status"],
-            run.get("median_s"),
-            run.get("peak_mib"),
-            run["model"] in pretrained_names(),
-        )
+    runs: dict[str, dict[str, Any]] = {name: {} for name in names}
+    settings = replace(bench_cpu.SETTINGS, repeats=3)
+    for run in bench_cpu.measure_codec([(width, height)], names, settings)["runs"]:
+        runs[run["model"]][run["direction"]] = {
+            "status": run["status"],
+            "seconds": run.get("median_s"),
+            "peak_mib": run.get("peak_mib"),
+            "has_trained_weights": run["model"] in pretrained_names(),
+        }
     return runs
 
 
 # ---------------------------------------------------------------- output
 
 
-@dataclass(frozen=True)
-class Findings:
-    """All that there is to show.
-
-    Attributes:
-        size: width and height.
-        costs: by model and module.
-        runs: by model and direction; empty if nothing was measured.
-        made: by what command, on what machine, with which versions.
-    """
-
-    size: tuple[int, int]
-    costs: dict[str, dict[str, Cost]]
-    runs: dict[str, dict[str, Run]]
-    made: dict[str, Any]
-
-    def to_json(self) -> str:
-        content = {
-            "size": self.size,
-            "scan_factor": CONVENTIONS,
-            "models": _each(asdict, self.costs),
-            "runs": _each(asdict, self.runs),
-            "published": [asdict(codec) for codec in PUBLISHED_CODECS],
-            "meta": self.made,
-        }
-        return json.dumps(content, indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, path: Path) -> Findings:
-        """Read a file that `to_json` made.
-
-        Raises:
-            CMambaError: the file cannot be read, or is another.
-        """
-        try:
-            content = json.loads(path.read_text())
-            width, height = content["size"]
-            costs = _each(lambda values: Cost(**values), content["models"])
-            runs = _each(lambda values: Run(**values), content["runs"])
-            return cls((width, height), costs, runs, content["meta"])
-        except OSError as error:
-            raise CMambaError(f"{path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CMambaError(
-                f"{path} must be what complexity.py --json wrote, got another file ({error!r}); "
-                "write it again"
-            ) from error
-
-    def to_markdown(self) -> str:
-        """Return tables: our models, the share of each module, and what others publish."""
-        made, pixels = self.made, self.size[0] * self.size[1]
-        totals = [
-            (
-                f"`{name}`",
-                *_cells(costs["total"]),
-                f"{costs['total'].total(OURS) / pixels / 1e3:.0f}",
-            )
-            for name, costs in self.costs.items()
-        ]
-        columns = ("parameters, M", *(f"GMACs, {c}" for c in CONVENTIONS))
-        parts = [
-            "# Complexity",
-            f"At {self.size[0]}x{self.size[1]}, encoder and decoder together; `{made['command']}`, "
-            f"commit {made['commit']}, {made['date']}. MACs without the scans, with 4.5 for each "
-            "scan element (position, channel, state and direction), and by VMamba's count, 9.",
-            markdown_table(("model", *columns, f"kMACs per pixel, {OURS}"), totals, figures=5),
-        ]
-        if self.runs:
-            heading = (
-                "model",
-                "weights",
-                *(f"{d}, {of}" for d in CODING for of in ("s", "peak MiB")),
-            )
-            parts += [
-                "## Time and memory",
-                f"On {made['machine']}, {made['threads']} threads, torch "
-                f"{made['versions']['torch']}; memory is the peak of a new process.",
-                markdown_table(heading, map(_run_cells, self.runs.items()), figures=4),
-            ]
-        parts.append("## Modules")
-        for name, costs in self.costs.items():
-            whole = costs["total"]
-            rows = [
-                (
-                    module,
-                    *_cells(cost),
-                    f"{cost.params / whole.params:.1%}",
-                    f"{cost.total(OURS) / whole.total(OURS):.1%}",
-                )
-                for module, cost in costs.items()
-                if module != "total"
-            ]
-            shares = ("share of parameters", f"share of GMACs, {OURS}")
-            parts.append(markdown_table((f"`{name}`", *columns, *shares), rows, figures=6))
+def to_markdown(content: dict[str, Any]) -> str:
+    """Return tables of what the JSON holds: our models, their modules, and what others publish."""
+    width, height = content["size"]
+    made = content["meta"]
+    models = {
+        name: {module: Cost(**cost) for module, cost in costs.items()}
+        for name, costs in content["models"].items()
+    }
+    columns = ("parameters, M", *(f"GMACs, {convention}" for convention in CONVENTIONS))
+    totals = [
+        (*(f"`{name}`", *_cells(total)), f"{total.total(OURS) / (width * height) / 1e3:.0f}")
+        for name, total in ((name, costs["total"]) for name, costs in models.items())
+    ]
+    parts = [
+        "# Complexity",
+        f"At {width}x{height}, encoder and decoder together; `{made['command']}`, "
+        f"commit {made['commit']}, {made['date']}. MACs without the scans, with 4.5 for each "
+        "scan element (position, channel, state and direction), and by VMamba's count, 9.",
+        markdown_table(("model", *columns, f"kMACs per pixel, {OURS}"), totals, figures=5),
+    ]
+    if content["runs"]:
+        measures = [f"{d}, {unit}" for d in bench_cpu.DIRECTIONS for unit in ("s", "peak MiB")]
+        rows = [_run_cells(name, runs) for name, runs in content["runs"].items()]
         parts += [
-            "## Published",
-            "As stated by each source, otherwise marked: counted is from released code, at "
-            "768x512. GPUs, sizes and conventions differ or are not stated, so times cannot be "
-            "compared with each other or with ours.",
-            markdown_table(
-                ("codec", "parameters, M", "MACs", "time on a GPU", "source"),
-                ((c.name, c.params, c.macs, c.times, c.source) for c in PUBLISHED_CODECS),
-                figures=0,
-            ),
+            "## Time and memory",
+            f"On {made['machine']}, {made['threads']} threads, torch "
+            f"{made['versions']['torch']}; memory is the peak of a new process.",
+            markdown_table(("model", "weights", *measures), rows, figures=4),
         ]
-        return "\n\n".join(parts) + "\n"
-
-
-def _each(change: Callable[[Any], Any], table: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return a table of tables with every entry changed."""
-    return {name: {key: change(x) for key, x in row.items()} for name, row in table.items()}
+    parts.append("## Modules")
+    for name, costs in models.items():
+        whole = costs.pop("total")
+        rows = [
+            (
+                module,
+                *_cells(cost),
+                f"{cost.params / whole.params:.1%}",
+                f"{cost.total(OURS) / whole.total(OURS):.1%}",
+            )
+            for module, cost in costs.items()
+        ]
+        shares = ("share of parameters", f"share of GMACs, {OURS}")
+        parts.append(markdown_table((f"`{name}`", *columns, *shares), rows, figures=6))
+    parts += [
+        "## Published",
+        "As stated by each source, otherwise marked: counted is from released code, at "
+        "768x512. GPUs, sizes and conventions differ or are not stated, so times cannot be "
+        "compared with each other or with ours.",
+        markdown_table(
+            ("codec", "parameters, M", "MACs", "time on a GPU", "source"),
+            ((c.name, c.params, c.macs, c.times, c.source) for c in PUBLISHED_CODECS),
+            figures=0,
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _cells(cost: Cost) -> list[str]:
     return [f"{cost.params / 1e6:.3f}", *(f"{cost.total(c) / 1e9:.2f}" for c in CONVENTIONS)]
 
 
-def _run_cells(of_model: tuple[str, dict[str, Run]]) -> list[str]:
-    name, runs = of_model
-    trained = all(run.has_trained_weights for run in runs.values())
+def _run_cells(name: str, runs: dict[str, dict[str, Any]]) -> list[str]:
+    trained = all(run["has_trained_weights"] for run in runs.values())
     cells = [f"`{name}`", "trained" if trained else "random"]
-    for run in (runs[direction] for direction in CODING):
-        cells.append(run.status if run.seconds is None else f"{run.seconds:.2f}")
-        cells.append("" if run.peak_mib is None else f"{run.peak_mib:,.0f}")
+    for run in (runs[direction] for direction in bench_cpu.DIRECTIONS):
+        cells.append(run["status"] if run["seconds"] is None else f"{run['seconds']:.2f}")
+        cells.append("" if run["peak_mib"] is None else f"{run['peak_mib']:,.0f}")
     return cells
 
 
 # ---------------------------------------------------------------- the command
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Read a size written as WIDTHxHEIGHT, for argparse."""
+    if not (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)):
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -300,27 +234,31 @@ def main(argv: list[str] | None = None) -> int:
     if args.read and (args.models or args.time):
         parser.error("--read shows what is in the file; leave out models and --time")
     names = args.models or list(CONFIGS)
-    try:
-        if args.read:
-            found = Findings.from_json(args.read)
-        else:
+    if args.read:
+        content = json.loads(args.read.read_text())
+    else:
+        try:
             costs = {name: count(name, *args.size) for name in names}
-            runs = measure(names, *args.size) if args.time else {}
-            made = {**of_run("complexity.py", argv), "versions": versions("cmamba-ref", "torch")}
-            found = Findings(args.size, costs, runs, made)
-    except CMambaError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        # Times are compared with each other, so they come from one run; it takes minutes.
-        print("interrupted; nothing is written", file=sys.stderr)
-        return 130
-    text = found.to_json() if args.json else found.to_markdown()
+        except CMambaError as error:
+            parser.error(str(error))
+        content = {
+            "size": args.size,
+            "scan_factor": CONVENTIONS,
+            "models": {
+                name: {module: asdict(cost) for module, cost in modules.items()}
+                for name, modules in costs.items()
+            },
+            "runs": measure(names, *args.size) if args.time else {},
+            "published": [asdict(codec) for codec in PUBLISHED_CODECS],
+            "meta": {**of_run("complexity.py", argv), "versions": versions("cmamba-ref", "torch")},
+        }
+    text = json.dumps(content, indent=2) + "\n" if args.json else to_markdown(content)
     if args.output:
         write_atomically(args.output, text.encode())
     else:
         print(text, end="")
-    runs = [run for of_model in found.runs.values() for run in of_model.values()]
-    return int(any(run.seconds is None for run in runs))
+    runs = [run for of_model in content["runs"].values() for run in of_model.values()]
+    return int(any(run["seconds"] is None for run in runs))
 
 
 if __name__ == "__main__":

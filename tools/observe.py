@@ -1,6 +1,6 @@
-"""What a model makes of one picture inside: the maps of its blocks, the latent, the bits.
+"""The inside of a model at work on one image: the maps of its blocks, the latent, the bits.
 
-    seen = observe(model, picture, quality)
+    seen = observe(model, image, quality)
 
 One `forward` in eval mode, watched through hooks; it computes what it would compute without.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,8 +29,8 @@ class Block:
 
     Attributes:
         name: transform, place and number, for instance "g_a H/4 1".
-        paths: `ssm` and `cnn` as far as the block has them, and `fused`, what leaves a block that
-            has both.  One that has neither (GDN) counts as `cnn`.
+        paths: `ssm` and `cnn` as far as the block has them, and `fused`, the output of a
+            block that has both.  One that has neither (GDN) counts as `cnn`.
         alpha: the weight of the SSM path, `[C]`; the CNN path's beta is 1 - alpha.  None for a
             block without attention.
     """
@@ -41,7 +42,7 @@ class Block:
 
 @dataclass
 class Observation:
-    """One picture in the model.
+    """One image in the model.
 
     Attributes:
         blocks: of g_a and g_s, in the order in which they are computed.
@@ -61,62 +62,59 @@ def observe(model: CMamba, x: Tensor, quality: float | None = None) -> Observati
     """Watch one forward pass.
 
     Args:
-        x: one picture `[1, 3, H, W]` in 0...1, sides multiples of 64, so that no padding is seen.
+        x: one image `[1, 3, H, W]` in 0...1, sides multiples of 64, so that no padding is seen.
         quality: as for `CMamba.compress`.
     """
-    latents: list[Tensor] = []
-    parameters: list[tuple[Tensor, Tensor]] = []
-    outputs: dict[nn.Module, np.ndarray] = {}
-    alphas: dict[nn.Module, np.ndarray] = {}
-
-    def keep_output(module: nn.Module, args: tuple, output: Tensor) -> None:
-        # A copy: the block may go on writing into the map.
-        outputs[module] = output[0].float().cpu().numpy().copy()
-
-    def keep_alpha(module: nn.Module, args: tuple, output: Tensor) -> None:
-        # The MLP gives the logits of all channels for the SSM, then those for the CNN.
-        alphas[module] = output[0].view(2, -1).softmax(0)[0].float().cpu().numpy()
-
     named = _blocks(model)
+    blocks = [block for _, block in named]
+    watched: list[nn.Module] = [module for block in blocks for module in _paths(block).values()]
+    watched += [block.attention for block in blocks if isinstance(block, CASSM)]
+    watched += model.context.cae
+    latents: list[Tensor] = []
+    outputs: dict[nn.Module, list[Tensor]] = {}
+
+    def keep(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+        parts = output if isinstance(output, tuple) else (output,)
+        # Copies: the block may go on writing into the map.
+        outputs[module] = [part[0].clone() for part in parts]
+
     with contextlib.ExitStack() as hooks:
-
-        def watch(module: nn.Module, hook) -> None:
-            hooks.callback(module.register_forward_hook(hook).remove)
-
-        for _, block in named:
-            for module in _paths(block).values():
-                watch(module, keep_output)
-            if isinstance(block, CASSM):
-                watch(block.attention, keep_alpha)
-        watch(model.h_a, lambda module, args, output: latents.append(args[0][0]))
-        for cae in model.context.cae:
-            watch(cae, lambda module, args, output: parameters.append((output[0][0], output[1][0])))
+        for module in watched:
+            hooks.callback(module.register_forward_hook(keep).remove)
+        latent = model.h_a.register_forward_pre_hook(lambda _, args: latents.append(args[0][0]))
+        hooks.callback(latent.remove)
         likelihoods = model(x, quality)["likelihoods"]
 
-    means, log_scales = (torch.cat(part) for part in zip(*parameters, strict=True))
+    of_slices = [outputs[cae] for cae in model.context.cae]
+    means, log_scales = (torch.cat(part) for part in zip(*of_slices, strict=True))
     scales = log_scales.clamp(LOG_SCALE_MIN, LOG_SCALE_MAX).exp()
-    blocks = []
+    seen = []
     for name, block in named:
-        paths = {path: outputs[module] for path, module in _paths(block).items()}
-        alpha = alphas[block.attention] if isinstance(block, CASSM) else None
-        blocks.append(Block(name, paths, alpha))
+        paths = {path: _array(outputs[module][0]) for path, module in _paths(block).items()}
+        alpha = None
+        if isinstance(block, CASSM):
+            # The MLP gives the logits of all channels for the SSM, then those for the CNN.
+            alpha = _array(outputs[block.attention][0].view(2, -1).softmax(0)[0])
+        seen.append(Block(name, paths, alpha))
     return Observation(
-        blocks,
+        seen,
         ((latents[0].to(means.dtype) - means) / scales).cpu().numpy(),
         likelihoods["y"][0].log2().neg().cpu().numpy(),
         float(likelihoods["z"].log2().neg().sum()),
     )
 
 
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.float().cpu().numpy()
+
+
 def _blocks(model: CMamba) -> list[tuple[str, nn.Module]]:
-    named = []
+    named, count = [], Counter()
     for transform, module, halvings in (("g_a", model.g_a, 0), ("g_s", model.g_s, 4)):
-        count: dict[str, int] = {}
         for stage, child in zip(transform_stages(transform, module, halvings), module, strict=True):
             if " blocks at " in stage:
-                place = stage.rpartition(" ")[2]
-                count[place] = count.get(place, 0) + 1
-                named.append((f"{transform} {place} {count[place]}", child))
+                count[stage] += 1
+                named.append((f"{stage.replace(' blocks at', '')} {count[stage]}", child))
     return named
 
 

@@ -12,40 +12,31 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
-MEMORY = Path("/proc/meminfo")
-
-
-def _size(path: Path, key: str) -> int | None:
-    """A size in bytes out of one of the kernel's lists; None where there is no such thing."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) * 1024  # the kernel writes kB and means KiB
-    return None
 
 
 def resident_bytes() -> int | None:
-    """What is in RAM now."""
-    return _size(STATUS, "VmRSS")
+    """The bytes that are in RAM now."""
+    return _status("VmRSS")
 
 
 def peak_bytes() -> int | None:
     """The most that was in RAM since the start of the process or the last `restart_peak`."""
-    return _size(STATUS, "VmHWM")
+    return _status("VmHWM")
 
 
-def available_bytes() -> int | None:
-    """What could be taken without anything having to give way."""
-    return _size(MEMORY, "MemAvailable")
+def _status(key: str) -> int | None:
+    """A size in bytes out of the kernel's list about this process; None where there is none."""
+    try:
+        found = re.search(rf"^{key}:\s*(\d+) kB", STATUS.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None  # the kernel writes kB and means KiB
 
 
 def restart_peak() -> bool:

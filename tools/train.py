@@ -62,6 +62,8 @@ def parse_args(argv: list[str] | None) -> tuple[Settings, bool]:
         _add_option(parser, field)
     given = vars(parser.parse_args(argv))
     recipe, extend = given.pop("recipe"), given.pop("extend")
+    if "model" in given:
+        given["model"] = {name: value for size in given["model"] for name, value in size.items()}
     try:
         settings = resolve(read_toml(recipe) if recipe else {}, given)
     except CMambaError as error:
@@ -74,34 +76,19 @@ def parse_args(argv: list[str] | None) -> tuple[Settings, bool]:
 
 def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
     """An option of the command line for a setting; it has no value unless it is given."""
-    default, text = field.default, field.metadata["help"]
-    options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
-    if field.name == "model":
-        options |= {"type": _size, "nargs": "+", "action": _Collect, "metavar": "KEY=VALUE"}
-    elif isinstance(default, bool):
-        options |= {"action": argparse.BooleanOptionalAction}
+    default, text, kind = field.default, field.metadata["help"], field.metadata["kind"]
+    options: dict[str, Any] = {"type": kind, "choices": field.metadata["choices"] or None}
+    if kind is bool:
+        options = {"action": argparse.BooleanOptionalAction}
+    elif kind is dict:
+        options |= {"type": _size, "nargs": "+", "action": "extend", "metavar": "KEY=VALUE"}
     elif isinstance(default, tuple):
-        kind = float if field.name in ("until", "milestones") else int
-        options |= {"type": kind, "nargs": "*", "metavar": "X"}
+        options |= {"nargs": "*", "metavar": "X"}
         text += f" (default: {' '.join(map(str, default)) or 'none'})"
-    else:
-        choices = field.metadata["choices"]
-        options |= {"type": type(default)}
-        options |= {"choices": choices or None, "metavar": None if choices else "X"}
-        text += f" (default: {default})" if default else ""
-    parser.add_argument(
-        "--" + field.name.replace("_", "-"), help=text.replace("%", "%%"), **options
-    )
-
-
-class _Collect(argparse.Action):
-    """Several KEY=VALUE, and several times the option, into one dictionary."""
-
-    def __call__(self, parser, namespace, values: Any, option_string=None) -> None:
-        merged = dict(getattr(namespace, self.dest, {}))
-        for value in values or ():
-            merged |= value
-        setattr(namespace, self.dest, merged)
+    elif default:
+        text += f" (default: {default})"
+    name = "--" + field.name.replace("_", "-")
+    parser.add_argument(name, help=text.replace("%", "%%"), default=argparse.SUPPRESS, **options)
 
 
 def _size(text: str) -> dict[str, Any]:
@@ -203,18 +190,22 @@ class Run:
         if not trainer.finished:  # a model too large for it is refused now and not after hours
             self.export_current()
         profiler = profiling.Profiler(trainer.model, settings.profile)
-        with Progress(trainer, hidden=not self.group.is_first) as progress:
+        # A bar of the part of the run that is done, in steps, minutes or core-hours.
+        form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        done, hidden = min(trainer.progress, 1.0), not self.group.is_first
+        with tqdm(total=1.0, initial=done, bar_format=form, mininterval=1, disable=hidden) as bar:
             while not (trainer.finished or trainer.stopping):
                 profiler.before_step()
                 trainer.train_step(stop=bool(signals))
                 shares = profiler.after_step()
-                progress.move()
+                bar.update(min(trainer.progress, 1.0) - bar.n)
                 if shares is not None:
                     self.write("profile", share_of_operators=shares, **trainer.throughput())
                 if trainer.step % settings.log_every == 0:
                     report = trainer.report()
                     self.write(**report)
-                    progress.show(report)
+                    loss = report.get("loss", math.nan)
+                    bar.set_postfix_str(f"step {trainer.step} loss {loss:.4f}", refresh=False)
                 if trainer.finished:
                     break
                 if self.exporter is not None and self.exporter.is_due:
@@ -297,8 +288,9 @@ class Run:
 
         Of each image the centre is counted, at its own scale.
         """
-        spread = self.images.train[:: max(1, len(self.images.train) // self.settings.fit_tables)]
-        chosen = spread[: self.settings.fit_tables][self.group.rank :: self.group.size]
+        images, count = self.images.train, self.settings.fit_tables
+        spread = images[:: max(1, len(images) // count)][:count]
+        chosen = spread[self.group.rank :: self.group.size]
         crops = data.centre_crops(chosen, FITTED_CROP, len(chosen))
         counts = fitting.count_symbols(model, crops, validation.qualities_of(model))
         model.gaussian_conditional.fit(self.group.sum(torch.from_numpy(counts)).numpy())
@@ -339,41 +331,6 @@ def read_record(path: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise TrainingError(f"`continue_from` must hold a JSON object, got {path!r}")
     return record
-
-
-class Progress:
-    """A bar of the steps, or of the time, that are done."""
-
-    def __init__(self, trainer: Trainer, *, hidden: bool) -> None:
-        self.trainer = trainer
-        steps = trainer.settings.steps
-        self.bar = tqdm(
-            total=steps or 1.0,
-            initial=self._done(),
-            unit="step",
-            bar_format=None if steps else "{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
-            mininterval=1,
-            disable=hidden,
-        )
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def move(self) -> None:
-        """Move on to where the run is."""
-        self.bar.update(self._done() - self.bar.n)
-
-    def show(self, report: dict[str, Any]) -> None:
-        """Show the loss of a report."""
-        loss = report.get("loss", math.nan)
-        self.bar.set_postfix_str(f"step {self.trainer.step} loss {loss:.4f}", refresh=False)
-
-    def _done(self) -> float:
-        trainer = self.trainer
-        return trainer.step if trainer.settings.steps else min(trainer.progress, 1.0)
 
 
 if __name__ == "__main__":

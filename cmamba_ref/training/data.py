@@ -6,7 +6,6 @@ made by a thread need not be sent anywhere.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import threading
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ MAX_NAMED = 20
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Shapes = Callable[[int, int], Mapping[str, tuple[int, int, int]]]
 
 
@@ -69,7 +70,7 @@ def find_images(
     kept: dict[Path, tuple[int, int]] = {}
     left_out: dict[Path, ImageError] = {}
     with ThreadPoolExecutor(workers) as pool:
-        sizes = pool.map(lambda path: _size(path, smallest_side), paths)
+        sizes = pool.map(lambda path: _result_or_error(_size, path, smallest_side), paths)
         for path, size in zip(paths, sizes, strict=True):
             if isinstance(size, ImageError):
                 left_out[path] = size
@@ -85,10 +86,11 @@ def find_images(
                 )
             names = list(kept)
             apart = names[:: len(names) // held_out][:held_out]
+            decoded = pool.map(lambda path: _result_or_error(_decodes, path), apart)
             refused = {
                 path: error
-                for path, error in zip(apart, pool.map(_refusal, apart), strict=True)
-                if error is not None
+                for path, error in zip(apart, decoded, strict=True)
+                if isinstance(error, ImageError)
             }
             if not refused:
                 break
@@ -101,31 +103,27 @@ def find_images(
     return TrainingImages(train, apart, fingerprint)
 
 
-def _size(path: Path, smallest_side: int) -> tuple[int, int] | ImageError:
-    """Return width and height of an image, or why it is left out."""
-    try:
-        size = check_header(path)
-    except (ImageError, OSError) as error:
-        return _as_image_error(error)
+def _size(path: Path, smallest_side: int) -> tuple[int, int]:
+    """Return width and height of an image."""
+    size = check_header(path)
     if min(size) < smallest_side:
         reason = f"smaller than the crop of {smallest_side}"
-        return ImageError(f"{path} is {reason}: {size[0]}x{size[1]} pixels", reason)
+        raise ImageError(f"{path} is {reason}: {size[0]}x{size[1]} pixels", reason)
     return size
 
 
-def _refusal(path: Path) -> ImageError | None:
-    """Return why an image cannot be decoded, or None if it can."""
+def _decodes(path: Path) -> bool:
+    return read_image(path).size > 0
+
+
+def _result_or_error(read: Callable[..., T], path: Path, *arguments: int) -> T | ImageError:
+    """Return what `read` makes of an image, or why it cannot be used."""
     try:
-        read_image(path)
-    except (ImageError, OSError) as error:
-        return _as_image_error(error)
-    return None
-
-
-def _as_image_error(error: ImageError | OSError) -> ImageError:
-    if isinstance(error, ImageError):
+        return read(path, *arguments)
+    except ImageError as error:
         return error
-    return ImageError(explain(error) or str(error), "cannot be read")
+    except OSError as error:
+        return ImageError(explain(error) or str(error), "cannot be read")
 
 
 def _log_left_out(left_out: Mapping[Path, ImageError], count: int, folder: Path) -> None:
@@ -182,8 +180,9 @@ def centre_crops(paths: Iterable[Path], size: int, count: int) -> list[np.ndarra
     for path in paths:
         if len(crops) == count:
             break
-        with contextlib.suppress(ImageError, OSError):  # `CropCache` names it when it is met
-            crops.append(centre_crop(read_rgb(path), size))
+        image = _result_or_error(read_rgb, path)
+        if not isinstance(image, ImageError):  # `CropCache` names it when it is met
+            crops.append(centre_crop(image, size))
     return crops
 
 
@@ -256,14 +255,14 @@ class CropCache:
     def _decode(self, number: int) -> np.ndarray:
         for offset in range(len(self.paths)):
             path = self.paths[(number + offset) % len(self.paths)]
-            try:
-                return read_rgb(path)
-            except (ImageError, OSError) as error:
-                with self._lock:
-                    told = path in self._refused
-                    self._refused.add(path)
-                if not told:
-                    logger.warning("%s; the next image is used instead", _as_image_error(error))
+            image = _result_or_error(read_rgb, path)
+            if not isinstance(image, ImageError):
+                return image
+            with self._lock:
+                told = path in self._refused
+                self._refused.add(path)
+            if not told:
+                logger.warning("%s; the next image is used instead", image)
         raise TrainingError("`data` must hold images that can be decoded, got none")
 
 

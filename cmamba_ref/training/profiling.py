@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -104,20 +103,13 @@ def _marked(model: CMamba) -> Iterator[None]:
     def leave(*_: object) -> None:
         ranges.pop().__exit__(None, None, None)
 
-    def marked(function):
-        @functools.wraps(function)
-        def call(*args):
-            with torch.profiler.record_function(ENTROPY):
-                return function(*args)
-
-        return call
-
     priors: list[nn.Module] = [model.entropy_bottleneck, model.gaussian_conditional]
     with contextlib.ExitStack() as stack:
         for module in (model.h_s, model.context):
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave).remove)
         for prior in priors:
-            prior.likelihood = marked(prior.likelihood)  # type: ignore[assignment]
+            marked = torch.profiler.record_function(ENTROPY)(prior.likelihood)
+            prior.likelihood = marked  # type: ignore[assignment]
             stack.callback(delattr, prior, "likelihood")
         yield

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cmamba_ref.config import CONFIGS, CMambaConfig
 from cmamba_ref.errors import InvalidArgumentError
 from cmamba_ref.metrics import MS_SSIM_MIN_SIDE
@@ -21,17 +23,36 @@ DECAYS = ("linear", "cosine", "step")
 DISTORTIONS = ("mse", "ms-ssim")
 OPTIMISERS = ("adam", "adamw", "soap")
 PRECISIONS = ("fp32", "bf16", "auto")
+# One of them says how long to train.
+LENGTHS = {"steps", "minutes", "core_hours"}
 CODED = ("never", "end", "always")
 
 
-def _setting(default: Any, help: str, *, may_change: bool = False, choices: tuple = ()) -> Any:
+def _setting(
+    default: Any,
+    help: str,
+    low: float | None = None,
+    high: float = math.inf,
+    *,
+    may_change: bool = False,
+    choices: tuple = (),
+) -> Any:
     """A field with what the command line says about it.
 
     Args:
+        low, high: bounds of a number, or of each entry of several; `low` has their type.
         may_change: whether a run may go on with another value: it says how, where or how often
             something is done, and not what is learned beyond rounding.
     """
-    metadata = {"help": help, "may_change": may_change, "choices": choices}
+    metadata = {
+        "help": help,
+        "kind": type(default) if low is None else type(low),
+        "bounds": None if low is None else (low, high),
+        "may_change": may_change,
+        "choices": choices,
+    }
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -53,73 +74,88 @@ class Settings:
     continue_from: str = _setting(
         "", "with init: the run.json beside these weights, to go on where it says", may_change=True
     )
-    model: Mapping[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "sizes that differ from those of config, as KEY=VALUE in TOML's notation"}
-        | {"may_change": True, "choices": ()},
+    model: Mapping[str, Any] = _setting(
+        {},
+        "sizes that differ from those of config, as KEY=VALUE in TOML's notation",
+        may_change=True,
     )
 
-    steps: int = _setting(0, "length of training in optimiser steps")
-    minutes: float = _setting(0.0, "length in minutes of training, validation not counted")
-    core_hours: float = _setting(0.0, "length in hours of processor time, of all processes")
-    crop: tuple[int, ...] = _setting((128,), "side of the crops, one for each phase")
-    batch: tuple[int, ...] = _setting((8,), "crops per step over all processes, for each phase")
-    until: tuple[float, ...] = _setting((), "part of the run at which each phase but the last ends")
-    accumulate: int = _setting(1, "parts of a batch that a process does in turn", may_change=True)
-    scale: float = _setting(2.0, "maximum random downscale factor of a crop")
-    graphics: float = _setting(0.0, "share of crops that are drawn: text, shapes, screenshots")
+    steps: int = _setting(0, "length of training in optimiser steps", 0)
+    minutes: float = _setting(0.0, "length in minutes of training, validation not counted", 0.0)
+    core_hours: float = _setting(0.0, "length in hours of processor time, of all processes", 0.0)
+    crop: tuple[int, ...] = _setting((128,), "side of the crops, one for each phase", MULTIPLE)
+    batch: tuple[int, ...] = _setting((8,), "crops per step over all processes, for each phase", 1)
+    until: tuple[float, ...] = _setting(
+        (), "part of the run at which each phase but the last ends", 1e-6, 1
+    )
+    accumulate: int = _setting(
+        1, "parts of a batch that a process does in turn", 1, may_change=True
+    )
+    scale: float = _setting(2.0, "maximum random downscale factor of a crop", 1.0, 64)
+    graphics: float = _setting(
+        0.0, "share of crops that are drawn: text, shapes, screenshots", 0.0, 1
+    )
 
     distortion: str = _setting("mse", "what the loss measures", choices=DISTORTIONS)
-    lmbda: float = _setting(0.013, "trade-off of a fixed-rate model")
-    balance: float = _setting(0.5, "variable rate: the loss is divided by lambda^BALANCE")
+    lmbda: float = _setting(0.013, "trade-off of a fixed-rate model", 1e-12)
+    balance: float = _setting(0.5, "variable rate: the loss is divided by lambda^BALANCE", -8.0, 8)
 
     optimiser: str = _setting("adam", "of the weights", choices=OPTIMISERS)
-    lr: float = _setting(1e-4, "learning rate after warm-up")
-    final_lr: float = _setting(1e-5, "learning rate at the end")
-    warmup: int = _setting(200, "steps of linear warm-up")
+    lr: float = _setting(1e-4, "learning rate after warm-up", 1e-12, 1e3)
+    final_lr: float = _setting(1e-5, "learning rate at the end", 0.0, 1e3)
+    warmup: int = _setting(200, "steps of linear warm-up", 0)
     schedule: str = _setting("linear", "shape of the fall from lr to final_lr", choices=DECAYS)
-    decay: float = _setting(0.3, "final part of the run in which a linear or cosine rate falls")
-    milestones: tuple[float, ...] = _setting(
-        (0.8, 0.9, 0.95), "parts of the run at which a rate of schedule step falls, evenly in log"
+    decay: float = _setting(
+        0.3, "final part of the run in which a linear or cosine rate falls", 0.0, 1
     )
-    aux_lr: float = _setting(1e-3, "learning rate of the prior's quantiles")
-    weight_decay: float = _setting(0.0, "of adamw, on weights of convolutions and linear layers")
-    clip: float = _setting(1.0, "bound of the gradient norm; 0: none")
-    ema: float = _setting(0.999, "decay of the averaged weights that are exported; 0: no average")
+    milestones: tuple[float, ...] = _setting(
+        (0.8, 0.9, 0.95),
+        "parts of the run at which a rate of schedule step falls, evenly in log",
+        0.0,
+        1,
+    )
+    aux_lr: float = _setting(1e-3, "learning rate of the prior's quantiles", 0.0, 1e3)
+    weight_decay: float = _setting(
+        0.0, "of adamw, on weights of convolutions and linear layers", 0.0, 1e3
+    )
+    clip: float = _setting(1.0, "bound of the gradient norm; 0: none", 0.0)
+    ema: float = _setting(
+        0.999, "decay of the averaged weights that are exported; 0: no average", 0.0, 1 - 1e-9
+    )
     precision: str = _setting(
         "fp32",
         "bf16: autocast of the transforms, not of scans and entropy model; auto: bf16 where the "
         "device has it, so a run that moves to another machine may change",
         choices=PRECISIONS,
     )
-    seed: int = _setting(0, "of everything random")
+    seed: int = _setting(0, "of everything random", 0, 2**32)
 
-    validation: int = _setting(8, "images held out")
-    validation_crop: int = _setting(256, "side of their centre crops", may_change=True)
+    validation: int = _setting(8, "images held out", 1)
+    validation_crop: int = _setting(256, "side of their centre crops", MULTIPLE, may_change=True)
     validate_every: int = _setting(
-        1000, "steps between validations; 0: only at the end", may_change=True
+        1000, "steps between validations; 0: only at the end", 0, may_change=True
     )
     coded: str = _setting(
         "end", "when held-out crops are coded to files", may_change=True, choices=CODED
     )
-    samples: int = _setting(2, "held-out crops that are written as PNG", may_change=True)
+    samples: int = _setting(2, "held-out crops that are written as PNG", 0, may_change=True)
 
-    save_every: float = _setting(5.0, "minutes between checkpoints", may_change=True)
-    keep: int = _setting(3, "newest checkpoints that are kept, beside the best", may_change=True)
-    log_every: int = _setting(50, "steps between records in the log", may_change=True)
+    save_every: float = _setting(5.0, "minutes between checkpoints", 0.0, may_change=True)
+    keep: int = _setting(3, "newest checkpoints that are kept, beside the best", 1, may_change=True)
+    log_every: int = _setting(50, "steps between records in the log", 1, may_change=True)
     tensorboard: bool = _setting(False, "also log for TensorBoard (extra: train)", may_change=True)
-    profile: int = _setting(0, "steps to profile at the start of this command", may_change=True)
+    profile: int = _setting(0, "steps to profile at the start of this command", 0, may_change=True)
 
     device: str = _setting("auto", "cpu, cuda, or auto: cuda where there is one", may_change=True)
     processes: int = _setting(
-        0, "processes on this machine's CPU; 0: one per core, as batches allow", may_change=True
+        0, "processes on this machine's CPU; 0: one per core, as batches allow", 0, may_change=True
     )
     threads: int = _setting(
-        0, "torch threads of a process; 0: 1 of several, torch's choice of one", may_change=True
+        0, "torch threads of a process; 0: 1 of several, torch's choice of one", 0, may_change=True
     )
-    workers: int = _setting(4, "threads that read images, per machine", may_change=True)
+    workers: int = _setting(4, "threads that read images, per machine", 1, may_change=True)
     cache_gib: float = _setting(
-        2.0, "memory for crops cut in advance, per machine, in GiB", may_change=True
+        2.0, "memory for crops cut in advance, per machine, in GiB", 0.0, 2.0**20, may_change=True
     )
     channels_last: bool = _setting(True, "keep channels last in memory", may_change=True)
     compile: bool = _setting(False, "compile the model by torch.compile", may_change=True)
@@ -128,19 +164,25 @@ class Settings:
     )
 
     fit_tables: int = _setting(
-        0, "training images whose symbols make the entropy tables at the end", may_change=True
+        0, "training images whose symbols make the entropy tables at the end", 0, may_change=True
     )
     export: str = _setting(
         "", "folder for log, best and current model, in float16, all the time", may_change=True
     )
-    export_every: float = _setting(60.0, "seconds between these exports", may_change=True)
+    export_every: float = _setting(60.0, "seconds between these exports", 0.0, may_change=True)
     export_keep: int = _setting(
-        8, "files in that folder at most: 3 current, log, 3 best", may_change=True
+        8, "files in that folder at most: 3 current, log, 3 best", 3, may_change=True
     )
 
     def __post_init__(self) -> None:
-        for name, value in _checked(self).items():
-            object.__setattr__(self, name, value)
+        for setting in dataclasses.fields(self):
+            value = _checked(setting, getattr(self, setting.name))
+            object.__setattr__(self, setting.name, value)
+        for name in ("crop", "validation_crop"):
+            if np.mod(getattr(self, name), MULTIPLE).any():
+                raise InvalidArgumentError(
+                    f"`{name}` must be a multiple of {MULTIPLE}, got {getattr(self, name)}"
+                )
         if len(self.batch) != len(self.crop) or len(self.until) != len(self.crop) - 1:
             raise InvalidArgumentError(
                 "`crop` must have as many entries as `batch` and one more than `until`, got "
@@ -203,97 +245,26 @@ class Settings:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
-# The lowest and the highest value of each number; where both are open, it is a rule of its own.
-_RANGES: dict[str, tuple[float, float]] = {
-    "steps": (0, 10**12),
-    "minutes": (0, math.inf),
-    "core_hours": (0, math.inf),
-    "crop": (MULTIPLE, 65536),
-    "batch": (1, 65536),
-    "until": (1e-6, 1),
-    "accumulate": (1, 65536),
-    "scale": (1, 64),
-    "graphics": (0, 1),
-    "lmbda": (1e-12, 1e12),
-    "balance": (-8, 8),
-    "lr": (1e-12, 1e3),
-    "final_lr": (0, 1e3),
-    "warmup": (0, 10**12),
-    "decay": (0, 1),
-    "milestones": (0, 1),
-    "aux_lr": (0, 1e3),
-    "weight_decay": (0, 1e3),
-    "clip": (0, math.inf),
-    "ema": (0, 1 - 1e-9),
-    "seed": (0, 2**32),
-    "validation": (1, 10**9),
-    "validation_crop": (MULTIPLE, 65536),
-    "validate_every": (0, 10**12),
-    "samples": (0, 10**9),
-    "save_every": (0, math.inf),
-    "keep": (1, 10**9),
-    "log_every": (1, 10**12),
-    "fit_tables": (0, 10**9),
-    "export_every": (0, math.inf),
-    "export_keep": (3, 10**9),
-    "profile": (0, 10**6),
-    "processes": (0, 65536),
-    "threads": (0, 65536),
-    "workers": (1, 65536),
-    "cache_gib": (0, 2.0**20),
-}
-
-
-def _checked(settings: Settings) -> dict[str, Any]:
-    """The value of each setting, in its own type and range."""
-    checked = {}
-    for f in dataclasses.fields(settings):
-        value = getattr(settings, f.name)
-        if f.name == "model":
-            if not isinstance(value, Mapping):
-                raise InvalidArgumentError(f"`model` must be a table of sizes, got {value!r}")
-            checked["model"] = dict(value)
-            continue
-        several = isinstance(f.default, tuple)
-        # TOML and JSON have no tuples, and one number is a sequence of one.
-        entries = tuple(value) if several and isinstance(value, list | tuple) else (value,)
-        kind = _kind(f.name, f.default)
-        entries = tuple(_converted(f.name, entry, kind) for entry in entries)
-        if f.name in _RANGES:
-            low, high = _RANGES[f.name]
-            for entry in entries:
-                if not low <= entry <= high:  # also false for NaN
-                    raise InvalidArgumentError(
-                        f"`{f.name}` must be from {low:g} to {high:g}, got {entry!r}"
-                    )
-        choices = f.metadata["choices"]
-        if choices and entries[0] not in choices:
+def _checked(setting: dataclasses.Field, value: Any) -> Any:
+    """The value of a setting, in its own type and range."""
+    name, kind, bounds = setting.name, setting.metadata["kind"], setting.metadata["bounds"]
+    choices, several = setting.metadata["choices"], isinstance(setting.default, tuple)
+    # TOML and JSON have no tuples, and one number is a sequence of one.
+    entries = tuple(value) if several and isinstance(value, list | tuple) else (value,)
+    if kind is float:
+        entries = tuple(float(entry) if type(entry) is int else entry for entry in entries)
+    for entry in entries:
+        if type(entry) is not kind:
+            raise InvalidArgumentError(f"`{name}` must be of type {kind.__name__}, got {entry!r}")
+        if bounds and not bounds[0] <= entry <= bounds[1]:  # also for NaN
             raise InvalidArgumentError(
-                f"`{f.name}` must be one of {', '.join(choices)}, got {entries[0]!r}"
+                f"`{name}` must be from {bounds[0]:g} to {bounds[1]:g}, got {entry!r}"
             )
-        checked[f.name] = entries if several else entries[0]
-    for name in ("crop", "validation_crop"):
-        sides = checked[name] if isinstance(checked[name], tuple) else (checked[name],)
-        if any(side % MULTIPLE for side in sides):
+        if choices and entry not in choices:
             raise InvalidArgumentError(
-                f"`{name}` must be a multiple of {MULTIPLE}, got {checked[name]}"
+                f"`{name}` must be one of {', '.join(choices)}, got {entry!r}"
             )
-    return checked
-
-
-def _kind(name: str, default: object) -> type:
-    """The type of a setting, or of the entries of one that has several."""
-    if isinstance(default, tuple):
-        return float if name in ("until", "milestones") else int
-    return type(default)
-
-
-def _converted(name: str, value: object, kind: type) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        raise InvalidArgumentError(f"`{name}` must be of type {kind.__name__}, got {value!r}")
-    return value
+    return entries if several else entries[0]
 
 
 def read_toml(path: str | os.PathLike) -> dict[str, Any]:
@@ -322,9 +293,8 @@ def resolve(file: Mapping[str, Any], overrides: Mapping[str, Any]) -> Settings:
     the override counts; sizes in `model` are taken one by one.
     """
     values = dict(file)
-    lengths = ("steps", "minutes", "core_hours")
     for winner, losers in (
-        *((length, [other for other in lengths if other != length]) for length in lengths),
+        *((length, LENGTHS - {length}) for length in LENGTHS),
         ("init", ("config", "model", "continue_from")),
         ("config", ("init", "continue_from")),
     ):
@@ -352,11 +322,8 @@ def conflicts(saved: Mapping[str, Any], now: Settings, *, extend: bool) -> list[
         before, after = saved.get(f.name), wanted[f.name]
         if before == after or f.metadata["may_change"]:
             continue
-        if f.name in ("steps", "minutes", "core_hours"):
-            if extend and before and after > before:
-                continue
-            hint = ", unless you say --extend" if before and after > before else ""
+        is_longer = f.name in LENGTHS and before and after > before
+        if not (is_longer and extend):
+            hint = ", unless you say --extend" if is_longer else ""
             found.append(f"{f.name} was {before} and is now {after}{hint}")
-        else:
-            found.append(f"{f.name} was {before} and is now {after}")
     return found

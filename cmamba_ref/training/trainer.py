@@ -236,9 +236,12 @@ class Trainer:
             noise = {name: _moved(values[part], device) for name, values in batch.noise.items()}
             # Gradients are exchanged once, with those of the last part.
             last = start + size == len(batch.x)
-            with contextlib.nullcontext() if last else self._alone():
+            network, wait = self.network, contextlib.nullcontext()
+            if isinstance(network, nn.parallel.DistributedDataParallel) and not last:
+                wait = network.no_sync()
+            with wait:
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                    output = self.network(x, quality, noise)
+                    output = network(x, quality, noise)
                 losses = objective(self.model, output, x, quality, s)
                 self.clock.lap("forward")
                 (losses["loss"].sum() / len(batch.x)).backward()
@@ -246,12 +249,6 @@ class Trainer:
             names = ("loss", "bpp", "distortion")
             sums += torch.stack([losses[name].detach().double().sum() for name in names])
         return sums
-
-    def _alone(self) -> contextlib.AbstractContextManager:
-        network = self.network
-        if isinstance(network, nn.parallel.DistributedDataParallel):
-            return network.no_sync()
-        return contextlib.nullcontext()
 
     def _train_quantiles(self) -> Tensor:
         self.aux_optimiser.zero_grad()
