@@ -61,7 +61,7 @@ def check_elsewhere(images: dict[str, tuple[np.ndarray, float]], folder: Path) -
         with recording() as seen:
             decoded = cmamba_ref.decode(data, model)
         here[name] = decoded, seen[0]
-    run_elsewhere("test_determinism.decode_all", folder, OMP_NUM_THREADS="1")
+    run_elsewhere("test_determinism.decode_all", folder)
     for name, (decoded, seen) in here.items():
         there = dict(np.load(folder / f"{name}.npz"))
         difference = np.abs(there.pop("decoded").astype(int) - decoded.astype(int))
@@ -329,15 +329,15 @@ def test_other_symbols_and_pixels_are_found(job):
 
 @pytest.mark.slow
 def test_the_command_measures_all_settings(tmp_path):
-    """Reduced: one image, one backend, as many pairs as that needs."""
+    """Reduced: one small image and model, one backend, as many pairs as that needs."""
     (tmp_path / "images").mkdir()
-    Image.fromarray(picture(130, 200)).save(tmp_path / "images" / "a.png")
+    Image.fromarray(picture(64, 64)).save(tmp_path / "images" / "a.png")
     output = tmp_path / "determinism.json"
-    arguments = [str(tmp_path / "images"), "--backends", "chunked", "--pairs", "10"]
-    assert determinism.main([*arguments, "-o", str(output)]) == 0
+    small = ["--model", determinism.SMALL_MODEL, "--backends", "chunked", "--pairs", "10"]
+    assert determinism.main([str(tmp_path / "images"), *small, "-o", str(output)]) == 0
     report = json.loads(output.read_text())
     assert report["meta"]["all_promises_kept"]
     assert report["pictures"]["settings"] == len(report["pictures"]["rows"]) == 32
-    assert report["pictures"]["indexes"] == 32 * 2.5 * 128 * 12 * 16
+    assert report["pictures"]["indexes"] == 32 * 2.5 * 16 * 4 * 4
     assert report["pairs"]["files"] == 40 and report["pairs"]["files_with_other_symbols"] == 0
     assert report["pairs"]["pixels"]["float32"]["values"] > 0

@@ -1,9 +1,7 @@
 """Hostile inputs for every target of the fuzzer: kept ones, drawn ones, those of a short run."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +14,7 @@ if sys.platform != "linux":
 
 import fuzz_targets
 import torch
-from codec_helpers import TESTS, run_elsewhere
+from codec_helpers import TESTS, run_elsewhere, run_python
 from fuzz_targets import TARGETS, Target, UnexpectedError
 
 EXAMPLES = json.loads((TESTS / "hostile_examples.json").read_text())
@@ -121,30 +119,22 @@ fuzz.main()
 """
 
 
-def run_fuzzer(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def corpus(tmp_path):
     pytest.importorskip("atheris", reason="atheris is not installed")
-    tools = str(TESTS.parent / "tools")
-    paths = os.pathsep.join([str(TESTS.parent), tools, os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return tmp_path / "corpus"
 
 
-def test_the_fuzzer_extends_its_corpus(tmp_path):
-    tool = str(TESTS.parent / "tools" / "fuzz.py")
-    done = run_fuzzer(tmp_path, tool, "rans-stream", "corpus", "-runs=300", "-seed=1")
+def test_the_fuzzer_extends_its_corpus(corpus):
+    command = [str(TESTS.parent / "tools" / "fuzz.py"), "rans-stream"]
+    done = run_python(*command, str(corpus), "-runs=300", "-seed=1")
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "corpus").iterdir())) > len(TARGETS["rans-stream"].seeds())
-    one = run_fuzzer(tmp_path, tool, "rans-stream", "corpus/seed-0")
-    assert one.returncode == 0 and "Executed corpus/seed-0" in one.stderr
+    assert len(list(corpus.iterdir())) > len(TARGETS["rans-stream"].seeds())
+    one = run_python(*command, str(corpus / "seed-0"))
+    assert one.returncode == 0 and "seed-0" in one.stderr
 
 
-def test_the_fuzzer_saves_a_finding(tmp_path):
-    done = run_fuzzer(tmp_path, "-c", FAULTY, "info", "corpus")
+def test_the_fuzzer_saves_a_finding(corpus):
+    done = run_python("-c", FAULTY, "info", str(corpus))
     assert done.returncode != 0 and "ZeroDivisionError" in done.stdout + done.stderr
-    assert list(tmp_path.glob("crash-*"))
+    assert list(corpus.parent.glob("crash-*"))
