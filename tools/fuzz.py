@@ -19,7 +19,7 @@ import atheris  # pyright: ignore[reportMissingModuleSource]  # only in the extr
 from atheris import import_hook  # pyright: ignore[reportMissingModuleSource]
 
 with import_hook.instrument_imports(include=["cmamba_ref", "PIL"]):
-    from fuzz_targets import TARGETS, limit_memory
+    from fuzz_targets import TARGETS, change_all, limit_memory
 
 import torch
 
@@ -49,7 +49,8 @@ def main() -> None:
         def change(part: bytes) -> bytes:
             return atheris.Mutate(part, max_size)
 
-        return (target.mutate(data, change) if seed % 2 else change(data))[:max_size]
+        mutated = (target.mutate if seed % 2 else change_all)(data, change)
+        return mutated[:max_size]
 
     torch.set_num_threads(1)
     limit_memory()

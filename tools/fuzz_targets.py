@@ -54,6 +54,10 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
+def change_all(data: bytes, change: Change) -> bytes:
+    return change(data)
+
+
 def check_image(image: np.ndarray, shape: tuple[int, ...]) -> str:
     if image.shape != shape or image.dtype != np.uint8:
         raise UnexpectedError(f"{image.dtype}{image.shape} where {shape} was declared")
@@ -298,7 +302,7 @@ class Target:
     use: Callable[[bytes], str]
     errors: tuple[type[Exception], ...]
     seeds: Callable[[], list[bytes]]
-    mutate: Callable[[bytes, Change], bytes] = lambda data, change: change(data)
+    mutate: Callable[[bytes, Change], bytes] = change_all
 
 
 REFUSED = (BitstreamError, MemoryLimitError)
