@@ -14,11 +14,11 @@ To keep this short, a combination gets every sixth image (--every), each combina
 another one, so that all images occur; `triton`, where it runs in the interpreter, gets a small
 model of random weights and 64x64 pixels.
 
-Then 16 pairs of a setting that encodes and one that decodes, each in a process of its own, in which
-every two settings of either side meet in all their values. Each pair codes the central 192x128
-pixels of four images. Decoders compare the symbols with their CRC; pixels are compared with those
-that the encoder's side decodes, with the same type of weights: what bfloat16 does to the image is
-not in question here.
+Then 16 pairs of a setting that encodes and one that decodes, in which every two settings of either
+side meet in all their values. One process encodes and another one decodes. Each pair codes the
+central 192x128 pixels of four images. Decoders compare the symbols with their CRC; pixels are
+compared with those that the encoder's side decodes, with the same type of weights: what bfloat16
+does to the image is not in question here.
 
 The exit status is 1 if symbols depend on a setting, pixels of float32 weights differ by more than
 1, or a measurement failed; 2 for wrong arguments.
@@ -37,7 +37,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from itertools import cycle, groupby, islice, product
+from itertools import chain, cycle, groupby, islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -294,7 +294,7 @@ def find_jobs(
     eager = [backend for backend in backends if backend != "triton"]
     triton = [backend for backend in backends if backend == "triton"]
     jobs = {}
-    for part, of_part, chosen, taken, crop in (
+    for part, model_of_part, chosen, taken, crop in (
         ("pictures", model, eager, paths, None),
         ("small", SMALL_MODEL, triton, paths[:every], CROP_OF_TRITON),
     ):
@@ -303,7 +303,7 @@ def find_jobs(
             for path, quality in zip(taken, cycle(QUALITIES))
         ]
         jobs[part] = [
-            Job(of_part, BASELINE, Setting(*values), tuple(sources[i % every :: every]))
+            Job(model_of_part, BASELINE, Setting(*values), tuple(sources[i % every :: every]))
             for i, values in enumerate(product(*axes(chosen)))
         ]
     return jobs
@@ -405,7 +405,7 @@ def main(argv: list[str] | None = None) -> int:
         parts = find_jobs(paths, args.model, args.backends, every, Path(folder))
         parts["pairs"] = find_pairs(paths, args.model, args.backends, args.pairs, Path(folder))
         parts = {part: jobs for part, jobs in parts.items() if jobs}
-        jobs = [job for of_part in parts.values() for job in of_part]
+        jobs = list(chain.from_iterable(parts.values()))
         in_fresh_process(write, jobs)
         results = iter(in_fresh_process(read, jobs))
     report = {p: report_of(p, js, list(islice(results, len(js)))) for p, js in parts.items()}
