@@ -1,11 +1,10 @@
-"""Models, pictures and recordings for the tests of the codec.
+"""Models, images and recordings for the tests of the codec, and commands in other processes.
 
-CMAMBA_TEST_MODEL: a directory of weights to test in place of the ones that ship.
+CMAMBA_TEST_MODEL: a directory of weights to test in place of the bundled ones.
 """
 
 import dataclasses
 import functools
-import hashlib
 import os
 import struct
 import subprocess
@@ -28,6 +27,8 @@ from cmamba_ref.entropy import latent_coder, rans
 from cmamba_ref.nn.context import ContextModel
 
 TESTS = Path(__file__).resolve().parent
+# For other processes: the modules that this one finds, and one thread each.
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 QUALITIES = (1, 2.5, 4, 6.3, 8)
 
 SMALL = dataclasses.replace(
@@ -45,7 +46,7 @@ ONE_RATE = dataclasses.replace(SMALL, name="small-random-one-rate", lmbdas=())
 
 @functools.cache
 def shipped_model() -> CMamba:
-    """The model that ships with the package."""
+    """The model that is bundled with the package."""
     return CMamba.from_pretrained(os.environ.get("CMAMBA_TEST_MODEL", "tiny"))
 
 
@@ -67,7 +68,7 @@ def random_model(config: CMambaConfig = SMALL, seed: int = 0) -> CMamba:
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A uint8 picture `[H, W, 3]`: a gradient, waves and some noise."""
+    """A uint8 image `[H, W, 3]`: a gradient, waves and some noise."""
     rng = np.random.default_rng(seed)
     row, column = np.mgrid[0:height, 0:width]
     channels = [
@@ -85,19 +86,19 @@ def load_picture(path: Path) -> np.ndarray:
 
 
 def as_input(image: np.ndarray) -> torch.Tensor:
-    """A uint8 picture `[H, W, 3]` as the model takes it, `[1, 3, H, W]` in 0...1."""
+    """A uint8 image `[H, W, 3]` as the model takes it, `[1, 3, H, W]` in 0...1."""
     return torch.tensor(image).permute(2, 0, 1)[None] / 255
 
 
 @dataclasses.dataclass
 class Recording:
-    """What the coding of one picture went through.
+    """All that the coding of one image went through.
 
     Attributes:
         symbols: all symbols in coding order, z then y.
         indexes: the table index of each of them.
         log_scales: of y, float64, in coding order.
-        y_bar: what g_s starts from, float64.
+        y_bar: the input of g_s, float64.
     """
 
     symbols: np.ndarray
@@ -108,7 +109,7 @@ class Recording:
 
 @contextmanager
 def recording() -> Iterator[list[Recording]]:
-    """Watch the coding (either way) of one picture; the list holds the recording afterwards."""
+    """Watch the coding (either way) of one image; the list holds the recording afterwards."""
     seen: list[Recording] = []
     blocks: list[tuple[np.ndarray, np.ndarray]] = []
     log_scales: list[np.ndarray] = []
@@ -150,24 +151,21 @@ def recording() -> Iterator[list[Recording]]:
     seen.append(Recording(symbols.astype(np.int32), indexes, np.concatenate(log_scales), y_bar))
 
 
-def assert_same_coding(decoded: Recording, encoded: Recording) -> float:
-    """Symbols equal and y_bar within the promised 1e-9; returns the largest difference of y_bar."""
+def assert_same_coding(decoded: Recording, encoded: Recording) -> None:
+    """Symbols equal, and y_bar within the promised 1e-9."""
     assert np.array_equal(decoded.symbols, encoded.symbols)
     assert np.array_equal(decoded.indexes, encoded.indexes)
-    worst = float(np.abs(decoded.y_bar - encoded.y_bar).max())
-    assert worst <= 1e-9
-    return worst
+    assert np.abs(decoded.y_bar - encoded.y_bar).max() <= 1e-9
 
 
 @dataclasses.dataclass
 class RoundTrip:
-    """A picture through a file on disk."""
+    """An image through a file on disk."""
 
     size: int
     image: np.ndarray
     decoded: np.ndarray
     encoder: Recording
-    decoder: Recording
 
 
 def round_trip(model: CMamba, image: np.ndarray, quality: float | None, path: Path) -> RoundTrip:
@@ -178,22 +176,17 @@ def round_trip(model: CMamba, image: np.ndarray, quality: float | None, path: Pa
         decoded = cmamba_ref.decode(data, model)
     assert decoded.shape == image.shape and decoded.dtype == np.uint8
     assert_same_coding(at_decoder[0], at_encoder[0])
-    return RoundTrip(len(data), image, decoded, at_encoder[0], at_decoder[0])
+    return RoundTrip(len(data), image, decoded, at_encoder[0])
 
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
     """Convolutions by other code, in another order of summation."""
-    torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` warns
+    torch.backends.mkldnn.enabled = False  # `torch.backends.mkldnn.flags` warns
     try:
         yield
     finally:
-        torch._C._set_mkldnn_enabled(True)
-
-
-def digest(values: np.ndarray) -> str:
-    """A fingerprint of an array, to compare across processes."""
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+        torch.backends.mkldnn.enabled = True
 
 
 # The header as docs/format.md has it: name of the field, offset, struct format.
@@ -237,20 +230,27 @@ def with_checksum(body: bytes | bytearray) -> bytes:
     return bytes(body) + struct.pack("<I", zlib.crc32(body))
 
 
-def run_elsewhere(function: str, *arguments: Path, **environment: str) -> str:
-    """Call a function of a test module, "module.function", in a process of its own.
-
-    Returns what it prints; its arguments are paths.
-    """
+def run_elsewhere(function: str, *arguments: Path) -> None:
+    """Call a function of a test module, "module.function", with paths in a process of its own."""
     module, name = function.split(".")
     code = f"import sys, pathlib, {module}; {module}.{name}(*map(pathlib.Path, sys.argv[1:]))"
-    paths = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS.parent / "tools")))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": paths, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = run_python("-W", "error", "-c", code, *map(str, arguments))
     assert done.returncode == 0, done.stderr
-    return done.stdout
+
+
+def run_python(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, with options of `subprocess.run`."""
+    options = {"env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 600} | options
+    return subprocess.run([sys.executable, *arguments], **options)
+
+
+def start_cmamba(*arguments: str) -> subprocess.Popen[str]:
+    """The command `cmamba` in a process group of its own, just started."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "cmamba_ref", *arguments],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )

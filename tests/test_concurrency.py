@@ -1,19 +1,17 @@
 """One model in many threads, and many processes on one folder: as if each were alone."""
 
 import io
-import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from codec_helpers import picture, random_model
+from codec_helpers import ENVIRONMENT, picture, random_model, start_cmamba
 from PIL import Image
 
 import cmamba_ref
@@ -25,8 +23,7 @@ from cmamba_ref.ops import dispatch
 from cmamba_ref.testing import scan_2d_arguments
 
 THREADS = 8
-ROOT = Path(cmamba_ref.__file__).parents[1]
-# Pictures of several sizes, each at a quality of its own.
+# Images of several sizes, each at a quality of its own.
 WORK = [(picture(64 + 24 * (i % 3), 80 + 16 * (i % 5), seed=i), 1 + 0.5 * i) for i in range(8)]
 
 
@@ -76,7 +73,7 @@ def test_the_coding_path_is_copied_once(monkeypatch):
     assert len(copies) == 2  # h_s and the context model
 
 
-def test_a_model_that_ships_is_loaded_once(monkeypatch):
+def test_a_bundled_model_is_loaded_once(monkeypatch):
     loaded = []
 
     def load(name):
@@ -144,10 +141,7 @@ def test_writers_of_one_file_leave_one_whole_version(tmp_path):
     target = tmp_path / "a.cmb"
     target.write_bytes(b"z" * 100_000)
     writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", REPLACE, str(target), letter],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
+        subprocess.Popen([sys.executable, "-c", REPLACE, str(target), letter], env=ENVIRONMENT)
         for letter in "ab"
     ]
     seen = set()
@@ -158,16 +152,6 @@ def test_writers_of_one_file_leave_one_whole_version(tmp_path):
     assert [writer.returncode for writer in writers] == [0, 0]
     assert seen >= {b"a", b"b"}
     assert [path.name for path in tmp_path.iterdir()] == ["a.cmb"]
-
-
-def cmamba(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "cmamba_ref", *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.mark.slow
@@ -182,7 +166,7 @@ def test_several_commands_into_one_folder(tmp_path, model_dir):
             (tmp_path / name / f"{name}{i}.png").write_bytes(png_bytes(image))
             expected[f"{name}{i}.cmb"] = cmamba_ref.encode(image, random_model())
     commands = [
-        cmamba(
+        start_cmamba(
             *("encode", str(tmp_path / name), str(tmp_path / "all"), "-o", str(out)),
             *("--model", model_dir, "--jobs", "2", "--force"),
         )
@@ -202,7 +186,7 @@ def test_several_commands_for_one_target(tmp_path, model_dir):
     source.write_bytes(png_bytes(picture(70, 90)))
     qualities = (1, 4, 8)
     commands = [
-        cmamba("encode", str(source), "--quality", str(q), "--model", model_dir, "--force")
+        start_cmamba("encode", str(source), "--quality", str(q), "--model", model_dir, "--force")
         for q in qualities
     ]
     for command in commands:

@@ -1,4 +1,4 @@
-"""What goes wrong around the codec: full disks, signals, missing parts, exhausted memory.
+"""Faults around the codec: full disks, signals, missing parts, exhausted memory.
 
 A fault costs one line and an exit code; the file that was there stays whole, and nothing half
 written gets its name. The table in docs/reliability.md says which test holds which fault.
@@ -13,18 +13,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
-from codec_helpers import picture, random_model
-from PIL import Image
+from codec_helpers import picture, random_model, run_python, start_cmamba
 
 import cmamba_ref
 from cmamba_ref.cli import batch, main
 from cmamba_ref.codec.images import png_bytes
 
-ROOT = Path(cmamba_ref.__file__).parents[1]
 PIXELS = picture(70, 90)
 NOT_FOR_ROOT = pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() == 0, reason="modes do not bind the superuser"
@@ -42,6 +40,21 @@ def encoded(tmp_path: Path, model_dir: str) -> Path:
     path = tmp_path / "photo.cmb"
     path.write_bytes(cmamba_ref.encode(PIXELS, random_model()))
     return path
+
+
+class Task(NamedTuple):
+    """A command that replaces a file."""
+
+    command: str
+    arguments: list[str]
+    target: Path
+
+
+@pytest.fixture(params=["encode", "decode"])
+def task(request, photo: Path, encoded: Path, model_dir: str) -> Task:
+    command = request.param
+    source, target = (photo, encoded) if command == "encode" else (encoded, photo)
+    return Task(command, [command, str(source), "--model", model_dir, "--force"], target)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -71,23 +84,20 @@ def room_for(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("missing", ["all", "half", "one byte"])
-@pytest.mark.parametrize("command", ["encode", "decode"])
-def test_no_room_for_the_whole_file(photo, encoded, model_dir, capsys, command, missing):
-    source, target = (photo, encoded) if command == "encode" else (encoded, photo)
-    target.write_bytes(b"older")
-    arguments = [command, str(source), "--model", model_dir, "--force"]
+def test_no_room_for_the_whole_file(task, capsys, missing):
+    task.target.write_bytes(b"older")
     data = cmamba_ref.encode(PIXELS, random_model())
-    if command == "decode":
+    if task.command == "decode":
         data = png_bytes(cmamba_ref.decode(data, random_model()))
     size = len(data)
-    before = contents(photo.parent)
+    before = contents(task.target.parent)
     with room_for({"all": 0, "half": size // 2, "one byte": size - 1}[missing]):
-        assert main(arguments) == 1
+        assert main(task.arguments) == 1
     assert "File too large" in error_line(capsys)
-    assert contents(photo.parent) == before
+    assert contents(task.target.parent) == before
     with room_for(size):
-        assert main(arguments) == 0
-    assert target.read_bytes() == data
+        assert main(task.arguments) == 0
+    assert task.target.read_bytes() == data
 
 
 def test_no_room_for_one_of_many(tmp_path, model_dir, capsys):
@@ -109,15 +119,9 @@ def test_no_room_for_one_of_many(tmp_path, model_dir, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_standard_output_without_room(photo, model_dir):
-    command = [sys.executable, "-m", "cmamba_ref", "encode", str(photo), "-o", "-"]
+    command = ["-m", "cmamba_ref", "encode", str(photo), "-o", "-", "--model", model_dir]
     with open("/dev/full", "wb") as full:
-        done = subprocess.run(
-            [*command, "--model", model_dir],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        done = run_python(*command, capture_output=False, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1
     assert done.stderr == "cmamba: error: [Errno 28] No space left on device\n"
 
@@ -160,26 +164,18 @@ cli.run()
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "leaves_temporary"), [("SIGINT", False), ("SIGTERM", False), ("SIGKILL", True)]
-)
-def test_a_signal_in_the_middle_of_a_write(tmp_path, name, leaves_temporary):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_a_signal_in_the_middle_of_a_write(tmp_path, name):
     target = tmp_path / "photo.cmb"
     target.write_bytes(b"older")
-    done = subprocess.run(
-        [sys.executable, "-c", WRITE, str(target), name],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-    )
-    assert done.returncode != 0
+    assert run_python("-c", WRITE, str(target), name).returncode != 0
     left = contents(tmp_path)
     assert left.pop("photo.cmb") == b"older"
-    assert [(n.startswith(".cmamba-"), n.endswith(".tmp")) for n in left] == (
-        [(True, True)] if leaves_temporary else []
-    )
+    temporary = [(n.startswith(".cmamba-"), n.endswith(".tmp")) for n in left]
+    assert temporary == ([(True, True)] if name == "SIGKILL" else [])
 
 
-def test_what_a_killed_process_left_is_taken_for_nothing(photo, encoded, model_dir, capsys):
+def test_a_temporary_file_of_a_killed_process_is_ignored(photo, encoded, model_dir, capsys):
     left = photo.parent / ".cmamba-0123456789abcdef.tmp"
     left.write_bytes(encoded.read_bytes()[:50])
     for command, source in (("encode", photo), ("decode", encoded), ("verify", encoded)):
@@ -189,10 +185,9 @@ def test_what_a_killed_process_left_is_taken_for_nothing(photo, encoded, model_d
     assert left.read_bytes() == encoded.read_bytes()[:50]
 
 
-# The command itself; it gets the signal when it comes to a stage, or within its write.
+# The command itself; it gets the signal when it comes to a stage.
 AT_STAGE = """
 import contextlib, importlib, os, signal, sys
-from pathlib import Path
 
 cli = importlib.import_module("cmamba_ref.cli.main")
 number, moment = getattr(signal, sys.argv.pop(1)), sys.argv.pop(1)
@@ -204,65 +199,31 @@ def stages(count):
             os.kill(os.getpid(), number)
     yield begin
 
-def half(path, data):
-    with open(path, "wb") as file:
-        file.write(data[: len(data) // 2])
-        file.flush()
-        os.kill(os.getpid(), number)
-
 cli._stages = stages
-if moment == "half-way":
-    Path.write_bytes = half
 cli.run()
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "moment", ["reading", "loading the model", "coding", "writing", "half-way"]
-)
-@pytest.mark.parametrize("command", ["encode", "decode"])
-def test_a_command_that_gets_a_signal(photo, encoded, model_dir, command, moment):
-    source, target = (photo, encoded) if command == "encode" else (encoded, photo)
-    before = contents(photo.parent)
-    stage = f"{command.removesuffix('e')}ing" if moment == "coding" else moment
+@pytest.mark.parametrize("stage", ["reading", "loading the model", "coding", "writing"])
+def test_a_command_that_gets_a_signal(task, stage):
+    before = contents(task.target.parent)
+    stage = f"{task.command.removesuffix('e')}ing" if stage == "coding" else stage
     for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)):
-        done = subprocess.run(
-            [sys.executable, "-c", AT_STAGE, name, stage]
-            + [command, str(source), "--model", model_dir, "--force"],
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == code, done.stderr
-        assert done.stderr == ("cmamba: interrupted\n" if name == "SIGINT" else "")
-        left = contents(photo.parent)
-        assert left.pop(target.name) == before[target.name]
-        temporary = left.keys() - before.keys()
-        assert len(temporary) == (moment == "half-way" and name == "SIGKILL")
-        for path in temporary:
-            assert path.startswith(".cmamba-")
-            (photo.parent / path).unlink()
+        done = run_python("-c", AT_STAGE, name, stage, *task.arguments)
+        message = "cmamba: interrupted\n" if name == "SIGINT" else ""
+        assert (done.returncode, done.stderr) == (code, message)
+        assert contents(task.target.parent) == before
 
 
-def many(folder: Path, count: int) -> list[str]:
-    """So many pictures that differ, and the command that encodes them with two processes."""
-    folder.mkdir()
+def start_batch(folder: Path, count: int, model_dir: str) -> subprocess.Popen[str]:
+    """A command that encodes so many images that differ, when it has written its first file."""
+    images, out = folder / "in", folder / "out"
+    images.mkdir()
     for i in range(count):
-        (folder / f"{i}.png").write_bytes(png_bytes(picture(256, 256, seed=i)))
-    return [sys.executable, "-m", "cmamba_ref", "encode", str(folder), "--jobs", "2"]
-
-
-def start(command: list[str], out: Path, model_dir: str) -> subprocess.Popen[str]:
-    """The command, when it has written its first file."""
-    process = subprocess.Popen(
-        [*command, "-o", str(out), "--model", model_dir],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+        (images / f"{i}.png").write_bytes(png_bytes(picture(256, 256, seed=i)))
+    command = ["encode", str(images), "-o", str(out), "--model", model_dir, "--jobs", "2"]
+    process = start_cmamba(*command)
     while process.poll() is None and not (out.is_dir() and any(out.glob("*.cmb"))):
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()
@@ -278,8 +239,8 @@ def children(process: subprocess.Popen[str]) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_killed_process_of_a_batch_costs_no_file(tmp_path, model_dir):
-    """What it had at work is done again by another."""
-    process = start(many(tmp_path / "in", 40), tmp_path / "out", model_dir)
+    """Another process does its file again."""
+    process = start_batch(tmp_path, 40, model_dir)
     os.kill(children(process)[0], signal.SIGKILL)
     out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
@@ -293,7 +254,7 @@ def test_a_killed_process_of_a_batch_costs_no_file(tmp_path, model_dir):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_batch_that_is_ended_leaves_whole_files_and_no_process(tmp_path, model_dir, number):
-    process = start(many(tmp_path / "in", 200), tmp_path / "out", model_dir)
+    process = start_batch(tmp_path, 200, model_dir)
     workers = children(process)
     process.send_signal(number)
     process.communicate(timeout=60)
@@ -310,10 +271,10 @@ def test_a_batch_that_is_ended_leaves_whole_files_and_no_process(tmp_path, model
             assert number == signal.SIGKILL and path.name.startswith(".cmamba-")
 
 
-# ---------------------------------------------------------------- what is missing
+# ---------------------------------------------------------------- missing parts
 
 
-def test_triton_that_is_missing_is_told(photo, encoded, model_dir, capsys, monkeypatch):
+def test_a_missing_triton_is_named(photo, encoded, model_dir, capsys, monkeypatch):
     before = contents(photo.parent)
     monkeypatch.setenv("CMAMBA_SCAN_BACKEND", "triton")
     monkeypatch.setitem(sys.modules, "cmamba_ref.kernels", None)
@@ -337,14 +298,12 @@ def full_gpu(encoded, monkeypatch):
 
 
 @pytest.mark.usefixtures("full_gpu")
-@pytest.mark.parametrize("command", ["encode", "decode"])
-def test_a_gpu_without_memory(photo, encoded, model_dir, capsys, command):
-    before = contents(photo.parent)
-    source = photo if command == "encode" else encoded
-    assert main([command, str(source), "--model", model_dir, "--force"]) == 1
+def test_a_gpu_without_memory(task, capsys):
+    before = contents(task.target.parent)
+    assert main(task.arguments) == 1
     line = error_line(capsys)
     assert "not enough memory" in line and "another --device" in line
-    assert contents(photo.parent) == before
+    assert contents(task.target.parent) == before
 
 
 @pytest.mark.usefixtures("full_gpu")
@@ -358,10 +317,10 @@ def test_a_file_is_not_called_bad_for_want_of_gpu_memory(encoded, model_dir, cap
 # ---------------------------------------------------------------- input that goes away
 
 
-def test_a_picture_that_vanishes_before_its_turn(tmp_path, model_dir, capsys, monkeypatch):
+def test_an_image_that_vanishes_before_its_turn(tmp_path, model_dir, capsys, monkeypatch):
     """Between the search of the folder and the work on it; the others are encoded."""
     for name in "ab":
-        Image.fromarray(np.asarray(PIXELS)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.png").write_bytes(png_bytes(PIXELS))
     find = batch.find_tasks
 
     def find_and_lose(*arguments):
