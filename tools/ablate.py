@@ -319,12 +319,12 @@ def main(argv: list[str] | None = None) -> int:
     if measured:
         return measured
     rows = results_of(runs, args.out)
-    evaluated = rd_curves.load_meta(args.out / "rd.json")["pictures"]
+    evaluated = json.loads((args.out / "rd.json").read_text())["meta"]["pictures"]
     made = {
         **of_run("ablate.py", argv),
         "versions": versions("cmamba-ref", "torch"),
-        "pictures": len(evaluated["names"]),  # type: ignore[index]
-        "folder": evaluated["folder"],  # type: ignore[index]
+        "pictures": len(evaluated["names"]),
+        "folder": evaluated["folder"],
     }
     text = page(rows, made)
     content = json.dumps({"variants": rows, "meta": made}, indent=1) + "\n"

@@ -24,12 +24,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from markdown_table import markdown_table
+from markdown_table import markdown_table, signed
 from rd_curves import METRICS, Curve, CurveError, load_curve, load_curves
 
 MIN_POINTS = 4
 # What the common range of qualities must be at least, as a part of the smaller curve's.
 MIN_OVERLAP = 0.5
+COLUMNS = ("codec", "BD-rate", "over", "of anchor", "of codec")
 
 Points = Sequence[tuple[float, float]]
 
@@ -104,25 +105,29 @@ def compare(anchor: Curve, test: Curve, metric: str) -> BDRate | CurveError:
         return error
 
 
-def table(anchor: Curve, metric: str, outcomes: Sequence[Outcome]) -> str:
-    """Return the outcomes as text, those that have a number by rising BD-rate."""
+def rows(anchor: Curve, outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
+    """Return the outcomes as cells of `COLUMNS`, those that have a number by rising BD-rate."""
     found, refused = [], []
     for test, outcome in outcomes:
-        name = f"{test.file}:{test.name}"
-        if isinstance(outcome, CurveError):
-            refused.append((f"{name}: {outcome}", "none", "", "", ""))
-            continue
+        name = f"{test.label} ({test.file}:{test.name})"
         if test.images != anchor.images:
-            name += f", other images: {test.dataset}"
-        over = f"{outcome.low:.2f} to {outcome.high:.2f} dB"
-        parts = f"{outcome.of_anchor:.0%}", f"{outcome.of_test:.0%}"
-        found.append((outcome.percent, (name, f"{outcome.percent:+.2f} %", over, *parts)))
-    rows = [cells for _, cells in sorted(found)] + refused
-    return (
+            name += f", other images: {test.dataset or 'not named'}"
+        if isinstance(outcome, CurveError):
+            refused.append((name, f"none: {outcome}", "", "", ""))
+        else:
+            over = f"{outcome.low:.2f} to {outcome.high:.2f} dB"
+            parts = f"{outcome.of_anchor:.0%}", f"{outcome.of_test:.0%}"
+            found.append((outcome.percent, (name, signed(outcome.percent, 2), over, *parts)))
+    return [cells for _, cells in sorted(found)] + refused
+
+
+def table(anchor: Curve, metric: str, outcomes: Sequence[Outcome]) -> str:
+    """Return the outcomes as text."""
+    heading = (
         f"BD-rate by {metric} against {anchor.label}, {anchor.dataset or 'images not named'}, "
-        f"from {anchor.source}\n\n"
-        + markdown_table(("codec", "BD-rate", "over", "of anchor", "of codec"), rows, figures=4)
+        f"from {anchor.source}"
     )
+    return f"{heading}\n\n{markdown_table(COLUMNS, rows(anchor, outcomes), figures=4)}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -34,11 +34,11 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def as_file(figure: Figure, kind: str) -> bytes:
-    """Return a figure as a file of a kind. The same figure gives the same SVG or PNG at any time."""
+    """Return a figure as a file of a kind; of the same figure the same bytes at any time."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
     with rc_context({"svg.hashsalt": "cmamba"}):  # names inside an SVG are random otherwise
-        dates = {"Date": None} if kind == "svg" else None
+        dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
         figure.savefig(buffer, format=kind, dpi=150, metadata=dates)
     return buffer.getvalue()

@@ -130,7 +130,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.output.suffix == ".png":
             # Lines and letters need no more than 256 colours; the file is a third as large so.
             with Image.open(args.output) as image:
-                few = image.convert("RGB").quantize(method=Image.Quantize.FASTOCTREE, dither=NO_DITHER)
+                few = image.convert("RGB").quantize(
+                    method=Image.Quantize.FASTOCTREE, dither=NO_DITHER
+                )
             few.save(args.output, optimize=True)
     except (ValueError, OSError) as error:  # of curves, and of matplotlib for an unknown suffix
         parser.error(str(error))
