@@ -506,8 +506,8 @@ def test_demo_with_the_weights_that_ship(
     assert size < demo.PHOTOGRAPH.stat().st_size / 10
     out = capsys.readouterr().out
     assert f"CMamba quality 4 {size:>11}" in out
-    for codec in demo.BASELINES:
-        row = re.search(rf"^{codec.name} quality \d+ +(\d+) .* ([\d.]+)$", out, re.MULTILINE)
+    for baseline in demo.BASELINES:
+        row = re.search(rf"^{baseline.name} quality \d+ +(\d+) .* ([\d.]+)$", out, re.MULTILINE)
         assert row is not None, out
         assert float(row[2]) == round(int(row[1]) / size, 2)
     assert main(["info", str(tmp_path / "coffee.cmb")]) == 0

@@ -109,7 +109,7 @@ def rate(anchor: Curve, test: Curve, metric: str) -> float | None:
     return outcome.percent if isinstance(outcome, BDRate) else None
 
 
-def filled(text: str, folder: Path = BENCHMARKS) -> str:
+def filled(text: str, folder: Path) -> str:
     """Return a page with its tables made from the results in a folder."""
 
     def fill(match: re.Match[str]) -> str:
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     for page in PAGES:
         before = (ROOT / page).read_text()
         try:
-            after = filled(before)
+            after = filled(before, BENCHMARKS)
         except (CMambaError, OSError) as error:
             parser.error(f"{page}: {error}")
         except ImportError as error:

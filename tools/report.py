@@ -312,6 +312,8 @@ def main(argv: list[str] | None = None) -> int:
     embedded = "embed at most so many pixels across and down (default: %(default)s)"
     add("--side", type=int, default=1024, metavar="N", help=embedded)
     args = parser.parse_args(argv)
+    if args.crops and not args.picture:
+        parser.error("--crops needs an image, see --picture")
     if args.side < 1:
         parser.error(f"--side must be at least 1, got {args.side}")
     try:
