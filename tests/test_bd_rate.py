@@ -91,7 +91,7 @@ def anchors(tmp_path: Path) -> Path:
 def test_command_on_files(ours, anchors, capsys):
     assert bd_rate.main([f"{anchors}:kodak/VTM-9.1", f"{ours}:cmamba"]) == 0
     printed = capsys.readouterr().out
-    assert "against VTM-9.1, kodak, from table 7" in printed
+    assert "against VTM-9.1 on kodak, points from table 7" in printed
     assert "| CMamba <random> (rd.json:cmamba) | +20.00 % | 26.10 to 37.40 dB |" in printed
 
 

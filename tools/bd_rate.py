@@ -105,6 +105,17 @@ def compare(anchor: Curve, test: Curve, metric: str) -> BDRate | CurveError:
         return error
 
 
+def compare_all(anchor: Curve, curves: Sequence[Curve], metric: str) -> list[Outcome]:
+    """Return every curve but the anchor itself, with its BD-rate or why there is none."""
+    return [(curve, compare(anchor, curve, metric)) for curve in curves if curve != anchor]
+
+
+def caption(anchor: Curve, metric: str) -> str:
+    """Return what a table of BD-rates is about."""
+    on = anchor.dataset or "unnamed images"
+    return f"BD-rate by {metric} against {anchor.label} on {on}, points from {anchor.source}"
+
+
 def rows(anchor: Curve, outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
     """Return the outcomes as cells of `COLUMNS`, those that have a number by rising BD-rate."""
     found, refused = [], []
@@ -123,11 +134,8 @@ def rows(anchor: Curve, outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
 
 def table(anchor: Curve, metric: str, outcomes: Sequence[Outcome]) -> str:
     """Return the outcomes as text."""
-    heading = (
-        f"BD-rate by {metric} against {anchor.label}, {anchor.dataset or 'images not named'}, "
-        f"from {anchor.source}"
-    )
-    return f"{heading}\n\n{markdown_table(COLUMNS, rows(anchor, outcomes), figures=4)}"
+    cells = markdown_table(COLUMNS, rows(anchor, outcomes), figures=4)
+    return f"{caption(anchor, metric)}\n\n{cells}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,8 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         anchor = load_curve(args.anchor)
-        tests = [curve for spec in args.tests for curve in load_curves(spec) if curve != anchor]
-        outcomes = [(test, compare(anchor, test, args.metric)) for test in tests]
+        tests = [curve for spec in args.tests for curve in load_curves(spec)]
+        outcomes = compare_all(anchor, tests, args.metric)
     except CurveError as error:
         parser.error(str(error))
     except ImportError as error:

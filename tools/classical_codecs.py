@@ -27,8 +27,8 @@ class ClassicalCodec(BaselineCodec):
     settings: tuple[float, ...]
 
     def version(self) -> str:
-        """Name and version of the library; the version of Pillow itself is not in it."""
-        return f"{self.library} {features.version(self.library)}"
+        """Name and version of the library in Pillow, without the version of Pillow itself."""
+        return f"Pillow, {self.library} {features.version(self.library)}"
 
 
 def _jpeg(subsampling: str) -> ClassicalCodec:

@@ -149,10 +149,9 @@ def reusable(
     for key in codecs:
         curve = earlier.get(key, {})
         results = curve.get("results", {})
-        settings = list(CODECS[key].settings)
-        if (curve.get("description"), results.get("quality")) == (_description(key), settings) and (
-            brief or results.keys() >= set(MEASURES)
-        ):
+        same = CODECS[key].version(), list(CODECS[key].settings)
+        is_complete = brief or results.keys() >= set(MEASURES)
+        if (curve.get("description"), results.get("quality")) == same and is_complete:
             found[key] = curve
     kept = ("command", "commit", "date", "machine", "threads", "versions")
     made = meta.get("reused") or {key: meta[key] for key in kept if key in meta}
@@ -196,11 +195,6 @@ def measure_missing(tasks: Sequence[Task], kept: PartialResults, jobs: int) -> i
 # ---------------------------------------------------------------- the report
 
 
-def _description(codec: str) -> str:
-    """Return the version of a classical codec."""
-    return f"Pillow, {CODECS[codec].version()}"
-
-
 def _models(points: Sequence[Point]) -> list[dict[str, object]]:
     """Return the models of one curve, with the qualities of each."""
     return [
@@ -223,7 +217,7 @@ def report_of(
         rows = [[results[key_of(point, image)] for image in images] for point in mine]
         means: dict[str, list] = {"quality": [point.setting for point in mine]}
         if codec in CODECS:
-            name, description = CODECS[codec].name, _description(codec)
+            name, description = CODECS[codec].name, CODECS[codec].version()
         else:
             name = f"CMamba {', '.join(dict.fromkeys(point.name for point in mine))}"
             description = f"{len(_models(mine))} model(s), see meta"
@@ -270,10 +264,9 @@ def not_rising(report: dict[str, dict]) -> dict[str, list[dict[str, object]]]:
 def bd_rates(report: dict[str, dict], anchor: str) -> tuple[dict[str, object], str]:
     """Return BD-rates of all other codecs against the anchor, as JSON and as text."""
     found = {curve.name: curve for curve in curves_in(report, Path("this run"))}
-    others = [curve for name, curve in found.items() if name != anchor]
     as_json, lines = {}, []
     for metric in METRICS:
-        outcomes = [(curve, bd_rate.compare(found[anchor], curve, metric)) for curve in others]
+        outcomes = bd_rate.compare_all(found[anchor], list(found.values()), metric)
         lines.append(f"{bd_rate.table(found[anchor], metric, outcomes)}\n")
         codecs = []
         for curve, outcome in outcomes:
@@ -338,19 +331,6 @@ def interval(
         return None
     low, high = found.confidence_interval
     return round(float(low), 2), round(float(high), 2)
-
-
-def table(report: dict[str, dict]) -> str:
-    """Return the means as text."""
-    shown = [m for m in MEASURES if all(m in curve["results"] for curve in report.values())]
-    rows = [
-        (codec, "" if quality is None else f"{quality:g}", *(f"{value:.4f}" for value in values))
-        for codec, curve in report.items()
-        for quality, *values in zip(
-            curve["results"]["quality"], *(curve["results"][m] for m in shown), strict=True
-        )
-    ]
-    return markdown_table(("codec", "quality", *shown), rows, figures=1 + len(shown))
 
 
 # ---------------------------------------------------------------- the command
@@ -436,7 +416,9 @@ def main(argv: list[str] | None = None) -> int:
 
     report = report_of(points, images, kept.results) | reused
     falls = not_rising(report)
-    print(f"{table(report)}\n")
+    for curve in curves_in(report, Path("this run")):
+        heading, rows = curve.table()
+        print(f"{curve.label}\n\n{markdown_table(heading, rows, figures=len(heading))}\n")
     for codec, steps in falls.items():
         print(f"{codec}: mean bpp and mean PSNR rise with quality, but for {steps or 'no step'}")
     ours = dict.fromkeys(point.codec for point in points if point.model is not None)

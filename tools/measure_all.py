@@ -121,7 +121,12 @@ def run_stage(commands: Sequence[Sequence[str]]) -> str:
     """
     for tool, *arguments in commands:
         print(f"$ python tools/{shlex.join([tool, *arguments])}", flush=True)
-        status = subprocess.run([sys.executable, str(TOOLS / tool), *arguments]).returncode
+        process = subprocess.Popen([sys.executable, str(TOOLS / tool), *arguments])
+        try:
+            status = process.wait()
+        finally:  # one that was interrupted has not waited until the tool ended
+            process.terminate()
+            process.wait()
         if status in (INTERRUPTED, -signal.SIGINT):
             raise KeyboardInterrupt
         if status != 0:

@@ -23,6 +23,15 @@ from cmamba_ref import CMambaError
 
 # What may stand on the ordinate, both in dB, by its key in the results of an evaluation.
 METRICS = {"psnr": "psnr-rgb", "ms-ssim": "ms-ssim-rgb"}
+# The columns of a table of points, by their keys: heading and format.
+COLUMNS = {
+    "quality": ("quality", "g"),
+    "bpp": ("bpp", ".4f"),
+    "psnr-rgb": ("PSNR, dB", ".2f"),
+    "ms-ssim-rgb": ("MS-SSIM", ".4f"),
+    "encoding_time": ("encode, s", ".3f"),
+    "decoding_time": ("decode, s", ".3f"),
+}
 
 
 class CurveError(CMambaError, ValueError):
@@ -67,6 +76,16 @@ class Curve:
     def has(self, metric: str) -> bool:
         """Return whether the file has this metric."""
         return METRICS[metric] in self.results
+
+    def table(self) -> tuple[list[str], list[tuple[str, ...]]]:
+        """Return heading and rows of a table of the points."""
+        columns = {key: self.results.get(key, []) for key in COLUMNS}
+        shown = [key for key, values in columns.items() if any(v is not None for v in values)]
+        cells = [
+            ["" if value is None else format(value, COLUMNS[key][1]) for value in columns[key]]
+            for key in shown
+        ]
+        return [COLUMNS[key][0] for key in shown], list(zip(*cells, strict=True))
 
     def points(self, metric: str) -> list[tuple[float, float]]:
         """Return (bpp, dB) of every point, by rising bpp.

@@ -58,14 +58,6 @@ PACKAGES = ("cmamba-ref", "torch", "numpy", "pillow", "pytorch-msssim", "matplot
 USUAL_ANCHOR = "jpeg420"
 # The classical codecs that images are compared with; their settings are qualities from 1 to 100.
 BASELINES = ("jpeg420", "webp", "avif")
-COLUMNS = {
-    "quality": ("quality", "g"),
-    "bpp": ("bpp", ".4f"),
-    "psnr-rgb": ("PSNR, dB", ".2f"),
-    "ms-ssim-rgb": ("MS-SSIM", ".4f"),
-    "encoding_time": ("encode, s", ".3f"),
-    "decoding_time": ("decode, s", ".3f"),
-}
 # How many pixels wide the magnified detail is at first.
 DETAIL = 96
 # Of the figure of crops, in pixels: side of a crop, space between two, height of the caption.
@@ -181,29 +173,11 @@ def plot(
     return f"{AXES[metric]} over bits per pixel", labels, uri
 
 
-def rates(metric: str, curves: Sequence[Curve], anchor: Curve) -> tuple[str, list]:
-    """Return caption and rows of a table of BD-rates."""
-    caption = (
-        f"BD-rate by {metric} against {anchor.label} on {anchor.dataset or 'images not named'}, "
-        f"points from {anchor.source}; piecewise cubic, over the qualities that both codecs reach"
-    )
-    others = [curve for curve in curves if curve != anchor]
-    outcomes = [(curve, bd_rate.compare(anchor, curve, metric)) for curve in others]
-    return caption, bd_rate.rows(anchor, outcomes)
-
-
-def points(curve: Curve) -> tuple[str, str, list[str], list]:
-    """Return label, caption, head and rows of a table of a curve's points."""
-    columns = {key: curve.results.get(key, []) for key in COLUMNS}
-    shown = [key for key, values in columns.items() if any(v is not None for v in values)]
-    cells = [
-        ["" if value is None else format(value, COLUMNS[key][1]) for value in columns[key]]
-        for key in shown
-    ]
+def points(curve: Curve) -> tuple[str, str, list[str], list[tuple[str, ...]]]:
+    """Return label, caption, heading and rows of a table of a curve's points."""
     kind = "measured, means over the images" if curve.is_measured else "published points"
     on = f" on {curve.dataset}" if curve.dataset else ""
-    caption = f"{curve.label}{on}; {kind}, from {curve.source}"
-    return curve.label, caption, [COLUMNS[key][0] for key in shown], list(zip(*cells, strict=True))
+    return curve.label, f"{curve.label}{on}; {kind}, from {curve.source}", *curve.table()
 
 
 def measures(version: Version, original: np.ndarray, ours: Version) -> str:
@@ -280,7 +254,12 @@ def make(args: argparse.Namespace, argv: list[str]) -> str:
         plots=[plot(metric, them, anchor, args.bpp) for metric, them in by_metric.items() if them],
         bd_rate_columns=bd_rate.COLUMNS,
         bd_rates=[
-            rates(metric, them, anchor) for metric, them in by_metric.items() if anchor in them
+            (
+                bd_rate.caption(anchor, metric),
+                bd_rate.rows(anchor, bd_rate.compare_all(anchor, them, metric)),
+            )
+            for metric, them in by_metric.items()
+            if anchor in them
         ],
         curves=map(points, curves),
         comparisons=comparisons,
