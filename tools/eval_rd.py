@@ -28,7 +28,8 @@ against the --anchor by PSNR and MS-SSIM (see tools/bd_rate.py), each with the i
 95 % of the BD-rates over resampled images lie (bootstrap).
 
 With --reuse the classical codecs' results are taken from an earlier report on images of the same
-names, as far as it was made with the same versions of these codecs; the others are measured.
+names, as far as it was made with the same versions and settings of these codecs; the others are
+measured.
 
 With -o, finished measurements are kept beside the output (FILE.partial): after Ctrl-C or a failure
 the same command resumes. The exit status is 1 if a measurement failed, 2 for wrong arguments or
@@ -405,7 +406,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
 
     tasks = [Task(point, image, args.keep, args.brief) for point in points for image in images]
-    resumes = f"what was measured is kept in {kept.path}, the same command resumes"
+    resumes = "without -o nothing is kept"
+    if kept.path is not None:
+        resumes = f"what was measured is kept in {kept.path}, the same command resumes"
     try:
         if failed := measure_missing(tasks, kept, args.jobs):
             print(f"{failed} measurements failed; {resumes}", file=sys.stderr)

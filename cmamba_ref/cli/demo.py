@@ -115,7 +115,7 @@ def run(
             _line("CMamba" + setting, original, data, image, len(data)),
             *baselines,
             "",
-            f"Each other codec is at its lowest quality with a PSNR of at least {wanted:.2f} dB: JPEG",
+            f"Each baseline is at its lowest quality with a PSNR of at least {wanted:.2f} dB: JPEG",
             "with optimised tables, WebP with method 6, AVIF with speed 6; all of them in 4:2:0.",
             f"CMamba: encoded in {encoding:.2f} s ({megapixels / encoding:.2f} megapixels/s), "
             f"decoded in {decoding:.2f} s ({megapixels / decoding:.2f} megapixels/s).",
@@ -124,7 +124,7 @@ def run(
 
 
 def match(codec: BaselineCodec, original: np.ndarray, wanted: float) -> tuple[int, bytes] | None:
-    """Return the lowest quality with a PSNR of at least `wanted`, and its file; None if none has it.
+    """Return the lowest quality with a PSNR of at least `wanted`, and its file; None: there is none.
 
     By bisection: PSNR rises with quality, apart from wiggles of hundredths of a dB.
     """
