@@ -124,7 +124,7 @@ def run(
 
 
 def match(codec: BaselineCodec, original: np.ndarray, wanted: float) -> tuple[int, bytes] | None:
-    """Return the lowest quality with a PSNR of at least `wanted`, and its file; None: there is none.
+    """Return the lowest quality with a PSNR of at least `wanted` and its file, or None.
 
     By bisection: PSNR rises with quality, apart from wiggles of hundredths of a dB.
     """
