@@ -8,23 +8,18 @@ import numpy as np
 import pytest
 import rd_curves
 from rd_curves import CurveError
-
-VTM = [(0.06, 26.1), (0.12, 28.6), (0.25, 31.3), (0.49, 34.3), (0.9, 37.4)]
-
-
-def half(points, factor=0.5):
-    return [(factor * rate, quality) for rate, quality in points]
+from rd_helpers import VTM, scaled, write_anchors, write_results
 
 
 def test_half_the_bits_are_minus_fifty_per_cent():
-    found = bd_rate.bd_rate(VTM, half(VTM))
+    found = bd_rate.bd_rate(VTM, scaled(VTM))
     assert found.percent == pytest.approx(-50)
     assert (found.low, found.high, found.of_anchor, found.of_test) == (26.1, 37.4, 1, 1)
     assert bd_rate.bd_rate(VTM, VTM).percent == pytest.approx(0, abs=1e-9)
 
 
 def test_the_order_of_points_does_not_matter():
-    assert bd_rate.bd_rate(VTM[::-1], half(VTM)[::-1]).percent == pytest.approx(-50)
+    assert bd_rate.bd_rate(VTM[::-1], scaled(VTM)[::-1]).percent == pytest.approx(-50)
 
 
 def test_lines_that_meet_at_one_end():
@@ -38,7 +33,7 @@ def test_lines_that_meet_at_one_end():
 def test_only_the_common_range_counts():
     """Half the bits where the other codec has points; what the anchor takes below is no matter."""
     line = [(np.exp(k / 3), 30.0 + k) for k in range(9)]
-    found = bd_rate.bd_rate([(0.01, 20.0), *line], half(line[2:]))
+    found = bd_rate.bd_rate([(0.01, 20.0), *line], scaled(line[2:]))
     assert found.percent == pytest.approx(-50)
     assert (found.low, found.high, found.of_test) == (32, 38, 1)
     assert found.of_anchor == pytest.approx(6 / 18)
@@ -51,7 +46,9 @@ def test_as_the_package_bjontegaard_has_it(seed):
     curves = []
     for points in (4 + seed, 5):
         rate = np.cumsum(rng.uniform(0.05, 0.4, points))
-        quality = 26 + 3 * seed % 5 + np.cumsum(rng.uniform(0.4, 3, points))
+        # From 26 or a little more to as much as 34, so that more than half is common to both.
+        rises = rng.uniform(0.4, 3, points)
+        quality = 26 + rng.uniform(0, 1) + 8 * np.cumsum(rises) / rises.sum()
         curves.append(list(zip(rate, quality, strict=True)))
     expected = oracle(
         *[np.array(column) for curve in curves for column in zip(*curve, strict=True)],
@@ -59,7 +56,7 @@ def test_as_the_package_bjontegaard_has_it(seed):
         require_matching_points=False,
         min_overlap=0,
     )
-    assert bd_rate.bd_rate(*curves, min_overlap=0).percent == pytest.approx(expected, abs=0.01)
+    assert bd_rate.bd_rate(*curves).percent == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -83,59 +80,42 @@ def test_refusals(anchor, test, message):
 
 @pytest.fixture
 def ours(tmp_path: Path) -> Path:
-    """As tools/eval_rd.py writes it."""
-    rates, psnr = zip(*half(VTM, 1.2), strict=True)
-    results = {"bpp": rates, "psnr-rgb": psnr, "ms-ssim-rgb": [0.9, 0.95, 0.97, 0.99, 0.995]}
-    path = tmp_path / "rd.json"
-    content = {
-        "cmamba": {"name": "CMamba tiny", "results": results, "per_picture": []},
-        "meta": {"pictures": {"folder": "kodak", "names": ["a.png"]}},
-    }
-    path.write_text(json.dumps(content))
-    return path
+    return write_results(tmp_path)
 
 
 @pytest.fixture
 def anchors(tmp_path: Path) -> Path:
-    rates, psnr = zip(*VTM, strict=True)
-    path = tmp_path / "anchors.json"
-    curve = {"bpp": rates, "psnr": psnr, "source": "a table"}
-    content = {"kodak": {"VTM-9.1": curve, "short": {"bpp": [0.1], "psnr": [30]}}, "other": {}}
-    path.write_text(json.dumps(content))
-    return path
+    return write_anchors(tmp_path)
 
 
-def test_command_on_files(ours, anchors, tmp_path, capsys):
-    output = tmp_path / "bd.json"
-    arguments = [f"{anchors}:kodak/VTM-9.1", f"{ours}:cmamba", "--json", str(output)]
-    assert bd_rate.main(arguments) == 0
+def test_command_on_files(ours, anchors, capsys):
+    assert bd_rate.main([f"{anchors}:kodak/VTM-9.1", f"{ours}:cmamba"]) == 0
     printed = capsys.readouterr().out
-    assert "VTM-9.1" in printed and "a table" in printed and "+20.00%" in printed
-    report = json.loads(output.read_text())
-    assert report["anchor"]["source"] == "a table" and report["metric"] == "psnr"
-    (row,) = report["codecs"]
-    assert row["dataset"] == "kodak" and row["label"] == "CMamba tiny"
-    assert row["bd_rate"]["percent"] == pytest.approx(20)
+    assert "against VTM-9.1 on kodak, points from table 7" in printed
+    assert "| CMamba <random> (rd.json:cmamba) | +20.00 % | 26.10 to 37.40 dB |" in printed
 
 
 def test_command_names_what_it_refuses(ours, anchors, capsys):
-    """All of a group, without the anchor itself; one of the two cannot be compared."""
+    """All of a group, without the anchor itself; one of them cannot be compared."""
     assert bd_rate.main([f"{anchors}:kodak/VTM-9.1", f"{anchors}:kodak", str(ours)]) == 1
     printed = capsys.readouterr().out
-    assert "short" in printed and "the test has 1" in printed and "+20.00%" in printed
-    assert bd_rate.main([f"{ours}", f"{anchors}:kodak/VTM-9.1", "--metric", "ms-ssim"]) == 1
-    assert "has no ms-ssim" in capsys.readouterr().out
+    assert "short" in printed and "the test has 1" in printed and "+20.00 %" in printed
+    assert bd_rate.main([f"{ours}:cmamba", f"{anchors}:clic", "--metric", "ms-ssim"]) == 1
+    printed = capsys.readouterr().out
+    assert "has no ms-ssim" in printed and "other images: clic" in printed
 
 
 def test_wrong_curves_are_named(ours, anchors, tmp_path, capsys):
     broken = tmp_path / "broken.json"
     broken.write_text("{")
-    ragged = tmp_path / "ragged.json"
+    ragged, negative = (tmp_path / f"{name}.json" for name in ("ragged", "negative"))
     ragged.write_text(json.dumps({"bpp": [0.1, 0.2], "psnr": [30]}))
+    negative.write_text(json.dumps({"bpp": [-0.1, 0.2], "psnr": [30, 31]}))
     for spec, message in (
         (f"{tmp_path}/none.json", "none.json"),
-        (str(broken), "not JSON"),
-        (str(ragged), "2 rates and 1 psnr"),
+        (str(broken), "must be a JSON file"),
+        (str(ragged), "2 bpp, 1 psnr-rgb"),
+        (str(negative), "must be positive"),
         (str(anchors), "name one of them"),
         (f"{anchors}:kodak/VTM-1", "kodak/VTM-9.1"),
     ):

@@ -469,7 +469,7 @@ def test_demo_with_a_model_of_ones_own(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "RIVALS", demo.RIVALS[:1])  # AVIF takes seconds
+    monkeypatch.setattr(demo, "BASELINES", demo.BASELINES[:1])  # AVIF takes seconds
     (tmp_path / "cmamba-demo").mkdir()
     for name in ("coffee.cmb", "coffee.png"):  # as if from an earlier run
         (tmp_path / "cmamba-demo" / name).write_bytes(b"old")
@@ -506,8 +506,8 @@ def test_demo_with_the_weights_that_ship(
     assert size < demo.PHOTOGRAPH.stat().st_size / 10
     out = capsys.readouterr().out
     assert f"CMamba quality 4 {size:>11}" in out
-    for rival in demo.RIVALS:
-        row = re.search(rf"^{rival.name} quality \d+ +(\d+) .* ([\d.]+)$", out, re.MULTILINE)
+    for baseline in demo.BASELINES:
+        row = re.search(rf"^{baseline.name} quality \d+ +(\d+) .* ([\d.]+)$", out, re.MULTILINE)
         assert row is not None, out
         assert float(row[2]) == round(int(row[1]) / size, 2)
     assert main(["info", str(tmp_path / "coffee.cmb")]) == 0
@@ -516,24 +516,23 @@ def test_demo_with_the_weights_that_ship(
 
 def test_a_match_is_the_lowest_quality_that_reaches_the_psnr() -> None:
     original = read_image(demo.PHOTOGRAPH)[:200, :200]
-    jpeg = demo.RIVALS[0]
+    jpeg = demo.BASELINES[0]
     assert jpeg.name == "JPEG"
-    found = demo.match(jpeg, original, 30.0)
-    assert found is not None
-    assert psnr(original, found.image) >= 30
-    below = demo._try(jpeg, original, found.quality - 1)
-    assert psnr(original, below.image) < 30
-    lower = demo.match(jpeg, original, 29.0)
-    assert lower is not None
-    assert lower.quality < found.quality and len(lower.data) < len(found.data)
+    quality, data = demo.match(jpeg, original, 30.0)
+    assert psnr(original, jpeg.decode(data)) >= 30
+    assert psnr(original, jpeg.decode(jpeg.encode(original, quality - 1))) < 30
+    lower, smaller = demo.match(jpeg, original, 29.0)
+    assert lower < quality and len(smaller) < len(data)
 
 
-def test_the_demo_says_where_a_rival_falls_short() -> None:
+def test_the_demo_says_where_a_baseline_falls_short() -> None:
     original = read_image(demo.PHOTOGRAPH)[:200, :200]
-    assert demo.match(demo.RIVALS[0], original, 99.0) is None
-    line = demo._rival_line(demo.RIVALS[0], original, 99.0, ours=1)
+    jpeg = demo.BASELINES[0]
+    assert demo.match(jpeg, original, 99.0) is None
+    line = demo.baseline_line(jpeg, original, 99.0, ours=1)
     assert re.fullmatch(r"JPEG +does not reach 99\.00 dB even at quality 100", line)
-    line = demo._rival_line(demo.Rival("NoSuchFormat"), original, 30.0, ours=1)
+    missing = dataclasses.replace(jpeg, format="NOSUCHFORMAT")
+    line = demo.baseline_line(missing, original, 30.0, ours=1)
     assert "not compared: this Pillow cannot write it" in line
 
 

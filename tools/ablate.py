@@ -259,12 +259,12 @@ def main(argv: list[str] | None = None) -> int:
     if status := eval_rd.main([str(args.images), *models, *qualities, "-o", str(rd)]):
         return status
     rows = results_of(chosen, args.seeds, logs, args.out)
-    evaluated = rd_curves.load_meta(rd)["pictures"]
+    evaluated = json.loads(rd.read_text())["meta"]["pictures"]
     made = {
         **of_run("ablate.py", argv),
         "versions": versions("cmamba-ref", "torch"),
-        "pictures": len(evaluated["names"]),  # type: ignore[index]
-        "folder": evaluated["folder"],  # type: ignore[index]
+        "pictures": len(evaluated["names"]),
+        "folder": evaluated["folder"],
     }
     text = page(rows, made)
     content = json.dumps({"variants": rows, "meta": made}, indent=1) + "\n"

@@ -28,7 +28,8 @@ against the --anchor by PSNR and MS-SSIM (see tools/bd_rate.py), each with the i
 95 % of the BD-rates over resampled images lie (bootstrap).
 
 With --reuse the classical codecs' results are taken from an earlier report on images of the same
-names, as far as it was made with the same versions of these codecs; the others are measured.
+names, as far as it was made with the same versions and settings of these codecs; the others are
+measured.
 
 With -o, finished measurements are kept beside the output (FILE.partial): after Ctrl-C or a failure
 the same command resumes. The exit status is 1 if a measurement failed, 2 for wrong arguments or
@@ -38,27 +39,32 @@ images, 130 after Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import json
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import bd_rate
 import numpy as np
-import rd_curves
 import rd_measure
+import torch
 from classical_codecs import CODECS
+from markdown_table import markdown_table
 from partial_results import PartialResults
 from provenance import of_run, versions
+from rd_curves import METRICS, Curve, CurveError, curves_in
 from rd_measure import MEASURES, OUR_MEASURES, Point, Row, Task
 from tqdm import tqdm
 
 from cmamba_ref import CMambaError
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.cli import process_pool
-from cmamba_ref.cli.batch import PROCESS_DIED, core_count
+from cmamba_ref.cli.batch import PROCESS_DIED
 from cmamba_ref.metrics import MS_SSIM_MIN_SIDE
 
 OURS = "cmamba"
@@ -67,37 +73,24 @@ RESAMPLES = 1000
 MIN_IMAGES = 8
 PACKAGES = ("cmamba-ref", "torch", "numpy", "pillow", "pytorch-msssim")
 
-# The digest of each image file.
-Digests = Mapping[Path, str]
+
+# ---------------------------------------------------------------- measurements to make
 
 
-# ---------------------------------------------------------------- what to measure
-
-
-def find_images(folder: Path, limit: int | None) -> Digests:
+def find_images(folder: Path, limit: int | None) -> list[Path]:
     """Return the images of a folder, each of which can be measured.
 
     Raises:
-        CMambaError: there is none, or some cannot; all of those are named.
+        CMambaError: there is none, or one cannot.
+        OSError: the folder or an image cannot be read.
     """
     paths = rd_measure.picture_paths(folder, limit)
-    bad, digests = [], {}
     for path in tqdm(paths, desc="checking images", leave=False, disable=None):
-        try:
-            if min(rd_measure.read_rgb(path).shape[:2]) < MS_SSIM_MIN_SIDE:
-                raise CMambaError(
-                    f"{path} has a side of less than {MS_SSIM_MIN_SIDE} pixels, too few for MS-SSIM"
-                )
-            digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
-        except (CMambaError, OSError) as error:
-            bad.append(str(error))
-    if bad:
-        raise CMambaError(
-            f"{len(bad)} of {len(paths)} images cannot be measured:\n  "
-            + "\n  ".join(bad)
-            + "\nmove them away, so that it is clear over which images the means are"
-        )
-    return digests
+        if min(rd_measure.read_rgb(path).shape[:2]) < MS_SSIM_MIN_SIDE:
+            raise CMambaError(
+                f"{path} has a side of less than {MS_SSIM_MIN_SIDE} pixels, too few for MS-SSIM"
+            )
+    return paths
 
 
 def find_points(
@@ -135,110 +128,103 @@ def find_points(
     return points + [Point(key, setting) for key in codecs for setting in CODECS[key].settings]
 
 
+def reusable(
+    path: Path, codecs: Sequence[str], images: Sequence[Path], brief: bool
+) -> tuple[dict[str, dict], dict[str, object] | None]:
+    """Return the curves of classical codecs in an earlier report, and how they were measured.
+
+    Only of the same versions of these codecs at the same settings.
+
+    Raises:
+        CMambaError: it is no report on these images.
+    """
+    try:
+        earlier = json.loads(path.read_text())
+        meta = earlier["meta"]
+        is_on_these = meta["pictures"]["names"] == [image.name for image in images]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CMambaError(f"--reuse must be a report, got {path}: {error!r}") from error
+    if not is_on_these:
+        raise CMambaError(f"--reuse must be a report on the same images, got {path}")
+    found = {}
+    for key in codecs:
+        curve = earlier.get(key, {})
+        results = curve.get("results", {})
+        same = CODECS[key].version(), list(CODECS[key].settings)
+        is_complete = brief or results.keys() >= set(MEASURES)
+        if (curve.get("description"), results.get("quality")) == same and is_complete:
+            found[key] = curve
+    kept = ("command", "commit", "date", "machine", "threads", "versions")
+    made = meta.get("reused") or {key: meta[key] for key in kept if key in meta}
+    return found, made if found else None
+
+
 # ---------------------------------------------------------------- measuring
 
 
-def key_of(point: Point, digest: str) -> str:
-    """Return the key of a result: everything that it depends on beside the conditions."""
-    return f"{point.codec} {point.label} {digest}"
+def key_of(point: Point, image: Path) -> str:
+    """Return the key of a result."""
+    return f"{point.codec} {point.label} {image.name}"
 
 
-def measure_all(keys: dict[Task, str], kept: PartialResults, jobs: int) -> int:
+def measure_missing(tasks: Sequence[Task], kept: PartialResults, jobs: int) -> int:
     """Measure what is not yet in `kept`, into it; return how many measurements failed."""
-    waiting = [task for task, key in keys.items() if key not in kept.results]
-    failed, done = 0, len(keys) - len(waiting)
-    form = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} to go"
-    with tqdm(total=len(keys), initial=done, bar_format=form, disable=None) as bar:
+    waiting = [task for task in tasks if key_of(task.point, task.image) not in kept.results]
+    failed, done = 0, len(tasks) - len(waiting)
+    with tqdm(total=len(tasks), initial=done, disable=None) as bar:
 
         def report(task: Task, outcome: Row | str | None) -> None:
             nonlocal failed
-            name = f"{task.point.codec} {task.point.label}"
-            bar.set_description_str(name, refresh=False)
             bar.update()
+            key = key_of(task.point, task.image)
             if isinstance(outcome, dict):
-                kept.add(keys[task], outcome)
-                return
-            failed += 1
-            bar.write(f"{name}, {task.picture}: {outcome or PROCESS_DIED}", file=sys.stderr)
+                kept.add(key, outcome)
+            else:
+                failed += 1
+                bar.write(f"{key}: {outcome or PROCESS_DIED}", file=sys.stderr)
 
         if jobs == 1:
             for task in waiting:
                 report(task, rd_measure.measure(task))
         else:
-            threads = max(1, core_count() // jobs)
-            prepare = functools.partial(rd_measure.use_threads, threads)
+            threads = max(1, torch.get_num_threads() // jobs)
+            prepare = functools.partial(torch.set_num_threads, threads)
             process_pool.spread(rd_measure.measure, waiting, jobs, prepare, report)
     return failed
-
-
-def reusable(
-    path: Path, points: Sequence[Point], images: Digests, brief: bool
-) -> tuple[dict[str, Row], dict[str, object]]:
-    """Return results of classical codecs in an earlier report, by key, and their provenance.
-
-    Raises:
-        CMambaError: it is no report, or one on other images.
-    """
-    try:
-        earlier = json.loads(path.read_text())
-        meta = earlier["meta"]
-        names = meta["pictures"]["names"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CMambaError(
-            f"--reuse must be a report of this tool, got {path}: {error!r}"
-        ) from error
-    if names != [image.name for image in images]:
-        raise CMambaError(f"--reuse must be a report on the same images, got {path}")
-    found, wanted = {}, {"bpp", "psnr-rgb"} if brief else set(MEASURES)
-    for point in points:
-        codec = earlier.get(point.codec, {})
-        if point.codec not in CODECS or codec.get("description") != _description(point.codec):
-            continue
-        settings = codec["results"]["quality"]
-        if point.setting in settings:
-            rows = codec["per_picture"][settings.index(point.setting)]
-            if all(wanted <= row.keys() for row in rows):
-                keys = (key_of(point, digest) for digest in images.values())
-                found |= dict(zip(keys, rows, strict=True))
-    kept = ("command", "commit", "date", "machine", "threads", "versions")
-    return found, meta.get("reused") or {key: meta[key] for key in kept if key in meta}
 
 
 # ---------------------------------------------------------------- the report
 
 
-def _description(codec: str) -> str:
-    """The version of a classical codec."""
-    return f"Pillow, {CODECS[codec].version()}"
-
-
 def _models(points: Sequence[Point]) -> list[dict[str, object]]:
-    """The models of one curve, with the qualities of each."""
+    """Return the models of one curve, with the qualities of each."""
     return [
-        {"name": p.name, "id": p.model_id, "qualities": [q.setting for q in points
-                                                         if q.model == source]}
-        for source, p in {point.model: point for point in points}.items()
-    ]  # fmt: skip
+        {
+            "name": point.name,
+            "id": point.model_id,
+            "qualities": [other.setting for other in points if other.model == source],
+        }
+        for source, point in {point.model: point for point in points}.items()
+    ]
 
 
-def report_of(points: Sequence[Point], images: Digests, results: dict[str, Row]) -> dict[str, dict]:
+def report_of(
+    points: Sequence[Point], images: Sequence[Path], results: dict[str, Row]
+) -> dict[str, dict]:
     """Return every curve as the JSON has it, without `meta`."""
     report: dict[str, dict] = {}
     for codec in dict.fromkeys(point.codec for point in points):
         mine = [point for point in points if point.codec == codec]
-        rows = [[results[key_of(p, digest)] for digest in images.values()] for p in mine]
+        rows = [[results[key_of(point, image)] for image in images] for point in mine]
         means: dict[str, list] = {"quality": [point.setting for point in mine]}
-        measures = MEASURES
         if codec in CODECS:
-            name, description = CODECS[codec].name, _description(codec)
+            name, description = CODECS[codec].name, CODECS[codec].version()
         else:
-            models = _models(mine)
-            name = f"CMamba {', '.join(dict.fromkeys(str(m['name']) for m in models))}"
-            description = f"{len(models)} model(s), see meta"
+            name = f"CMamba {', '.join(dict.fromkeys(point.name for point in mine))}"
+            description = f"{len(_models(mine))} model(s), see meta"
             means["model"] = [point.model_id for point in mine]
-            measures += OUR_MEASURES
-        for measure in measures:
-            # The peak of memory is not counted everywhere, and not all measures are asked for.
+        for measure in (*MEASURES, *OUR_MEASURES):
+            # Not every codec has all measures, nor every system, and --brief asks for two.
             if all(measure in row for of_point in rows for row in of_point):
                 means[measure] = [
                     float(np.mean([row[measure] for row in of_point])) for of_point in rows
@@ -261,120 +247,110 @@ def not_rising(report: dict[str, dict]) -> dict[str, list[dict[str, object]]]:
     found: dict[str, list[dict[str, object]]] = {}
     for codec, curve in report.items():
         results = curve["results"]
-        models = results.get("model", [None] * len(results["quality"]))
+        models = results.get("model", [""] * len(results["quality"]))
         points = [k for k, quality in enumerate(results["quality"]) if quality is not None]
-        points.sort(key=lambda k: (str(models[k]), results["quality"][k]))
-        for before, after in zip(points, points[1:], strict=False):
-            if models[before] != models[after]:
+        points.sort(key=lambda k: (models[k], results["quality"][k]))
+        for low, high in pairwise(points):
+            if models[low] != models[high]:
                 continue
             steps = found.setdefault(codec, [])
             for measure in ("bpp", "psnr-rgb"):
-                gain = results[measure][after] - results[measure][before]
+                gain = results[measure][high] - results[measure][low]
                 if not gain > 0:
-                    ends = [results["quality"][k] for k in (before, after)]
+                    ends = [results["quality"][k] for k in (low, high)]
                     steps.append({"measure": measure, "step": ends, "by": gain})
     return found
 
 
-def rising_lines(report: dict[str, dict], falls: dict[str, list[dict[str, object]]]) -> str:
-    """Write the verdict on each codec that has steps."""
-    lines = []
-    for codec, steps in falls.items():
-        points = len(report[codec]["results"]["quality"])
-        if not steps:
-            lines.append(f"{codec}: mean bpp and mean PSNR rise at every step of {points} points")
-        for step in steps:
-            low, high = step["step"]  # type: ignore[misc]
-            lines.append(
-                f"{codec}: mean {step['measure']} changes by {step['by']:.3g} from quality {low:g} "
-                f"to {high:g}"
-            )
-    return "\n".join(lines)
-
-
 def bd_rates(report: dict[str, dict], anchor: str) -> tuple[dict[str, object], str]:
     """Return BD-rates of all other codecs against the anchor, as JSON and as text."""
-    found = {curve.name: curve for curve in rd_curves.curves_in(report, Path("this run"))}
-    others = [curve for name, curve in found.items() if name != anchor]
-    as_json, text = {}, []
-    for metric in rd_curves.METRICS:
-        outcomes = bd_rate.compare(found[anchor], others, metric)
-        as_json[metric] = bd_rate.as_json(found[anchor], metric, outcomes)
-        lines = [bd_rate.table(found[anchor], metric, outcomes)]
-        for (curve, outcome), entry in zip(outcomes, as_json[metric]["codecs"], strict=True):
-            if isinstance(outcome, bd_rate.BDRate):
-                ends = entry["interval_95"] = interval(report, anchor, curve.name, metric)
+    found = {curve.name: curve for curve in curves_in(report, Path("this run"))}
+    as_json, lines = {}, []
+    for metric in METRICS:
+        outcomes = bd_rate.compare_all(found[anchor], list(found.values()), metric)
+        lines.append(f"{bd_rate.table(found[anchor], metric, outcomes)}\n")
+        codecs = []
+        for curve, outcome in outcomes:
+            entry: dict[str, object] = dict(curve.identity())
+            if isinstance(outcome, CurveError):
+                entry["refused"] = str(outcome)
+            else:
+                entry["bd_rate"] = dataclasses.asdict(outcome)
+                ends = entry["interval_95"] = interval(report, found[anchor], curve, metric)
                 if ends is not None:
                     low, high = ends
                     lines.append(f"{curve.name}: {low:+.2f} to {high:+.2f} % in 95 % of resamples")
-        text.append("\n".join(lines))
-    return as_json, "\n\n".join(text)
+            codecs.append(entry)
+        as_json[metric] = {
+            "metric": metric,
+            "interpolation": "PCHIP of log rate over dB",
+            "anchor": found[anchor].identity(),
+            "codecs": codecs,
+        }
+    return as_json, "\n".join(lines)
 
 
 def interval(
-    report: dict[str, dict], anchor: str, test: str, metric: str
+    report: dict[str, dict], anchor: Curve, test: Curve, metric: str
 ) -> tuple[float, float] | None:
-    """Where 95 % of the BD-rates over resampled images lie, in per cent (percentile bootstrap).
+    """Return where 95 % of the BD-rates over resampled images lie, in per cent (bootstrap).
 
     None where there are fewer than `MIN_IMAGES`, or where resampled curves fall.
     """
-    measures = "bpp", {"psnr": "psnr-rgb", "ms-ssim": "ms-ssim-rgb"}[metric]
+    from scipy.stats import bootstrap
+
+    measures = ("bpp", METRICS[metric])
     # Of each codec [measure, point, image].
-    values = [
-        np.array(
+    values = {
+        name: np.array(
             [[[row[m] for row in rows] for rows in report[name]["per_picture"]] for m in measures]
         )
-        for name in (anchor, test)
-    ]
-    images = values[0].shape[2]
-    if images < MIN_IMAGES:
+        for name in (anchor.name, test.name)
+    }
+    images = np.arange(values[test.name].shape[2])
+    if len(images) < MIN_IMAGES:
         return None
-    draw, percents = np.random.default_rng(0), []
-    for _ in range(RESAMPLES):
-        chosen = draw.integers(0, images, images)
-        curves = [of_codec[:, :, chosen].mean(axis=2) for of_codec in values]
-        if metric == "ms-ssim":
-            curves = [(bpp, [rd_curves.ms_ssim_db(x) for x in linear]) for bpp, linear in curves]
-        try:
-            found = bd_rate.bd_rate(*(list(zip(*curve, strict=True)) for curve in curves))
-        except rd_curves.CurveError:
-            return None
-        percents.append(found.percent)
-    low, high = np.percentile(percents, (2.5, 97.5))
+
+    def percent(chosen: np.ndarray) -> float:
+        points = []
+        for curve in (anchor, test):
+            means = values[curve.name][:, :, chosen].mean(axis=2)
+            results = dict(zip(measures, means.tolist(), strict=True))
+            points.append(dataclasses.replace(curve, results=results).points(metric))
+        return bd_rate.bd_rate(*points).percent
+
+    try:
+        found = bootstrap(
+            (images,),
+            percent,
+            n_resamples=RESAMPLES,
+            vectorized=False,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        )
+    except CurveError:
+        return None
+    low, high = found.confidence_interval
     return round(float(low), 2), round(float(high), 2)
-
-
-def table(report: dict[str, dict]) -> str:
-    """Write the means as text."""
-    shown = [m for m in MEASURES if all(m in curve["results"] for curve in report.values())]
-    lines = [f"{'codec':<12}{'quality':>8}" + "".join(f"{measure:>15}" for measure in shown)]
-    for codec, curve in report.items():
-        results = curve["results"]
-        for k, quality in enumerate(results["quality"]):
-            values = "".join(f"{results[measure][k]:>15.4f}" for measure in shown)
-            lines.append(f"{codec:<12}{'' if quality is None else f'{quality:g}':>8}{values}")
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- the command
 
 
 def quality_range(text: str) -> list[float]:
-    """Qualities written as one number or as FROM:TO:STEP, for argparse; both ends are in it."""
-    try:
-        numbers = [float(part) for part in text.split(":")]
-        if len(numbers) == 1:
-            return numbers
-        low, high, step = numbers
-        # In hundredths, as files store them: steps of 0.1 add up to something else than a whole.
-        low, high, step = (round(100 * value) for value in (low, high, step))
-        if not (step > 0 and low <= high):
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(
-            f"must be a number or FROM:TO:STEP with a step of at least 0.01, got {text!r}"
-        ) from None
-    return [value / 100 for value in range(low, high + 1, step)]
+    """Return qualities written as one number or as FROM:TO:STEP, both ends of which are in it.
+
+    Raises:
+        ValueError: it is neither; argparse then names the argument.
+    """
+    low, *rest = map(float, text.split(":"))
+    if not rest:
+        return [low]
+    high, step = rest
+    if not 0.01 <= step <= high - low < math.inf:
+        raise ValueError
+    # In hundredths, as files store them: steps of 0.1 add up to something else than a whole.
+    return np.arange(low, high + 0.005, step).round(2).tolist()
 
 
 def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -412,46 +388,42 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser, args = parse(argv)
     asked = list(CODECS) if args.codecs is None else args.codecs
-    left_out = [key for key in asked if not CODECS[key].is_available()]
-    codecs = [key for key in asked if key not in left_out]
+    codecs = [key for key in asked if CODECS[key].is_available()]
     provenance = {**of_run("eval_rd.py", argv), "versions": versions(*PACKAGES), "jobs": args.jobs}
     if args.brief:
         provenance["brief"] = True
-    conditions = {key: provenance[key] for key in provenance if key not in ("command", "date")}
-    reused, made = {}, None
+    reused, reused_from = {}, None
     try:
         images = find_images(args.folder, args.limit)
-        points = find_points(args.model or [[f"{OURS}=tiny"]], args.qualities, codecs)
         if args.reuse:
-            reused, made = reusable(args.reuse, points, images, args.brief)
+            reused, reused_from = reusable(args.reuse, codecs, images, args.brief)
+        missing = [key for key in codecs if key not in reused]
+        points = find_points(args.model or [[f"{OURS}=tiny"]], args.qualities, missing)
+        conditions = {key: provenance[key] for key in provenance if key not in ("command", "date")}
+        conditions["images"] = hashlib.sha256(b"".join(map(Path.read_bytes, images))).hexdigest()
         kept = PartialResults(args.output, conditions, fresh=args.fresh)
     except (CMambaError, OSError) as error:
         parser.error(str(error))
-    kept.results |= reused
-    for key in left_out:
-        print(f"{key} is left out: this Pillow cannot write it", file=sys.stderr)
-    keys = {
-        Task(point, path, args.keep, args.brief): key_of(point, digest)
-        for point in points
-        for path, digest in images.items()
-    }
 
-    what_is_kept = "without -o nothing is kept"
+    tasks = [Task(point, image, args.keep, args.brief) for point in points for image in images]
+    resumes = "without -o nothing is kept"
+    if kept.path is not None:
+        resumes = f"what was measured is kept in {kept.path}, the same command resumes"
     try:
-        failed = measure_all(keys, kept, args.jobs)
+        if failed := measure_missing(tasks, kept, args.jobs):
+            print(f"{failed} measurements failed; {resumes}", file=sys.stderr)
+            return 1
     except KeyboardInterrupt:
-        failed = None
-    if failed != 0:
-        if kept.path is not None:
-            what_is_kept = f"{len(kept.results)} are kept in {kept.path}, the same command resumes"
-        reason = "interrupted" if failed is None else f"{failed} measurements failed"
-        print(f"{reason}; {what_is_kept}", file=sys.stderr)
-        return 130 if failed is None else 1
+        print(f"interrupted; {resumes}", file=sys.stderr)
+        return 130
 
-    report = report_of(points, images, kept.results)
+    report = report_of(points, images, kept.results) | reused
     falls = not_rising(report)
-    print(table(report))
-    print(f"\n{rising_lines(report, falls)}\n")
+    for curve in curves_in(report, Path("this run")):
+        heading, rows = curve.table()
+        print(f"{curve.label}\n\n{markdown_table(heading, rows, figures=len(heading))}\n")
+    for codec, steps in falls.items():
+        print(f"{codec}: mean bpp and mean PSNR rise with quality, but for {steps or 'no step'}")
     ours = dict.fromkeys(point.codec for point in points if point.model is not None)
     meta = {
         **provenance,
@@ -460,18 +432,16 @@ def main(argv: list[str] | None = None) -> int:
             "folder": args.folder.resolve().name,
             "names": [path.name for path in images],
         },
-        "codecs_left_out": left_out,
-        # How the classical codecs' results were measured, where this run took them over.
-        "reused": made if reused else None,
+        "codecs_left_out": [key for key in asked if key not in codecs],
+        "reused": reused_from,
         "not_rising": falls,
     }
-    text = f"no BD-rates: the anchor {args.anchor!r} is not in this run"
     if args.anchor in report:
         try:
             meta["bd_rates"], text = bd_rates(report, args.anchor)
         except ImportError as error:
             text = f"no BD-rates: {error}; pip install scipy"
-    print(text)
+        print(f"\n{text}")
     if args.output:
         content = json.dumps({**report, "meta": meta}, indent=1) + "\n"
         write_atomically(args.output, content.encode())

@@ -11,3 +11,11 @@ def markdown_table(heading: Iterable[str], rows: Iterable[Iterable[str]], figure
     rules = ["---"] * (len(heading) - figures) + ["---:"] * figures
     lines = [heading, rules, *map(list, rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def signed(percent: float | None, places: int = 1) -> str:
+    """A change, with a minus that is as wide as the plus; a dash where there is none."""
+    if percent is None:
+        return "–"
+    text = f"{percent:+.{places}f} %".replace("-", "−")
+    return text[1:] if float(f"{percent:.{places}f}") == 0 else text

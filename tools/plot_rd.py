@@ -5,10 +5,10 @@
     python tools/plot_rd.py rd.json --anchor anchors.json:kodak/VTM-9.1 --bpp 0 1.2 -o kodak.png
 
 Each argument is FILE or FILE:NAME, see tools/rd_curves.py: what tools/eval_rd.py measured is drawn
-with solid lines and filled marks, points out of tables with dashed lines and open marks.  MS-SSIM
-is in dB, -10 log10(1 - mean).  With --anchor, the legend says each codec's BD-rate against it, and
-the plot names the anchor and the source of its points.  Curves of different pictures are labelled
-with their pictures: they should not be compared.
+with solid lines and filled marks, points out of tables with dashed lines and open marks. MS-SSIM
+is in dB, -10 log10(1 - mean). With --anchor, the legend says each codec's BD-rate against it, and
+the plot names the anchor and the source of its points. Curves of different images are labelled
+with their images: they should not be compared.
 
 Beside the plot, FILE.json holds the numbers that are in it.
 """
@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING
 
 import bd_rate
 from bd_rate import BDRate
-from figures import SUFFIXES, new_figure, save
-from rd_curves import METRICS, Curve, CurveError, load_with_anchor
+from figures import new_figure, save
+from PIL import Image
+from rd_curves import METRICS, Curve, load_curve, load_curves
 
 from cmamba_ref.atomic_write import write_atomically
 
@@ -35,17 +36,16 @@ if TYPE_CHECKING:
 AXES = {"psnr": "PSNR (RGB), dB", "ms-ssim": "MS-SSIM, dB"}
 # In turn, so that many curves differ by more than their colour.
 MARKS = "osD^vP*X"
+NO_DITHER = Image.Dither.NONE
 
 
 def draw(
     curves: Sequence[Curve],
     metric: str,
-    *,
     anchor: Curve | None = None,
     bpp: tuple[float, float] | None = None,
-    title: str | None = None,
 ) -> tuple[Figure, dict[str, object]]:
-    """The plot, and the numbers in it.
+    """Return the plot, and the numbers in it.
 
     Args:
         bpp: the rates to show; None for all.
@@ -56,13 +56,14 @@ def draw(
     figure = new_figure(7.2, 5.4)
     axes = figure.subplots()
     shown = []
-    mixed = len({curve.pictures for curve in curves}) > 1
+    mixed = len({curve.images for curve in curves}) > 1
     for k, curve in enumerate(curves):
         points = curve.points(metric)
-        note, rate = "", None
+        label = curve.label + (f" on {curve.images or 'unnamed images'}" if mixed else "")
+        found = None
         if anchor is not None and curve != anchor:
-            (_, rate), *_ = bd_rate.compare(anchor, [curve], metric)
-            note = f" ({rate.percent:+.1f} %)" if isinstance(rate, BDRate) else " (no BD-rate)"
+            found = bd_rate.compare(anchor, curve, metric)
+            label += f" ({found.percent:+.1f} %)" if isinstance(found, BDRate) else " (no BD-rate)"
         axes.plot(
             *zip(*points, strict=True),
             f"{'-' if curve.is_measured else '--'}{MARKS[k % len(MARKS)]}",
@@ -70,14 +71,14 @@ def draw(
             markersize=4.5,
             linewidth=1.6 if curve.is_measured else 1.1,
             fillstyle="full" if curve.is_measured else "none",
-            label=curve.label + (f" on {curve.pictures or 'what?'}" if mixed else "") + note,
+            label=label,
         )
         shown.append(
             {
                 **curve.identity(),
                 "bpp": [rate for rate, _ in points],
                 "db": [quality for _, quality in points],
-                "bd_rate_percent": rate.percent if isinstance(rate, BDRate) else None,
+                "bd_rate_percent": found.percent if isinstance(found, BDRate) else None,
             }
         )
     if bpp is not None:  # and the qualities of the points that have these rates
@@ -87,10 +88,8 @@ def draw(
         if inside:
             margin = 0.04 * (max(inside) - min(inside)) or 1
             axes.set_ylim(min(inside) - margin, max(inside) + margin)
-    axes.set_xlabel("bits per pixel")
-    axes.set_ylabel(AXES[metric])
-    if title:
-        axes.set_title(title)
+    axes.set(xlabel="bits per pixel", ylabel=AXES[metric])
+    axes.set_title("" if mixed else curves[0].dataset)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     if anchor is not None:
@@ -104,35 +103,41 @@ def draw(
     return figure, numbers
 
 
+def load_with_anchor(specs: Sequence[str], anchor: str | None) -> tuple[list[Curve], Curve | None]:
+    """Return all curves, and that of the anchor, which is among them."""
+    curves = [curve for spec in specs for curve in load_curves(spec)]
+    if anchor is None:
+        return curves, None
+    found = load_curve(anchor)
+    return curves if found in curves else [*curves, found], found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("curves", nargs="+", metavar="curve", help="FILE:NAME, or FILE for all curves in it")
-    add("-o", "--output", type=Path, required=True, metavar="FILE", help=" or ".join(SUFFIXES))
+    add("-o", "--output", type=Path, required=True, metavar="FILE", help=".png, .svg or .pdf")
     add("--metric", choices=METRICS, default="psnr", help="default: psnr")
     add("--anchor", help="FILE:NAME of the anchor of BD-rates; it is drawn too (default: none)")
     add("--bpp", type=float, nargs=2, metavar=("FROM", "TO"), help="show only these rates")
-    add("--title", help="default: the pictures, if all curves have the same")
     args = parser.parse_args(argv)
-    if args.output.suffix.lower() not in SUFFIXES:
-        parser.error(f"-o must end in {' or '.join(SUFFIXES)}, got {str(args.output)!r}")
-    if not args.output.parent.is_dir():
-        parser.error(f"-o must lie in an existing directory, got {str(args.output)!r}")
     try:
         curves, anchor = load_with_anchor(args.curves, args.anchor)
-        pictures = {curve.pictures for curve in curves}
-        if len(pictures) > 1:
-            names = ", ".join(sorted(name or "not named" for name in pictures))
-            print(f"the curves are of different pictures: {names}", file=sys.stderr)
-        title = args.title or (curves[0].dataset if len(pictures) == 1 else None)
-        figure, numbers = draw(curves, args.metric, anchor=anchor, bpp=args.bpp, title=title)
-    except CurveError as error:
+        figure, numbers = draw(curves, args.metric, anchor, args.bpp)
+        save(figure, args.output)
+        if args.output.suffix == ".png":
+            # Lines and letters need no more than 256 colours; the file is a third as large so.
+            with Image.open(args.output) as image:
+                few = image.convert("RGB").quantize(
+                    method=Image.Quantize.FASTOCTREE, dither=NO_DITHER
+                )
+            few.save(args.output, optimize=True)
+    except (ValueError, OSError) as error:  # of curves, and of matplotlib for an unknown suffix
         parser.error(str(error))
     except ImportError as error:
         parser.error(f"{error}; in a clone: python -m pip install '.[eval]'")
-    save(figure, args.output, few_colours=True)
     text = json.dumps(numbers, indent=1) + "\n"
     write_atomically(args.output.with_name(args.output.name + ".json"), text.encode())
     against = f", BD-rates against {anchor.label} from {anchor.source}" if anchor else ""

@@ -1,6 +1,6 @@
 """Rate-distortion curves out of JSON files.
 
-A curve is named as FILE or FILE:NAME, for instance `anchors.json:kodak/VTM-9.1`.  What is read:
+A curve is named as FILE or FILE:NAME, for instance `anchors.json:kodak/VTM-9.1`. What is read:
 
     ours            what tools/eval_rd.py writes: an object per codec, with `results`
     CompressAI's    one object with `name` and `results`
@@ -14,19 +14,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cmamba_ref import CMambaError
 
-# What may stand on the ordinate, both in dB; the keys that it has in files, the first is ours.
-METRICS = {
-    "psnr": ("psnr-rgb", "psnr"),
-    "ms-ssim": ("ms-ssim-rgb", "ms-ssim"),
+# What may stand on the ordinate, both in dB, by its key in the results of an evaluation.
+METRICS = {"psnr": "psnr-rgb", "ms-ssim": "ms-ssim-rgb"}
+# The columns of a table of points, by their keys: heading and format.
+COLUMNS = {
+    "quality": ("quality", "g"),
+    "bpp": ("bpp", ".4f"),
+    "psnr-rgb": ("PSNR, dB", ".2f"),
+    "ms-ssim-rgb": ("MS-SSIM", ".4f"),
+    "encoding_time": ("encode, s", ".3f"),
+    "decoding_time": ("decode, s", ".3f"),
 }
-# What an evaluation may say of each point besides: the setting, and seconds per picture.
-DETAILS = ("quality", "encoding_time", "decoding_time")
 
 
 class CurveError(CMambaError, ValueError):
@@ -35,19 +40,18 @@ class CurveError(CMambaError, ValueError):
 
 @dataclass(frozen=True)
 class Curve:
-    """Rate and distortion of one codec on one set of pictures, means over the pictures.
+    """Rate and distortion of one codec on one set of images, means over the images.
 
     Attributes:
         file: the name of the file, without folders.
         name: the path of keys to it in there.
         label: the codec as its file describes it.
-        dataset: the pictures, as far as the file says.
+        dataset: the images, as far as the file says.
         source: where the points come from, as the file says, or the file.
-        bpp: bits per pixel.
-        qualities: for each metric that the file has, one value per point: PSNR in dB, MS-SSIM
-            linear.
+        results: `bpp`, the metrics (PSNR in dB, MS-SSIM linear), and what else an evaluation says
+            of each point; one value per point.
         is_measured: whether it is the result of an evaluation, and not of a table.
-        details: those of `DETAILS` that the file has, one value per point; None is no setting.
+        meta: the provenance of the whole file; empty for a table.
     """
 
     file: str
@@ -55,39 +59,52 @@ class Curve:
     label: str
     dataset: str
     source: str
-    bpp: tuple[float, ...]
-    qualities: dict[str, tuple[float, ...]]
+    results: dict[str, list[Any]]
     is_measured: bool = False
-    details: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
 
     def identity(self) -> dict[str, str]:
-        """Which curve it is, as JSON holds it."""
+        """Return which curve it is, as JSON holds it."""
         keys = ("file", "name", "label", "dataset", "source")
         return {key: getattr(self, key) for key in keys}
 
     @property
-    def pictures(self) -> str:
+    def images(self) -> str:
         """The dataset in a word, the same for files that describe it at length or in short."""
         return self.dataset.split(",")[0].casefold()
 
-    def points(self, metric: str) -> list[tuple[float, float]]:
-        """(bpp, dB) of every point, by rising bpp.
+    def has(self, metric: str) -> bool:
+        """Return whether the file has this metric."""
+        return METRICS[metric] in self.results
 
-        MS-SSIM goes to dB after the mean over pictures, as the field's plots have it.
+    def table(self) -> tuple[list[str], list[tuple[str, ...]]]:
+        """Return heading and rows of a table of the points."""
+        columns = {key: self.results.get(key, []) for key in COLUMNS}
+        shown = [key for key, values in columns.items() if any(v is not None for v in values)]
+        cells = [
+            ["" if value is None else format(value, COLUMNS[key][1]) for value in columns[key]]
+            for key in shown
+        ]
+        return [COLUMNS[key][0] for key in shown], list(zip(*cells, strict=True))
+
+    def points(self, metric: str) -> list[tuple[float, float]]:
+        """Return (bpp, dB) of every point, by rising bpp.
+
+        MS-SSIM goes to dB after the mean over images, as the field's plots have it.
 
         Raises:
-            CurveError: the file does not have this metric, or not at all points.
+            CurveError: the file does not have this metric.
         """
-        if metric not in self.qualities:
+        if not self.has(metric):
             raise CurveError(f"{self.label} ({self.source}) has no {metric}")
-        values = self.qualities[metric]
+        values = self.results[METRICS[metric]]
         if metric == "ms-ssim":
-            values = tuple(ms_ssim_db(value) for value in values)
-        return sorted(zip(self.bpp, values, strict=True))
+            values = map(ms_ssim_db, values)
+        return sorted(zip(self.results["bpp"], values, strict=True))
 
 
 def ms_ssim_db(linear: float) -> float:
-    """-10 log10(1 - MS-SSIM), infinite for 1."""
+    """Return -10 log10(1 - MS-SSIM), infinite for 1."""
     return math.inf if linear >= 1 else -10 * math.log10(1 - linear)
 
 
@@ -97,8 +114,13 @@ def load_curves(spec: str) -> list[Curve]:
     Raises:
         CurveError: no such file, no JSON, no curve of that name, or malformed points.
     """
-    path, name = split(spec)
-    found = list(curves_in(_read(path), path))
+    file, _, name = spec.rpartition(":")
+    path, name = (Path(spec), "") if Path(spec).exists() or not file else (Path(file), name)
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CurveError(f"{path} must be a JSON file: {error}") from error
+    found = list(curves_in(data, path))
     chosen = [c for c in found if name in ("", c.name) or c.name.startswith(f"{name}/")]
     if not chosen:
         known = ", ".join(c.name for c in found) or "none"
@@ -119,93 +141,47 @@ def load_curve(spec: str) -> Curve:
     return curves[0]
 
 
-def load_with_anchor(specs: Sequence[str], anchor: str | None) -> tuple[list[Curve], Curve | None]:
-    """Return all curves, and that of the anchor, which is among them."""
-    curves = [curve for spec in specs for curve in load_curves(spec)]
-    found = load_curve(anchor) if anchor else None
-    if found is not None and found not in curves:
-        curves.append(found)
-    return curves, found
-
-
-def load_meta(path: Path) -> dict[str, object]:
-    """Return the provenance that an evaluation holds; empty for a table.
-
-    Raises:
-        CurveError: no such file, or no JSON.
-    """
-    data = _read(path)
-    meta = data.get("meta") if isinstance(data, dict) else None
-    return meta if isinstance(meta, dict) else {}
-
-
-def _read(path: Path) -> object:
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise CurveError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CurveError(f"{path} is not JSON: {error}") from error
-
-
-def split(spec: str) -> tuple[Path, str]:
-    """Return the file and the name that FILE or FILE:NAME stands for; the name may be empty."""
-    path, _, name = spec.rpartition(":")
-    return (Path(spec), "") if Path(spec).exists() or not path else (Path(path), name)
-
-
 def curves_in(data: object, path: Path) -> Iterator[Curve]:
-    """Return every curve in what a file of that path holds, in its order."""
+    """Yield every curve in what a file of that path holds, in its order."""
     if not isinstance(data, dict):
         raise CurveError(f"{path} must hold a JSON object, got {type(data).__name__}")
-    dataset = data.get("dataset", "")
-    if isinstance(meta := data.get("meta"), dict):
-        dataset = meta.get("pictures", {}).get("folder", "")
+    meta = data.get("meta", {})
+    dataset = data.get("dataset") or meta.get("pictures", {}).get("folder", "")
     # A table that names its images has its curves one level down.
-    yield from _below(data.get("codecs", data), (), str(dataset), path)
+    for keys, node in _nodes_with_points(data.get("codecs", data), ()):
+        name = "/".join(keys) or node.get("name", path.stem)
+        results = node.get("results", node)
+        yield Curve(
+            file=path.name,
+            name=name,
+            label=node.get("name", keys[-1] if keys else name),
+            dataset=dataset or "/".join(keys[:-1]),
+            source=node.get("source", path.name),
+            results=_checked(results, f"{path}:{name}"),
+            is_measured=results is not node,
+            meta=meta,
+        )
 
 
-def _below(node: dict, keys: tuple[str, ...], dataset: str, path: Path) -> Iterator[Curve]:
-    results = node.get("results", node)
-    if isinstance(results, dict) and isinstance(results.get("bpp"), list):
-        yield _curve(node, results, keys, dataset or "/".join(keys[:-1]), path)
+def _nodes_with_points(
+    node: dict[str, Any], keys: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Yield the objects that have points, each with its path of keys."""
+    if "bpp" in node.get("results", node):
+        yield keys, node
         return
     for key, child in node.items():
         if isinstance(child, dict) and key != "meta":
-            yield from _below(child, (*keys, key), dataset, path)
+            yield from _nodes_with_points(child, (*keys, key))
 
 
-def _curve(node: dict, results: dict, keys: tuple[str, ...], dataset: str, path: Path) -> Curve:
-    name = "/".join(keys) or str(node.get("name", path.stem))
-    where = f"{path}:{name}"
-
-    def numbers(key: str) -> tuple[float, ...]:
-        values = results[key]
-        if not isinstance(values, list) or not all(
-            isinstance(v, int | float) and not math.isnan(v) for v in values
-        ):
-            raise CurveError(f"{key} of {where} must be a list of numbers")
-        if len(values) != len(results["bpp"]):
-            raise CurveError(f"{where} has {len(results['bpp'])} rates and {len(values)} {key}")
-        return tuple(float(v) for v in values)
-
-    bpp = numbers("bpp")
-    if not all(value > 0 for value in bpp):
-        raise CurveError(f"bpp of {where} must be positive, got {min(bpp)}")
-    keys_of = {m: [k for k in spellings if k in results] for m, spellings in METRICS.items()}
-    details = {key: results[key] for key in DETAILS if isinstance(results.get(key), list)}
-    return Curve(
-        file=path.name,
-        name=name,
-        label=str(node.get("name", keys[-1] if keys else name)),
-        dataset=dataset,
-        source=str(node.get("source", path.name)),
-        bpp=bpp,
-        qualities={metric: numbers(found[0]) for metric, found in keys_of.items() if found},
-        is_measured=results is not node,
-        details={
-            key: tuple(values)
-            for key, values in details.items()
-            if len(values) == len(bpp) and all(isinstance(v, int | float | None) for v in values)
-        },
-    )
+def _checked(results: dict[str, Any], where: str) -> dict[str, list[Any]]:
+    """Return the lists of a curve, with metrics by the names that an evaluation gives them."""
+    found = {METRICS.get(key, key): v for key, v in results.items() if isinstance(v, list)}
+    for key in {"bpp", *METRICS.values()} & found.keys():
+        if not all(isinstance(value, int | float) and value > 0 for value in found[key]):
+            raise CurveError(f"{key} of {where} must be positive numbers, got {found[key]}")
+    if len({len(values) for values in found.values()}) != 1:
+        lengths = ", ".join(f"{len(values)} {key}" for key, values in found.items())
+        raise CurveError(f"{where} must have as many values of each kind, got {lengths}")
+    return found

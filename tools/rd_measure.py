@@ -1,4 +1,4 @@
-"""One picture through one codec at one setting, as a real file: rate, distortion, times, memory.
+"""One image through one codec at one setting, as a real file: rate, distortion, times, memory.
 
 Functions here run in the processes of tools/eval_rd.py, so what goes in and out can be pickled.
 """
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 from classical_codecs import CODECS
 from resident import peak_bytes, restart_peak
 from stage_clock import OTHER, Timing, time_by_stage
@@ -70,24 +69,19 @@ class Task:
     """One measurement.
 
     Attributes:
-        picture: the file.
-        keep: folder for the coded and the decoded picture; None to keep neither.
+        image: the file.
+        keep: folder for the coded and the decoded image; None to keep neither.
         brief: only bpp and PSNR.
     """
 
     point: Point
-    picture: Path
+    image: Path
     keep: Path | None = None
     brief: bool = False
 
 
-def use_threads(count: int) -> None:
-    """Let torch compute with at most so many threads in this process."""
-    torch.set_num_threads(min(count, torch.get_num_threads()))
-
-
 def picture_paths(folder: Path, limit: int | None) -> list[Path]:
-    """The files of a folder that may be pictures by their names, sorted; hidden ones are not.
+    """Return the files of a folder that may be images by their names, sorted, but no hidden ones.
 
     Args:
         limit: only the first so many; None for all.
@@ -101,28 +95,28 @@ def picture_paths(folder: Path, limit: int | None) -> list[Path]:
     names = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     paths = [path for path in names if path.name.lower().endswith(SUFFIXES["encode"])][:limit]
     if not paths:
-        raise CMambaError(f"no pictures in {folder}")
+        raise CMambaError(f"no images in {folder}")
     return paths
 
 
 def read_rgb(path: Path) -> np.ndarray:
-    """A picture as uint8 `[H, W, 3]`; a grey one as three equal planes, for every codec."""
-    picture = read_image(path)
-    return picture if picture.ndim == 3 else np.stack([picture] * 3, axis=-1)
+    """Return an image as uint8 `[H, W, 3]`; a grey one as three equal planes, for every codec."""
+    image = read_image(path)
+    return image if image.ndim == 3 else np.stack([image] * 3, axis=-1)
 
 
 @functools.lru_cache(maxsize=1)
 def load_model(source: str) -> CMamba:
-    """A model, ready: what a first call sets up is not the time of a picture."""
+    """Return a model, ready: what a first call sets up is not the time of an image."""
     model = CMamba.from_pretrained(source)
     cmamba_ref.decode(cmamba_ref.encode(np.zeros((64, 64, 3), np.uint8), model), model)
     return model
 
 
 def measure(task: Task) -> Row | str:
-    """The measures of one picture at one point, or one line that says why there are none.
+    """Return the measures of one image at one point, or one line that says why there are none.
 
-    Times are those of the codec between pictures and bytes in memory, in seconds; peaks are the
+    Times are those of the codec between images and bytes in memory, in seconds; peaks are the
     most bytes of this process in RAM meanwhile, with torch and the model, where the system counts.
     """
     try:
@@ -134,11 +128,11 @@ def measure(task: Task) -> Row | str:
 
 
 def _measure(task: Task) -> Row:
-    original, point = read_rgb(task.picture), task.point
+    original, point = read_rgb(task.image), task.point
     if point.model is None:
-        codec, setting = CODECS[point.codec], point.setting or 0.0
-        suffix, watched = codec.suffix, _timed
-        encode, decode = functools.partial(codec.encode, original, setting), codec.decode
+        codec, suffix, watched = CODECS[point.codec], CODECS[point.codec].suffix, _timed
+        encode = functools.partial(codec.encode, original, point.setting or 0.0)
+        decode = codec.decode
     else:
         model = load_model(point.model)
         suffix, watched = ".cmb", functools.partial(_watched, model)
@@ -149,13 +143,13 @@ def _measure(task: Task) -> Row:
         if task.keep is not None:
             folder = task.keep / point.codec / point.label
             folder.mkdir(parents=True, exist_ok=True)
-        file = folder / (task.picture.name + suffix)
+        file = folder / (task.image.name + suffix)
         data, encoding = watched(encode)
         write_atomically(file, data)
         stored = file.read_bytes()
         decoded, decoding = watched(functools.partial(decode, stored))
         if task.keep is not None:
-            write_png(folder / f"{task.picture.name}.decoded.png", decoded)
+            write_png(folder / f"{task.image.name}.decoded.png", decoded)
     height, width = original.shape[:2]
     row = {"bpp": bits_per_pixel(len(stored), width, height), "psnr-rgb": psnr(original, decoded)}
     if not task.brief:
@@ -172,7 +166,7 @@ def _timed(call: Callable[[], ResultT]) -> tuple[ResultT, Row]:
 
 
 def _watched(model: CMamba, call: Callable[[], ResultT]) -> tuple[ResultT, Row]:
-    """The result of a call, its time by group of stages, and the peak of memory."""
+    """Return the result of a call, its time by group of stages, and the peak of memory."""
     counted = restart_peak()
     result, timing = time_by_stage(model, call)
     costs = {"time": timing.total} | by_group(timing)
@@ -182,7 +176,7 @@ def _watched(model: CMamba, call: Callable[[], ResultT]) -> tuple[ResultT, Row]:
 
 
 def by_group(timing: Timing) -> Row:
-    """The seconds of each group; together they are the total, as `other` takes what is left."""
+    """Return the seconds of each group; together they are the total: `other` takes what is left."""
     seconds = dict.fromkeys(GROUPS, 0.0)
     for stage, passed in timing.stages.items():
         if stage.startswith(("g_a", "g_s")):

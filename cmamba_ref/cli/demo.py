@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import time
+from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,36 +25,51 @@ CREDIT = "Rachel Michetti, courtesy of Pikolo Espresso Bar, CC0"
 
 
 @dataclass(frozen=True)
-class Rival:
-    """A codec that Pillow writes, and the settings beside its quality."""
+class BaselineCodec:
+    """A codec that Pillow writes and reads, to compare ours with.
+
+    Attributes:
+        name: what readers call it.
+        format: Pillow's name of it.
+        options: Pillow's options at a quality.
+    """
 
     name: str
-    options: dict[str, object] = field(default_factory=dict)
+    format: str
+    options: Callable[[float], dict[str, object]]
 
-    def encode(self, image: np.ndarray, quality: int) -> bytes:
+    def is_available(self) -> bool:
+        """Return whether this build of Pillow can write and read it."""
+        Image.init()  # registers the formats that there are
+        return self.format in Image.SAVE and self.format in Image.OPEN
+
+    def encode(self, image: np.ndarray, quality: float) -> bytes:
         """Return the bytes of a file of a uint8 image `[H, W, 3]`."""
         buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, self.name.upper(), quality=quality, **self.options)
+        Image.fromarray(image).save(buffer, self.format, **self.options(quality))
         return buffer.getvalue()
 
+    def decode(self, data: bytes) -> np.ndarray:
+        """Return the image in such a file, uint8 `[H, W, 3]`."""
+        with Image.open(io.BytesIO(data), formats=[self.format]) as image:
+            return np.array(image.convert("RGB"))
 
-JPEG = Rival("JPEG", {"subsampling": "4:2:0", "optimize": True})
-RIVALS = (
-    JPEG,
-    Rival("WebP", {"method": 6}),
+
+BASELINES = (
+    BaselineCodec(
+        "JPEG",
+        "JPEG",
+        lambda quality: {"quality": quality, "subsampling": "4:2:0", "optimize": True},
+    ),
+    BaselineCodec("WebP", "WEBP", lambda quality: {"quality": quality, "method": 6}),
     # Speed 4 saves a few per cent more, at four times the time.
-    Rival("AVIF", {"subsampling": "4:2:0", "speed": 6}),
+    BaselineCodec(
+        "AVIF",
+        "AVIF",
+        lambda quality: {"quality": quality, "subsampling": "4:2:0", "speed": 6},
+    ),
 )
 QUALITIES = range(1, 101)
-
-
-@dataclass(frozen=True)
-class Match:
-    """A rival's file that reaches the wanted PSNR, and the image in it."""
-
-    quality: int
-    data: bytes
-    image: np.ndarray
 
 
 def run(
@@ -86,7 +102,7 @@ def run(
 
     begin("comparing")
     wanted = psnr(original, image)
-    rivals = [_rival_line(rival, original, wanted, len(data)) for rival in RIVALS]
+    baselines = [baseline_line(codec, original, wanted, len(data)) for codec in BASELINES]
     height, width = original.shape[:2]
     megapixels = width * height / 1e6
     used, _ = unpack_latent(Container.unpack(data).y)
@@ -97,9 +113,9 @@ def run(
             "",
             f"{'':<20}{'bytes':>8}{'bpp':>8}{'PSNR/dB':>9}{'MS-SSIM':>9}{'bytes/CMamba':>14}",
             _line("CMamba" + setting, original, data, image, len(data)),
-            *rivals,
+            *baselines,
             "",
-            f"Each rival is at its lowest quality with a PSNR of at least {wanted:.2f} dB: JPEG",
+            f"Each baseline is at its lowest quality with a PSNR of at least {wanted:.2f} dB: JPEG",
             "with optimised tables, WebP with method 6, AVIF with speed 6; all of them in 4:2:0.",
             f"CMamba: encoded in {encoding:.2f} s ({megapixels / encoding:.2f} megapixels/s), "
             f"decoded in {decoding:.2f} s ({megapixels / decoding:.2f} megapixels/s).",
@@ -107,38 +123,28 @@ def run(
     )
 
 
-def match(rival: Rival, original: np.ndarray, wanted: float) -> Match | None:
-    """Return the rival at its lowest quality with a PSNR of at least `wanted`; None if none has it.
+def match(codec: BaselineCodec, original: np.ndarray, wanted: float) -> tuple[int, bytes] | None:
+    """Return the lowest quality with a PSNR of at least `wanted` and its file, or None.
 
     By bisection: PSNR rises with quality, apart from wiggles of hundredths of a dB.
     """
-    low, high = QUALITIES[0], QUALITIES[-1]
-    found = None
-    while low <= high:
-        middle = (low + high) // 2
-        candidate = _try(rival, original, middle)
-        if psnr(original, candidate.image) >= wanted:
-            found, high = candidate, middle - 1
-        else:
-            low = middle + 1
-    return found
+
+    def reached(quality: int) -> float:
+        return psnr(original, codec.decode(codec.encode(original, quality)))
+
+    k = bisect_left(QUALITIES, wanted, key=reached)
+    return (QUALITIES[k], codec.encode(original, QUALITIES[k])) if k < len(QUALITIES) else None
 
 
-def _try(rival: Rival, original: np.ndarray, quality: int) -> Match:
-    data = rival.encode(original, quality)
-    with Image.open(io.BytesIO(data)) as image:
-        return Match(quality, data, np.array(image.convert("RGB")))
-
-
-def _rival_line(rival: Rival, original: np.ndarray, wanted: float, ours: int) -> str:
-    Image.init()  # registers the formats that this build of Pillow has
-    if rival.name.upper() not in Image.SAVE:
-        return f"{rival.name:<20}not compared: this Pillow cannot write it"
-    found = match(rival, original, wanted)
+def baseline_line(codec: BaselineCodec, original: np.ndarray, wanted: float, ours: int) -> str:
+    """Return the line on a codec at the PSNR of our file, which takes `ours` bytes."""
+    if not codec.is_available():
+        return f"{codec.name:<20}not compared: this Pillow cannot write it"
+    found = match(codec, original, wanted)
     if found is None:
-        return f"{rival.name:<20}does not reach {wanted:.2f} dB even at quality {QUALITIES[-1]}"
-    name = f"{rival.name} quality {found.quality}"
-    return _line(name, original, found.data, found.image, ours)
+        return f"{codec.name:<20}does not reach {wanted:.2f} dB even at quality {QUALITIES[-1]}"
+    quality, data = found
+    return _line(f"{codec.name} quality {quality}", original, data, codec.decode(data), ours)
 
 
 def _line(name: str, original: np.ndarray, data: bytes, image: np.ndarray, ours: int) -> str:
