@@ -67,7 +67,7 @@ def random_model(config: CMambaConfig = SMALL, seed: int = 0) -> CMamba:
     return made
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def make_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     """A uint8 image `[H, W, 3]`: a gradient, waves and some noise."""
     rng = np.random.default_rng(seed)
     row, column = np.mgrid[0:height, 0:width]
@@ -79,7 +79,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return values.round().clip(0, 255).astype(np.uint8)
 
 
-def load_picture(path: Path) -> np.ndarray:
+def load_image(path: Path) -> np.ndarray:
     """A PNG as a uint8 array `[H, W, 3]` or `[H, W]`."""
     with Image.open(path) as image:
         return np.asarray(image)

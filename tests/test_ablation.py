@@ -7,7 +7,7 @@ import tomllib
 import numpy as np
 import pytest
 import torch
-from codec_helpers import SMALL, as_input, picture
+from codec_helpers import SMALL, as_input, make_image
 from PIL import Image
 from training_helpers import defaults, make_run_folder, records
 
@@ -35,12 +35,12 @@ def config_of(variant: str) -> CMambaConfig:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_trains_and_codes(variant):
-    """Every weight gets a gradient, and a picture survives the file."""
+    """Every weight gets a gradient, and an image survives the file."""
     torch.manual_seed(0)
     config = config_of(variant)
     assert CMambaConfig.from_json(config.to_json()) == config
     model = CMamba(config)
-    image = picture(70, 90)
+    image = make_image(70, 90)
     x = as_input(image)
     loss = rate_distortion_loss(model(x, 3.0), x, 0.01)["loss"] + model.aux_loss()
     loss.backward()
@@ -178,7 +178,7 @@ def test_a_block_of_ones_own_is_saved_loaded_and_codes(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     loaded = CMamba.from_pretrained(tmp_path)
     assert loaded.model_id == model.model_id
-    image = picture(70, 90)
+    image = make_image(70, 90)
     decoded = [
         cmamba_ref.decode(cmamba_ref.encode(image, m, 4), other)
         for m, other in ((model, loaded), (loaded, model))
@@ -219,7 +219,7 @@ def folders(tmp_path):
     """Photographs to train on and to measure on, and a recipe of a few steps."""
     make_run_folder(tmp_path)
     (tmp_path / "test").mkdir()
-    Image.fromarray(picture(170, 180)).save(tmp_path / "test" / "a.png")
+    Image.fromarray(make_image(170, 180)).save(tmp_path / "test" / "a.png")
     recipe = {
         name: value
         for name, value in defaults(tmp_path).items()

@@ -10,7 +10,7 @@ import observe
 import pytest
 import torch
 from analyze import GRID, REACH
-from codec_helpers import ONE_RATE, SMALL, as_input, picture, random_model, recording
+from codec_helpers import ONE_RATE, SMALL, as_input, make_image, random_model, recording
 from PIL import Image
 
 import cmamba_ref
@@ -40,7 +40,7 @@ def model():
 
 
 def test_the_latent_and_its_bits_are_those_of_the_codec(model):
-    x = as_input(picture(128, 192))
+    x = as_input(make_image(128, 192))
     seen = observe.observe(model, x, 5)
     with recording() as recordings:
         coded = model.compress(x, 5)
@@ -57,7 +57,7 @@ def test_the_latent_and_its_bits_are_those_of_the_codec(model):
 
 
 def test_blocks_and_their_weights(model):
-    x = as_input(picture(64, 128))
+    x = as_input(make_image(64, 128))
     seen = {block.name: block for block in observe.observe(model, x, 4).blocks}
     order = ["g_a H/2 1", "g_a H/4 1", "g_a H/4 2", "g_a H/8 1"]
     order += ["g_s H/8 1", "g_s H/4 1", "g_s H/4 2", "g_s H/2 1"]
@@ -80,7 +80,7 @@ def test_blocks_and_their_weights(model):
 
 def test_the_receptive_field_is_where_a_pixel_matters(model):
     """Without the SSM paths it is bounded; with them it is the whole image."""
-    x = as_input(picture(256, 256))
+    x = as_input(make_image(256, 256))
     field = observe.receptive_field(model, x)
     assert field.shape == (256, 256) and field.max() == 1
     top, left = np.unravel_index(field.argmax(), field.shape)
@@ -163,9 +163,9 @@ def folder(tmp_path: Path) -> Path:
     """Two images, the second grey, and one that is too small."""
     path = tmp_path / "images"
     path.mkdir()
-    Image.fromarray(picture(70, 140)).save(path / "a.png")
-    Image.fromarray(picture(128, 64, seed=1)[..., 0]).save(path / "b.png")
-    Image.fromarray(picture(60, 128)).save(path / "c.png")
+    Image.fromarray(make_image(70, 140)).save(path / "a.png")
+    Image.fromarray(make_image(128, 64, seed=1)[..., 0]).save(path / "b.png")
+    Image.fromarray(make_image(60, 128)).save(path / "c.png")
     return path
 
 
@@ -186,7 +186,10 @@ def test_command(model, weights, folder, tmp_path, capsys):
     }
 
     rows = []
-    for crop in (picture(70, 140)[:64, :128], picture(128, 64, seed=1)[..., :1].repeat(3, axis=2)):
+    for crop in (
+        make_image(70, 140)[:64, :128],
+        make_image(128, 64, seed=1)[..., :1].repeat(3, axis=2),
+    ):
         seen = observe.observe(model, as_input(crop), 3)
         bpp = seen.y_bits.sum() / (crop.shape[0] * crop.shape[1])
         rows.append((bpp, analyze.spatial_correlation(seen.normalised)))
@@ -201,7 +204,7 @@ def test_command(model, weights, folder, tmp_path, capsys):
 def test_the_image_that_is_shown_may_be_another(weights, folder, tmp_path):
     """It is in the map of bits, and in no mean."""
     apart = tmp_path / "apart.png"
-    Image.fromarray(picture(192, 64, seed=2)).save(apart)
+    Image.fromarray(make_image(192, 64, seed=2)).save(apart)
     (folder / "c.png").unlink()
     found = []
     for more in ([], ["--picture", str(apart)]):
@@ -262,7 +265,7 @@ def test_ceiling_is_the_error_with_the_quantiser_off(model, weights, folder, tmp
     rows = json.loads((output / "analysis.json").read_text())["ceiling"]
     assert [row["quality"] for row in rows] == list(range(1, 9))
 
-    images = picture(70, 140), picture(128, 64, seed=1)[..., :1].repeat(3, axis=2)
+    images = make_image(70, 140), make_image(128, 64, seed=1)[..., :1].repeat(3, axis=2)
     for row in rows:
         off, coded = [], []
         for image in images:

@@ -15,7 +15,7 @@ import numpy as np
 import pool_helpers
 import pytest
 import torch
-from codec_helpers import picture, random_model
+from codec_helpers import make_image, random_model
 from PIL import Image
 
 import cmamba_ref
@@ -32,14 +32,14 @@ def model(model_dir: str) -> CMamba:
 
 def save(path: Path, height: int = 64, width: int = 64, seed: int = 0, grey: bool = False) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = picture(height, width, seed)
+    pixels = make_image(height, width, seed)
     Image.fromarray(pixels[..., 0] if grey else pixels).save(path)
     return path
 
 
 @pytest.fixture
 def album(tmp_path: Path) -> Path:
-    """A folder of three pictures, one of them deeper, and of what is no picture or hidden."""
+    """A folder of three images, one of them deeper, and of what is no image or hidden."""
     folder = tmp_path / "album"
     save(folder / "a.png", 70, 90)
     save(folder / "x" / "y" / "b.PNG", 64, 65, grey=True)
@@ -69,7 +69,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 # ---------------------------------------------------------------- folders
 
 
-def test_a_folder_is_encoded_and_decoded_as_its_files_are_alone(
+def test_folder_and_single_file_give_equal_output(
     album: Path,
     model: CMamba,
     model_dir: str,
@@ -116,13 +116,13 @@ def test_a_folder_is_encoded_and_decoded_as_its_files_are_alone(
     assert f"{bytes_out} bytes in, {size} bytes out, {8 * bytes_out / pixels:.3f} bpp" in printed
 
 
-def test_without_an_output_each_is_written_beside_its_input(album: Path, model_dir: str) -> None:
+def test_default_output_is_beside_the_input(album: Path, model_dir: str) -> None:
     before = tree(album)
     assert main(["encode", str(album), "--model", model_dir, "--jobs", "1"]) == 0
     assert tree(album) == sorted([*before, "a.cmb", "x/c.d.cmb", "x/y/b.cmb"])
 
 
-def test_files_and_folders_together(album: Path, tmp_path: Path, model_dir: str) -> None:
+def test_files_and_folders_can_be_mixed(album: Path, tmp_path: Path, model_dir: str) -> None:
     """Also an input that is named twice."""
     alone, out = save(tmp_path / "alone" / "z.png"), tmp_path / "out"
     inputs = [str(alone), str(album), str(album / "a.png")]
@@ -130,7 +130,7 @@ def test_files_and_folders_together(album: Path, tmp_path: Path, model_dir: str)
     assert tree(out) == ["a.cmb", "x/c.d.cmb", "x/y/b.cmb", "z.cmb"]
 
 
-def test_two_processes_write_the_same_and_go_on_after_a_bad_file(
+def test_two_processes_write_equal_files_and_continue_after_a_bad_file(
     album: Path, tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (album / "b.png").write_bytes(b"damaged")
@@ -171,7 +171,7 @@ def test_every_file_that_fails_is_named(
     assert (tmp_path / "good.png").is_file()
 
 
-def test_a_second_run_does_what_the_first_left(
+def test_second_run_skips_finished_files(
     album: Path, tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -203,7 +203,7 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str], folder: Path) -
     return error_line(capsys)
 
 
-def test_two_inputs_for_one_output(
+def test_two_inputs_for_one_output_are_refused(
     album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = album / "a.png", save(album / "a.jpg")
@@ -215,21 +215,25 @@ def test_two_inputs_for_one_output(
     assert repr(str(first)) in message and repr(str(other)) in message
 
 
-def test_an_output_that_is_an_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A picture whose name says that it is a .cmb file already."""
+def test_output_equal_to_an_input_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image whose name says that it is a .cmb file already."""
     first, second = save(tmp_path / "a.png"), tmp_path / "b.cmb"
     second.write_bytes(first.read_bytes())
     args = ["encode", str(first), str(second), "--force"]
     assert "must not be replaced" in refused(args, capsys, tmp_path)
 
 
-def test_an_output_that_is_no_folder(album: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_of_a_batch_must_be_a_folder(
+    album: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = ["encode", str(album), "-o", str(album / "notes.txt")]
     assert "`-o` must be a folder" in refused(args, capsys, album)
 
 
 @pytest.mark.parametrize("command", ["encode", "decode"])
-def test_a_folder_with_nothing_to_do(
+def test_empty_folder_is_refused(
     tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused([command, str(tmp_path)], capsys, tmp_path)
@@ -237,14 +241,14 @@ def test_a_folder_with_nothing_to_do(
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1", "1.5", "many"])
-def test_jobs_that_are_no_number(jobs: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_jobs_must_be_a_number(jobs: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["encode", "a.png", "b.png", f"--jobs={jobs}"])
     assert caught.value.code == 2
     assert "must be a whole number of at least 1" in capsys.readouterr().err
 
 
-def test_several_processes_only_on_the_cpu(album: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_processes_need_the_cpu(album: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["encode", str(album), "--device", "meta"]
     message = refused([*args, "--jobs", "2"], capsys, album)
     assert message == "`--jobs` must be 1 with --device meta, got 2; leave it out"
@@ -253,7 +257,7 @@ def test_several_processes_only_on_the_cpu(album: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
-def test_what_stops_all_work_is_told_once(
+def test_fatal_error_is_reported_once(
     album: Path, model_dir: str, jobs: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["encode", str(album), "--jobs", jobs, "--model", model_dir, "--quality", "9"]
@@ -264,7 +268,7 @@ def test_what_stops_all_work_is_told_once(
 # ---------------------------------------------------------------- trouble on the way
 
 
-def test_a_mistake_in_this_package_is_told_in_full(
+def test_internal_error_logs_its_traceback(
     album: Path,
     model_dir: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -288,7 +292,7 @@ def test_a_mistake_in_this_package_is_told_in_full(
     assert record.exc_info is not None and record.getMessage() == str(grey)
 
 
-def test_an_item_that_kills_its_process_is_given_up_and_no_other() -> None:
+def test_only_the_item_that_kills_its_process_is_given_up() -> None:
     results = []
     items = ["a", "kill", "b", "c", "kill", "d"]
     process_pool.spread(
@@ -323,7 +327,7 @@ def test_an_exception_leaves_no_process() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs process groups")
-def test_ctrl_c_leaves_whole_files_and_no_process(tmp_path: Path, model_dir: str) -> None:
+def test_ctrl_c_leaves_complete_files_and_no_process(tmp_path: Path, model_dir: str) -> None:
     """To all processes at once, as a terminal sends it."""
     source = save(tmp_path / "source.png", 128, 128)
     folder, out = tmp_path / "many", tmp_path / "out"
@@ -364,7 +368,7 @@ def test_ctrl_c_leaves_whole_files_and_no_process(tmp_path: Path, model_dir: str
 # ---------------------------------------------------------------- one file
 
 
-def test_one_file_is_as_ever(
+def test_single_file_needs_no_batch(
     album: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = album / "one.cmb"
@@ -394,7 +398,7 @@ def test_progress_is_shown_on_a_terminal_only(
     assert re.search(r"cmamba: \d/3 \|.*\| \S+ elapsed, \S+ left", capsys.readouterr().err)
 
 
-def test_each_process_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_divided_among_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Never more threads than torch would take by itself, and at least one."""
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)

@@ -62,7 +62,7 @@ SYNTHESIS = ["g_s other", "g_s convolutions", *(f"g_s blocks at H/{n}" for n in 
 
 
 def test_stages_are_all_there_and_add_up_to_the_whole(model):
-    image = bench_cpu.photograph(64, 128)
+    image = bench_cpu.demo_image(64, 128)
     data, encoding = stage_clock.time_by_stage(model, lambda: cmamba_ref.encode(image, model))
     decoded, decoding = stage_clock.time_by_stage(model, lambda: cmamba_ref.decode(data, model))
     assert set(encoding.stages) == {*ANALYSIS, "h_a", *ENTROPY, stage_clock.OTHER}
@@ -83,7 +83,7 @@ def test_time_goes_to_the_stage_that_takes_it(monkeypatch, model):
         time.sleep(pause)
         return encode(*args, **kwargs)
 
-    image = bench_cpu.photograph(64, 64)
+    image = bench_cpu.demo_image(64, 64)
     coding = model.latent_coder.float64_modules()
     handle = coding["context"].lrp[1].register_forward_hook(lambda *_: time.sleep(pause))
     monkeypatch.setattr(rans, "encode", slow)
@@ -111,7 +111,7 @@ def test_nothing_stays_behind(model):
 
 @pytest.mark.skipif(resident.peak_bytes() is None, reason="counted on Linux only")
 def test_memory_goes_to_the_stage_that_takes_it(model):
-    image, mib = bench_cpu.photograph(64, 64), 2**20
+    image, mib = bench_cpu.demo_image(64, 64), 2**20
 
     def take(*_):
         torch.zeros(200 * mib, dtype=torch.uint8)  # gone at once
@@ -151,12 +151,12 @@ def test_baselines_that_cannot_run_are_named(monkeypatch):
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (700, 450), (1300, 100)])
-def test_photographs_are_continued_by_mirroring(width, height):
-    photograph = bench_cpu.photograph(600, 400)
-    image = bench_cpu.photograph(width, height)
+def test_demo_image_is_continued_by_mirroring(width, height):
+    original = bench_cpu.demo_image(600, 400)
+    image = bench_cpu.demo_image(width, height)
     assert image.shape == (height, width, 3) and image.dtype == np.uint8
     rows, columns = min(height, 400), min(width, 600)
-    assert np.array_equal(image[:rows, :columns], photograph[:rows, :columns])
+    assert np.array_equal(image[:rows, :columns], original[:rows, :columns])
     if width > 600:
         assert np.array_equal(image[:, 600], image[:, 599])
         assert np.array_equal(image[:, 650], image[:, 549])

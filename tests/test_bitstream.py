@@ -49,7 +49,7 @@ def test_any_container_is_read_back(container):
 
 
 @given(containers)
-def test_fields_stand_where_the_documentation_has_them(container):
+def test_fields_are_at_the_documented_offsets(container):
     data = container.pack()
     assert data[:4] == b"\x8fCMB"
     assert {name: field_of(data, name) for name in HEADER} == {
@@ -85,7 +85,7 @@ def test_any_flipped_bit_is_refused(container, data):
 
 
 @given(st.binary(max_size=300), st.booleans(), st.booleans())
-def test_noise_is_refused_or_a_container_of_these_bytes(noise, begins_right, ends_right):
+def test_noise_is_refused_or_unpacks_to_its_bytes(noise, begins_right, ends_right):
     data = (b"\x8fCMB\0" if begins_right else b"") + noise
     data = with_checksum(data) if ends_right else data
     try:
@@ -95,7 +95,7 @@ def test_noise_is_refused_or_a_container_of_these_bytes(noise, begins_right, end
     assert container.pack() == data
 
 
-def test_the_smallest_file_is_one_and_a_byte_less_is_none():
+def test_smallest_container_is_accepted_and_one_byte_less_is_refused():
     data = SMALLEST.pack()
     assert len(data) == 37 and Container.unpack(data) == SMALLEST
     for length in range(5, 37):
@@ -109,18 +109,18 @@ def test_the_smallest_file_is_one_and_a_byte_less_is_none():
         Header.unpack(data[:4])
 
 
-def test_another_kind_of_file_is_called_so():
+def test_foreign_file_type_is_named():
     for data in (b"", b"\x8fCM", b"\x89PNG\r\n\x1a\n" + bytes(100)):
         with pytest.raises(BitstreamError, match="does not begin with its signature"):
             Container.unpack(data)
 
 
-def test_five_bytes_tell_the_version():
+def test_version_is_read_from_five_bytes():
     with pytest.raises(BitstreamError, match="format version 9, this program reads version 0"):
         Container.unpack(b"\x8fCMB\x09")
 
 
-def test_a_z_string_may_fill_the_payload_and_no_more():
+def test_z_string_must_fit_the_payload():
     data = SMALLEST.pack()
     assert len(Container.unpack(with_field(data, "z length", 7)).z) == 7
     with pytest.raises(BitstreamError, match="z string of 8 in a payload of 7 bytes"):
@@ -134,7 +134,7 @@ def test_a_short_y_string_is_refused():
 
 
 @given(st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=20), max_size=4))
-def test_the_check_of_symbols_is_of_little_endian_int32(blocks):
+def test_symbol_crc_covers_little_endian_int32(blocks):
     expected = zlib.crc32(b"".join(struct.pack("<i", s) for block in blocks for s in block))
     for dtype in ("<i4", ">i4", "<i8"):
         assert symbols_crc([np.array(block, dtype) for block in blocks]) == expected

@@ -63,9 +63,9 @@ def model(model_dir: str) -> CMamba:
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
-    """A picture whose sides are no multiples of 64, in a directory of its own."""
-    picture = Image.open(demo.PHOTOGRAPH).crop((100, 100, 100 + WIDTH, 100 + HEIGHT))
-    picture.save(tmp_path / "photo.png")
+    """An image whose sides are no multiples of 64, in a directory of its own."""
+    image = Image.open(demo.DEMO_IMAGE).crop((100, 100, 100 + WIDTH, 100 + HEIGHT))
+    image.save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
 
 
@@ -121,8 +121,8 @@ def test_encode_writes_what_the_api_returns(
 def test_decode_writes_what_the_api_returns(
     photo: Path, model: CMamba, model_dir: str, grey: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture = read_image(photo)
-    data = cmamba_ref.encode(picture[..., 0] if grey else picture, model)
+    image = read_image(photo)
+    data = cmamba_ref.encode(image[..., 0] if grey else image, model)
     encoded = photo.with_name("a.cmb")
     encoded.write_bytes(data)
     assert main(["decode", str(encoded), "--model", model_dir]) == 0
@@ -133,20 +133,20 @@ def test_decode_writes_what_the_api_returns(
     assert f"a.png: {WIDTH}x{HEIGHT} {'grey' if grey else 'RGB'}, decoded in" in line
 
 
-def test_named_outputs_and_nothing_else_in_the_directory(photo: Path, model_dir: str) -> None:
+def test_only_named_outputs_are_written(photo: Path, model_dir: str) -> None:
     middle, back = photo.with_name("x.y.cmb"), photo.with_name("back.PNG")
     assert main(["encode", str(photo), "-o", str(middle), "--model", model_dir]) == 0
     assert main(["decode", str(middle), "-o", str(back), "--model", model_dir]) == 0
     assert names(photo.parent) == ["back.PNG", "photo.png", "x.y.cmb"]
 
 
-def test_the_default_quality_is_that_of_the_api(photo: Path, encoded: Path, model_dir: str) -> None:
+def test_default_quality_equals_the_api(photo: Path, encoded: Path, model_dir: str) -> None:
     out = photo.with_name("a.cmb")
     assert main(["encode", str(photo), "-o", str(out), "--model", model_dir]) == 0
     assert out.read_bytes() == encoded.read_bytes()
 
 
-def test_a_model_of_one_rate(tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture) -> None:
+def test_fixed_rate_model(tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture) -> None:
     fixed = make_model(tmp_path / "fixed", lmbdas=())
     assert main(["encode", str(photo), "--model", fixed]) == 0
     assert main(["info", str(photo.with_suffix(".cmb"))]) == 0
@@ -192,7 +192,7 @@ def test_the_input_is_never_replaced(
     assert photo.read_bytes() == before
 
 
-def test_targets_that_are_no_files(
+def test_targets_must_be_files(
     photo: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["encode", str(photo), "--force", "--model", model_dir, "-o"]
@@ -217,7 +217,7 @@ def test_decode_writes_png_only(
 # ---------------------------------------------------------------- errors
 
 
-def test_a_missing_input(
+def test_missing_input_is_named(
     tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     missing = tmp_path / "missing"
@@ -226,7 +226,7 @@ def test_a_missing_input(
         assert error_line(capsys) == f"{missing}: No such file or directory"
 
 
-def test_a_picture_that_is_refused(
+def test_refused_image_is_named(
     photo: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("CMYK", (8, 8)).save(photo.with_name("ink.jpg"))
@@ -236,7 +236,7 @@ def test_a_picture_that_is_refused(
 
 
 @pytest.mark.parametrize("quality", ["0", "0.99", "8.01", "nan", "inf", "-1"])
-def test_a_quality_out_of_range(
+def test_quality_out_of_range_is_refused(
     photo: Path, model_dir: str, quality: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["encode", str(photo), "--model", model_dir, f"--quality={quality}"]) == 1
@@ -258,7 +258,7 @@ def test_a_damaged_file_is_named(
         assert not target.exists()
 
 
-def test_a_file_of_another_model(
+def test_file_of_another_model_is_refused(
     tmp_path: Path, encoded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = make_model(tmp_path / "other", seed=1)
@@ -266,12 +266,12 @@ def test_a_file_of_another_model(
     assert "was made by model" in error_line(capsys)
 
 
-def test_a_model_that_does_not_exist(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_model_is_named(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["encode", str(photo), "--model", "no-such-model"]) == 1
     assert "no config.json in 'no-such-model'" in error_line(capsys)
 
 
-def test_the_pixel_limit(
+def test_pixel_limit(
     photo: Path, encoded: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limit = ["--model", model_dir, "--force", "--max-pixels"]
@@ -285,7 +285,7 @@ def test_the_pixel_limit(
 
 
 @pytest.mark.parametrize("device", ["meta", "no-such-device", "cuda:99", "cpu:x"])
-def test_a_device_that_is_not_there(
+def test_unavailable_device_is_named(
     photo: Path, model_dir: str, device: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["encode", str(photo), "--model", model_dir, "--device", device]) == 1
@@ -303,7 +303,7 @@ def test_a_device_that_is_not_there(
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
     ],
 )
-def test_too_little_memory(
+def test_memory_limit_is_reported(
     photo: Path,
     model_dir: str,
     error: Exception,
@@ -329,7 +329,7 @@ def test_a_programming_error_is_not_hidden(
         main(["encode", str(photo), "--model", model_dir])
 
 
-def test_ctrl_c(
+def test_ctrl_c_exits_with_130(
     photo: Path,
     model_dir: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -345,7 +345,7 @@ def test_ctrl_c(
 
 
 @pytest.mark.parametrize("command", ["encode", "decode"])
-def test_a_failed_write_leaves_the_old_file(
+def test_failed_write_keeps_the_old_output(
     photo: Path,
     encoded: Path,
     model_dir: str,
@@ -432,7 +432,7 @@ def test_info(encoded: Path, model: CMamba, capsys: pytest.CaptureFixture[str]) 
         assert re.search(f"^  {line}$", out, re.MULTILINE), (line, out)
 
 
-def test_info_names_a_model_that_ships(
+def test_info_names_the_bundled_model(
     encoded: Path,
     model_dir: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -443,7 +443,7 @@ def test_info_names_a_model_that_ships(
     assert f"({Path(model_dir).name})" in capsys.readouterr().out
 
 
-def test_info_goes_on_after_a_bad_file(
+def test_info_continues_after_a_bad_file(
     tmp_path: Path, encoded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = tmp_path / "bad.cmb"
@@ -461,7 +461,7 @@ def test_info_goes_on_after_a_bad_file(
 # ---------------------------------------------------------------- demo
 
 
-def test_demo_with_a_model_of_ones_own(
+def test_demo_accepts_a_custom_model(
     tmp_path: Path,
     model: CMamba,
     model_dir: str,
@@ -476,7 +476,7 @@ def test_demo_with_a_model_of_ones_own(
     assert main(["demo", "--model", model_dir, "--quality", "3"]) == 0
     assert names(tmp_path / "cmamba-demo") == ["coffee.cmb", "coffee.png"]
     data = (tmp_path / "cmamba-demo" / "coffee.cmb").read_bytes()
-    original = read_image(demo.PHOTOGRAPH)
+    original = read_image(demo.DEMO_IMAGE)
     assert data == cmamba_ref.encode(original, model, 3)
     decoded = read_image(tmp_path / "cmamba-demo" / "coffee.png")
     np.testing.assert_array_equal(decoded, cmamba_ref.decode(data, model))
@@ -486,24 +486,20 @@ def test_demo_with_a_model_of_ones_own(
     assert re.search(r"^JPEG quality \d+ +\d+ ", out, re.MULTILINE)
 
 
-def test_demo_never_replaces_the_photograph(
-    model_dir: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = demo.PHOTOGRAPH.read_bytes()
-    assert main(["demo", "-o", str(demo.PHOTOGRAPH.parent), "--model", model_dir]) == 1
+def test_demo_never_replaces_its_image(model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = demo.DEMO_IMAGE.read_bytes()
+    assert main(["demo", "-o", str(demo.DEMO_IMAGE.parent), "--model", model_dir]) == 1
     assert "must differ from the input" in error_line(capsys)
-    assert demo.PHOTOGRAPH.read_bytes() == before
+    assert demo.DEMO_IMAGE.read_bytes() == before
 
 
-def test_demo_with_the_weights_that_ship(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_demo_with_the_bundled_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What the README's first command runs."""
     assert main(["demo", "-o", str(tmp_path)]) == 0
-    original, decoded = read_image(demo.PHOTOGRAPH), read_image(tmp_path / "coffee.png")
+    original, decoded = read_image(demo.DEMO_IMAGE), read_image(tmp_path / "coffee.png")
     assert psnr(original, decoded) > 26
     size = (tmp_path / "coffee.cmb").stat().st_size
-    assert size < demo.PHOTOGRAPH.stat().st_size / 10
+    assert size < demo.DEMO_IMAGE.stat().st_size / 10
     out = capsys.readouterr().out
     assert f"CMamba quality 4 {size:>11}" in out
     for baseline in demo.BASELINES:
@@ -515,7 +511,7 @@ def test_demo_with_the_weights_that_ship(
 
 
 def test_a_match_is_the_lowest_quality_that_reaches_the_psnr() -> None:
-    original = read_image(demo.PHOTOGRAPH)[:200, :200]
+    original = read_image(demo.DEMO_IMAGE)[:200, :200]
     jpeg = demo.BASELINES[0]
     assert jpeg.name == "JPEG"
     quality, data = demo.match(jpeg, original, 30.0)
@@ -526,7 +522,7 @@ def test_a_match_is_the_lowest_quality_that_reaches_the_psnr() -> None:
 
 
 def test_the_demo_says_where_a_baseline_falls_short() -> None:
-    original = read_image(demo.PHOTOGRAPH)[:200, :200]
+    original = read_image(demo.DEMO_IMAGE)[:200, :200]
     jpeg = demo.BASELINES[0]
     assert demo.match(jpeg, original, 99.0) is None
     line = demo.baseline_line(jpeg, original, 99.0, ours=1)
@@ -539,7 +535,7 @@ def test_the_demo_says_where_a_baseline_falls_short() -> None:
 # ---------------------------------------------------------------- as a program
 
 
-def test_as_a_program(encoded: Path, model_dir: str) -> None:
+def test_runs_as_a_program(encoded: Path, model_dir: str) -> None:
     """In processes of their own: success, and an error without a traceback."""
     args = ("decode", "photo.cmb", "--model", model_dir)
     refused = run(*args, cwd=encoded.parent)
@@ -557,7 +553,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"cmamba {cmamba_ref.__version__}\n"
 
 
-def test_help_says_what_the_defaults_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_states_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["encode", "--help"])
     assert caught.value.code == 0

@@ -1,4 +1,4 @@
-"""The codec as its users see it: pictures to files and back, sizes, CompressAI's protocol, ids."""
+"""The codec as its users see it: images to files and back, sizes, CompressAI's protocol, ids."""
 
 import copy
 import functools
@@ -16,8 +16,8 @@ from codec_helpers import (
     SMALL,
     as_input,
     assert_same_coding,
-    load_picture,
-    picture,
+    load_image,
+    make_image,
     random_model,
     recording,
     round_trip,
@@ -71,21 +71,21 @@ def estimated_bytes(model: CMamba, image: np.ndarray, quality: float | None) -> 
 def test_kodak_through_files(kodak_paths, tmp_path):
     """Symbols equal, y_bar within 1e-9; sizes within 1 % + 64 bytes of the model's estimate.
 
-    Of every third picture; all of them are among the slow tests.
+    Of every third image; all of them are among the slow tests.
     """
     model = shipped_model()
     sizes, estimates = [], []
     for k, path in enumerate(kodak_paths[::3]):
         quality = QUALITIES[k % len(QUALITIES)]
-        done = round_trip(model, load_picture(path), quality, tmp_path / "photo.cmb")
+        done = round_trip(model, load_image(path), quality, tmp_path / "photo.cmb")
         sizes.append(done.size)
         estimates.append(estimated_bytes(model, done.image, quality))
     assert np.mean(sizes) <= 1.01 * np.mean(estimates) + 64
 
 
-def test_one_photograph_at_every_quality(kodak_paths, tmp_path):
+def test_one_image_at_every_quality(kodak_paths, tmp_path):
     """More quality costs more bytes; the best is better than the worst; decoding repeats."""
-    model, image = shipped_model(), load_picture(kodak_paths[22])
+    model, image = shipped_model(), load_image(kodak_paths[22])
     sizes, qualities = [], []
     for quality in QUALITIES:
         done = round_trip(model, image, quality, tmp_path / "photo.cmb")
@@ -101,7 +101,7 @@ def test_one_photograph_at_every_quality(kodak_paths, tmp_path):
 def test_all_of_kodak_at_every_quality(kodak_paths, tmp_path, quality):
     model = shipped_model()
     for path in kodak_paths:
-        image = load_picture(path)
+        image = load_image(path)
         done = round_trip(model, image, quality, tmp_path / "photo.cmb")
         assert done.size <= 1.02 * estimated_bytes(model, image, quality) + 64
 
@@ -110,7 +110,7 @@ def test_all_of_kodak_at_every_quality(kodak_paths, tmp_path, quality):
 def test_odd_sizes_through_files(tmp_path, height, width):
     quality = QUALITIES[(height + width) % len(QUALITIES)]
     for model in (shipped_model(), small_model()):
-        image = picture(height, width)
+        image = make_image(height, width)
         done = round_trip(model, image, quality, tmp_path / "odd.cmb")
         again = cmamba_ref.decode((tmp_path / "odd.cmb").read_bytes(), model)
         assert np.array_equal(again, done.decoded)
@@ -118,7 +118,7 @@ def test_odd_sizes_through_files(tmp_path, height, width):
 
 def test_the_random_model_uses_many_scales_and_escapes(tmp_path):
     """What the tests with random weights rest on."""
-    done = round_trip(small_model(), picture(200, 150), 8, tmp_path / "x.cmb")
+    done = round_trip(small_model(), make_image(200, 150), 8, tmp_path / "x.cmb")
     tables = small_model().gaussian_conditional.stored.tables()
     z_count = done.encoder.symbols.size - done.encoder.log_scales.size
     symbols, indexes = done.encoder.symbols[z_count:], done.encoder.indexes[z_count:]
@@ -128,8 +128,8 @@ def test_the_random_model_uses_many_scales_and_escapes(tmp_path):
     assert len(np.unique(done.encoder.symbols[:z_count])) > 3
 
 
-def test_grey_pictures_come_back_grey(tmp_path):
-    grey = picture(70, 51)[..., 0]
+def test_grey_images_stay_grey(tmp_path):
+    grey = make_image(70, 51)[..., 0]
     done = round_trip(shipped_model(), grey, 8, tmp_path / "grey.cmb")
     assert done.decoded.shape == (70, 51)
     three = cmamba_ref.encode(np.stack([grey] * 3, axis=-1), shipped_model(), 8)
@@ -138,15 +138,15 @@ def test_grey_pictures_come_back_grey(tmp_path):
     assert np.array_equal(done.decoded, np.rint(rgb.mean(axis=2)))
 
 
-def test_a_model_of_one_rate(tmp_path):
+def test_fixed_rate_model(tmp_path):
     model = random_model(ONE_RATE)
-    round_trip(model, picture(65, 90), None, tmp_path / "one.cmb")
+    round_trip(model, make_image(65, 90), None, tmp_path / "one.cmb")
     with pytest.raises(InvalidArgumentError, match="one rate"):
-        cmamba_ref.encode(picture(8, 8), model, 4)
+        cmamba_ref.encode(make_image(8, 8), model, 4)
 
 
-def test_read_only_and_strided_arrays_are_pictures_too():
-    image = picture(40, 60)
+def test_read_only_and_strided_arrays_are_accepted():
+    image = make_image(40, 60)
     data = cmamba_ref.encode(image, small_model(), 4)
     frozen = image.copy()
     frozen.flags.writeable = False
@@ -180,13 +180,13 @@ def test_read_only_and_strided_arrays_are_pictures_too():
         (np.zeros((8, 8, 3), np.uint8), [4], "`quality` must be a number from 1 to 8, got .4."),
     ],
 )
-def test_what_is_no_picture_or_quality_is_refused(image, quality, reason):
+def test_wrong_images_and_qualities_are_refused(image, quality, reason):
     with pytest.raises(InvalidArgumentError, match=reason):
         cmamba_ref.encode(image, small_model(), quality)
 
 
-def test_the_limit_of_pixels_counts_padded_sides_both_ways():
-    image = picture(10, 70)
+def test_pixel_limit_counts_padded_sides():
+    image = make_image(10, 70)
     data = cmamba_ref.encode(image, small_model(), 4, max_pixels=64 * 128)
     assert cmamba_ref.decode(data, small_model(), max_pixels=64 * 128).shape == image.shape
     with pytest.raises(InvalidArgumentError, match="8191 pixels"):
@@ -195,8 +195,8 @@ def test_the_limit_of_pixels_counts_padded_sides_both_ways():
         cmamba_ref.decode(data, small_model(), max_pixels=64 * 128 - 1)
 
 
-def test_encode_takes_any_real_number_as_quality():
-    image, model = picture(8, 8), small_model()
+def test_quality_may_be_any_real_number():
+    image, model = make_image(8, 8), small_model()
     data = cmamba_ref.encode(image, model, 4)
     assert (
         data == cmamba_ref.encode(image, model) == cmamba_ref.encode(image, quality=4, model=model)
@@ -205,8 +205,8 @@ def test_encode_takes_any_real_number_as_quality():
         assert cmamba_ref.encode(image, model, quality) == data
 
 
-def test_encode_still_takes_the_model_first_and_warns():
-    image, model = picture(8, 8), small_model()
+def test_model_as_first_argument_warns():
+    image, model = make_image(8, 8), small_model()
     data = cmamba_ref.encode(image, model, 6.3)
     order = re.escape("write encode(image, model, ...)")
     with pytest.warns(DeprecationWarning, match=order) as caught:
@@ -223,19 +223,19 @@ def test_encode_still_takes_the_model_first_and_warns():
         cmamba_ref.encode(model)
 
 
-@pytest.mark.parametrize("model", ["tiny", Path("tiny"), torch.nn.Linear(1, 1), picture(8, 8)])
-def test_encode_and_decode_refuse_what_is_no_model(model):
-    data = cmamba_ref.encode(picture(8, 8), small_model())
+@pytest.mark.parametrize("model", ["tiny", Path("tiny"), torch.nn.Linear(1, 1), make_image(8, 8)])
+def test_wrong_model_types_are_refused(model):
+    data = cmamba_ref.encode(make_image(8, 8), small_model())
     reason = f"`model` must be a CMamba or None, got {type(model).__name__}.*from_pretrained"
     with pytest.raises(InvalidArgumentError, match=reason):
-        cmamba_ref.encode(picture(8, 8), model)
+        cmamba_ref.encode(make_image(8, 8), model)
     with pytest.raises(InvalidArgumentError, match=reason):
         cmamba_ref.decode(data, model)
 
 
-def test_decode_takes_any_bytes_and_refuses_the_rest():
+def test_decode_accepts_any_bytes_like_object():
     model = small_model()
-    data = cmamba_ref.encode(picture(8, 8), model)
+    data = cmamba_ref.encode(make_image(8, 8), model)
     expected = cmamba_ref.decode(data, model)
     for same in (bytearray(data), memoryview(data), np.frombuffer(data, np.uint8)):
         assert np.array_equal(cmamba_ref.decode(same, model), expected)
@@ -245,11 +245,11 @@ def test_decode_takes_any_bytes_and_refuses_the_rest():
             cmamba_ref.decode(wrong, model)
 
 
-def test_a_compiled_model_codes_like_the_model_in_it():
+def test_compiled_model_codes_like_the_original():
     model = small_model()
     compiled = torch.compile(model, backend="eager")
-    data = cmamba_ref.encode(picture(8, 8), compiled)
-    assert data == cmamba_ref.encode(picture(8, 8), model)
+    data = cmamba_ref.encode(make_image(8, 8), compiled)
+    assert data == cmamba_ref.encode(make_image(8, 8), model)
     assert np.array_equal(cmamba_ref.decode(data, compiled), cmamba_ref.decode(data, model))
 
 
@@ -257,7 +257,7 @@ def test_a_compiled_model_codes_like_the_model_in_it():
 
 
 def evaluate_like_compressai(net, x: torch.Tensor) -> dict[str, float]:
-    """The steps of CompressAI's eval_model, for one picture `[1, 3, H, W]`."""
+    """The steps of CompressAI's eval_model, for one image `[1, 3, H, W]`."""
     height, width = x.shape[-2:]
     pad = (0, -width % 64, 0, -height % 64)
     x_padded = F.pad(x, pad, mode="constant", value=0)
@@ -282,28 +282,28 @@ def test_compressai_evaluation_runs_on_a_model(config):
     net = random_model(config)
     assert net.update(force=True) is True and net.update() is False
     assert net.aux_loss().ndim == 0 and float(net.aux_loss()) > 0
-    result = evaluate_like_compressai(net, as_input(picture(120, 200)))
+    result = evaluate_like_compressai(net, as_input(make_image(120, 200)))
     assert result["mse"] == pytest.approx(result["mse_estimated"], rel=0.01)
     # An estimate never counts a symbol as less likely than 1e-9, 30 bits; an escape costs less.
     assert 0.8 * result["bpp_estimated"] < result["bpp"] < 1.05 * result["bpp_estimated"]
 
 
-def test_decoding_a_batch_equals_decoding_each_picture():
+def test_decoding_a_batch_equals_decoding_each_image():
     model = small_model()
-    x = torch.cat([as_input(picture(128, 64, seed)) for seed in range(3)])
+    x = torch.cat([as_input(make_image(128, 64, seed)) for seed in range(3)])
     out = model.compress(x, 6.3)
     batch, _ = model.decode_latent(out["strings"], out["shape"])
     x_hat = model.decompress(out["strings"], out["shape"])["x_hat"]
     for b, strings in enumerate(zip(*out["strings"], strict=True)):
         alone, _ = model.decode_latent([[s] for s in strings], out["shape"])
         assert float((batch[b] - alone[0]).abs().max()) <= 1e-9
-        picture_alone = model.decompress([[s] for s in strings], out["shape"])["x_hat"]
-        assert float((x_hat[b] - picture_alone[0]).abs().max()) < 1 / 255
+        alone = model.decompress([[s] for s in strings], out["shape"])["x_hat"]
+        assert float((x_hat[b] - alone[0]).abs().max()) < 1 / 255
 
 
 def test_a_batch_may_mix_qualities_when_decoding():
     model = small_model()
-    x = as_input(picture(64, 64))
+    x = as_input(make_image(64, 64))
     out = [model.compress(x, quality) for quality in (1, 8)]
     strings = [[o["strings"][k][0] for o in out] for k in range(2)]
     mixed = model.decompress(strings, out[0]["shape"])["x_hat"]
@@ -312,10 +312,10 @@ def test_a_batch_may_mix_qualities_when_decoding():
         assert float((mixed[b] - alone).abs().max()) < 1 / 255
 
 
-def test_encoding_a_batch_is_encoding_each_picture():
+def test_encoding_a_batch_equals_encoding_each_image():
     """g_a runs in float32, so a symbol in many may round the other way; no more than that."""
     model = small_model()
-    x = torch.cat([as_input(picture(128, 64, seed)) for seed in range(3)])
+    x = torch.cat([as_input(make_image(128, 64, seed)) for seed in range(3)])
     out = model.compress(x, 4)
     batch, _ = model.decode_latent(out["strings"], out["shape"])
     for b in range(3):
@@ -324,9 +324,9 @@ def test_encoding_a_batch_is_encoding_each_picture():
         assert float(((batch[b] - y_bar[0]).abs() > 1e-9).double().mean()) < 0.01
 
 
-def test_the_latent_coder_is_what_compress_and_decompress_code_with():
+def test_compress_and_decompress_use_the_latent_coder():
     model = small_model()
-    x, coder = as_input(picture(70, 130)), model.latent_coder
+    x, coder = as_input(make_image(70, 130)), model.latent_coder
     with torch.no_grad():
         y = model.analyze(x, 6.3)
         symbols = coder.symbols(y, model.h_a(y))
@@ -342,8 +342,8 @@ def test_the_latent_coder_is_what_compress_and_decompress_code_with():
     assert torch.equal(x_hat, model.decompress(**out)["x_hat"])
 
 
-def test_a_pickled_model_codes_the_same_with_a_float64_path_of_its_own():
-    model, x = random_model(), as_input(picture(40, 60))
+def test_pickled_model_codes_equally():
+    model, x = random_model(), as_input(make_image(40, 60))
     out = model.compress(x, 4)
     again = pickle.loads(pickle.dumps(model))
     assert again.compress(x, 4) == out and again.model_id == model.model_id
@@ -365,7 +365,7 @@ def changed_through_data(tensor: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("change", [changed_in_place, changed_through_data])
-def test_every_weight_and_table_is_in_the_id(change):
+def test_model_id_covers_every_weight_and_table(change):
     model = random_model()
     ids = {model.model_id}
     tensors = model.state_dict(keep_vars=True)
@@ -375,7 +375,7 @@ def test_every_weight_and_table_is_in_the_id(change):
     assert len(ids) == len(tensors) + 1
 
 
-def test_the_id_is_that_of_equal_weights_and_no_others(tmp_path):
+def test_model_id_depends_on_weights_alone(tmp_path):
     model = random_model()
     assert random_model().model_id == model.model_id != random_model(seed=1).model_id
     assert copy.deepcopy(model).model_id == model.model_id
@@ -384,7 +384,7 @@ def test_the_id_is_that_of_equal_weights_and_no_others(tmp_path):
     assert len(model.model_id) == 8
 
 
-def test_rounded_weights_take_half_the_room_and_lose_nothing(tmp_path):
+def test_float16_weights_are_stored_in_half_the_size(tmp_path):
     model = random_model()
     model.save_pretrained(tmp_path / "whole")
     with torch.no_grad():
@@ -415,7 +415,7 @@ def test_the_model_of_a_file_is_found_by_its_id():
     assert "docs/models.md" in str(caught.value)
 
 
-def test_the_list_of_bundled_models_begins_with_the_present_one(root):
+def test_list_of_bundled_models_begins_with_the_current_one(root):
     listed = re.findall(
         r"^\| `([0-9a-f]{16})` \| `(\w+)`", (root / "docs/models.md").read_text(), re.M
     )
@@ -423,8 +423,8 @@ def test_the_list_of_bundled_models_begins_with_the_present_one(root):
     assert len({model_id for model_id, _ in listed}) == len(listed) >= 3
 
 
-def test_symbols_can_be_checked_without_making_a_picture():
-    data = cmamba_ref.encode(picture(70, 60), small_model(), 4)
+def test_symbols_are_checked_without_reconstruction():
+    data = cmamba_ref.encode(make_image(70, 60), small_model(), 4)
     codec.check_symbols(Container.unpack(data), small_model())
     other = with_field(data, "symbols' check", 0)
     with pytest.raises(BitstreamError, match="symbols fail their check"):
@@ -443,9 +443,9 @@ def test_symbols_can_be_checked_without_making_a_picture():
     ],
     ids=["to", "half", "bfloat16", "double", "channels_last", "half-to"],
 )
-def test_casts_change_neither_the_id_nor_any_symbol(cast):
+def test_casts_keep_model_id_and_symbols(cast):
     model = random_model()
-    image = picture(100, 130)
+    image = make_image(100, 130)
     with recording() as encoded:
         data = cmamba_ref.encode(image, model, 4)
     reference = cmamba_ref.decode(data, model)
@@ -455,9 +455,9 @@ def test_casts_change_neither_the_id_nor_any_symbol(cast):
     for part in (model.h_s, model.context, model.entropy_bottleneck):
         assert {p.dtype for p in part.parameters()} == {torch.float32}
     with recording() as decoded:
-        picture_of_cast = cmamba_ref.decode(data, model)
+        decoded_by_cast = cmamba_ref.decode(data, model)
     assert_same_coding(decoded[0], encoded[0])
-    assert np.abs(picture_of_cast.astype(int) - reference.astype(int)).mean() < 4
+    assert np.abs(decoded_by_cast.astype(int) - reference.astype(int)).mean() < 4
     with recording() as encoded:
         from_cast = cmamba_ref.encode(image, model, 4)
     with recording() as decoded:
@@ -465,13 +465,13 @@ def test_casts_change_neither_the_id_nor_any_symbol(cast):
     assert_same_coding(decoded[0], encoded[0])
 
 
-def test_a_file_follows_changed_weights():
+def test_changed_weights_change_the_file():
     """Nothing derived from weights survives them: coding uses what the id names."""
     model = random_model()
-    cmamba_ref.encode(picture(64, 64), model, 4)
+    cmamba_ref.encode(make_image(64, 64), model, 4)
     for cae in model.context.cae:
         cae.head.bias.data.add_(0.3)
-    data = cmamba_ref.encode(picture(64, 64), model, 4)
+    data = cmamba_ref.encode(make_image(64, 64), model, 4)
     fresh = CMamba(model.config).eval()
     fresh.load_state_dict(model.state_dict())
     assert fresh.model_id == model.model_id
@@ -494,24 +494,24 @@ def test_update_never_alters_loaded_tables(tmp_path):
 
 def test_a_model_without_tables_says_what_to_do():
     with pytest.raises(WeightsError, match="update"):
-        cmamba_ref.encode(picture(8, 8), CMamba(ONE_RATE).eval())
+        cmamba_ref.encode(make_image(8, 8), CMamba(ONE_RATE).eval())
 
 
 # What is not finite.
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_pictures_that_are_not_finite_make_no_file(value):
-    x = as_input(picture(64, 64))
+def test_non_finite_images_are_refused(value):
+    x = as_input(make_image(64, 64))
     x[0, 1, 30, 30] = value
     with pytest.raises(CMambaError):
         small_model().compress(x, 4)
 
 
-def test_a_nan_in_any_weight_makes_an_error_or_no_difference():
+def test_nan_in_a_weight_raises_or_has_no_effect():
     """Weights that coding does not use, such as gains of other qualities, may hold anything."""
     model = random_model()
-    image = picture(130, 130)  # z is 3x3: every tap of every kernel counts somewhere
+    image = make_image(130, 130)  # z is 3x3: every tap of every kernel counts somewhere
     expected = cmamba_ref.decode(cmamba_ref.encode(image, model, 4), model)
     harmless = set()
     for name, parameter in model.named_parameters():
@@ -540,16 +540,16 @@ def test_a_nan_in_any_weight_makes_an_error_or_no_difference():
         "gain.log_gain",
     ],
 )
-def test_a_nan_on_the_encoder_s_way_makes_no_file(name):
+def test_nan_in_the_encoder_raises(name):
     model = random_model()
     model.get_parameter(name).data.view(-1)[-1] = math.nan
     with pytest.raises(CMambaError, match="NaN"):
-        cmamba_ref.encode(picture(130, 130), model, 8)
+        cmamba_ref.encode(make_image(130, 130), model, 8)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["gain.log_gain", "entropy_bottleneck.quantiles"])
-def test_gains_and_medians_that_are_not_finite_make_no_file(name, value):
+def test_non_finite_gains_and_medians_raise(name, value):
     """But for a gain of zero, the exponential of minus infinity, which is a number."""
     model = random_model()
     parameter = model.get_parameter(name)
@@ -558,32 +558,32 @@ def test_gains_and_medians_that_are_not_finite_make_no_file(name, value):
     else:
         parameter.data[2, 1] = value  # the median of a channel
     if (name, value) == ("gain.log_gain", -math.inf):
-        data = cmamba_ref.encode(picture(64, 64), model, 8)
+        data = cmamba_ref.encode(make_image(64, 64), model, 8)
         assert cmamba_ref.decode(data, model).shape == (64, 64, 3)
     else:
         with pytest.raises(CMambaError, match="NaN"):
-            cmamba_ref.encode(picture(64, 64), model, 8)
+            cmamba_ref.encode(make_image(64, 64), model, 8)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_an_inverse_gain_that_is_not_finite_makes_no_picture(value):
+def test_non_finite_inverse_gain_raises(value):
     model = random_model()
-    data = cmamba_ref.encode(picture(64, 64), model, 8)
+    data = cmamba_ref.encode(make_image(64, 64), model, 8)
     container = Container.unpack(data)
     model.gain.log_inverse_gain.data[-1, 3] = value
     with pytest.raises(BitstreamError, match="not finite"):
         model.decompress([[container.y], [container.z]], (1, 1))
 
 
-def test_a_nan_among_the_scales_is_an_error_when_decoding():
+def test_nan_scale_raises_when_decoding():
     model = random_model()
-    out = model.compress(as_input(picture(64, 64)), 4)
+    out = model.compress(as_input(make_image(64, 64)), 4)
     model.context.cae[1].head.bias.data[-1] = math.nan
     with pytest.raises(BitstreamError, match="not finite"):
         model.decompress(out["strings"], out["shape"])
 
 
-def test_tables_cannot_be_made_of_nan():
+def test_tables_refuse_nan():
     model = random_model()
     with torch.no_grad():
         model.entropy_bottleneck.quantiles[0, 1] = math.nan
@@ -593,7 +593,7 @@ def test_tables_cannot_be_made_of_nan():
 
 def test_a_model_loaded_in_inference_mode_codes(tmp_path):
     random_model().save_pretrained(tmp_path)
-    image = picture(64, 64)
+    image = make_image(64, 64)
     with torch.inference_mode():
         model = CMamba.from_pretrained(tmp_path)
         data = cmamba_ref.encode(image, model, 3)
@@ -607,7 +607,7 @@ def test_cast_models_are_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_does_not_shadow_a_model_that_ships(tmp_path, monkeypatch):
+def test_folder_does_not_shadow_a_bundled_model(tmp_path, monkeypatch):
     monkeypatch.setattr(model_id, "PRETRAINED", tmp_path / "package")
     random_model(seed=1).save_pretrained(tmp_path / "package" / "tiny")
     random_model(seed=2).save_pretrained(tmp_path / "tiny")

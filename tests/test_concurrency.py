@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from codec_helpers import ENVIRONMENT, picture, random_model, start_cmamba
+from codec_helpers import ENVIRONMENT, make_image, random_model, start_cmamba
 from PIL import Image
 
 import cmamba_ref
@@ -24,7 +24,7 @@ from cmamba_ref.testing import scan_2d_arguments
 
 THREADS = 8
 # Images of several sizes, each at a quality of its own.
-WORK = [(picture(64 + 24 * (i % 3), 80 + 16 * (i % 5), seed=i), 1 + 0.5 * i) for i in range(8)]
+WORK = [(make_image(64 + 24 * (i % 3), 80 + 16 * (i % 5), seed=i), 1 + 0.5 * i) for i in range(8)]
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +162,7 @@ def test_several_commands_into_one_folder(tmp_path, model_dir):
     for name in ("a", "b", "c", "all"):
         (tmp_path / name).mkdir()
         for i in range(4):
-            image = picture(70, 90, seed=10 * ord(name[0]) + i)
+            image = make_image(70, 90, seed=10 * ord(name[0]) + i)
             (tmp_path / name / f"{name}{i}.png").write_bytes(png_bytes(image))
             expected[f"{name}{i}.cmb"] = cmamba_ref.encode(image, random_model())
     commands = [
@@ -183,7 +183,7 @@ def test_several_commands_into_one_folder(tmp_path, model_dir):
 def test_several_commands_for_one_target(tmp_path, model_dir):
     """At different qualities: the file is one of theirs, whole."""
     source, target = tmp_path / "photo.png", tmp_path / "photo.cmb"
-    source.write_bytes(png_bytes(picture(70, 90)))
+    source.write_bytes(png_bytes(make_image(70, 90)))
     qualities = (1, 4, 8)
     commands = [
         start_cmamba("encode", str(source), "--quality", str(q), "--model", model_dir, "--force")
@@ -192,6 +192,6 @@ def test_several_commands_for_one_target(tmp_path, model_dir):
     for command in commands:
         assert command.wait(timeout=300) == 0
         command.communicate()
-    versions = [cmamba_ref.encode(picture(70, 90), random_model(), q) for q in qualities]
+    versions = [cmamba_ref.encode(make_image(70, 90), random_model(), q) for q in qualities]
     assert target.read_bytes() in versions
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.cmb", "photo.png"]

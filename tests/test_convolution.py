@@ -11,14 +11,14 @@ from cmamba_ref.nn.conv3x3 import Conv3x3
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 7), (6, 1), (5, 8)])
 @torch.no_grad()
-def test_it_is_a_convolution(height, width, memory_format):
+def test_equals_a_convolution(height, width, memory_format):
     layer = Conv3x3(5, 4).double().to(memory_format=memory_format)
     x = torch.randn(2, 5, height, width, dtype=torch.float64).to(memory_format=memory_format)
     expected = F.conv2d(x, layer.weight, layer.bias, padding=1)
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-14)
 
 
-def test_in_float64_without_gradient_it_does_without_pytorch_s_convolution(monkeypatch):
+def test_float64_inference_avoids_the_slow_convolution(monkeypatch):
     def refuse(*_):
         raise AssertionError("called")
 

@@ -14,8 +14,8 @@ import torch
 from codec_helpers import (
     QUALITIES,
     assert_same_coding,
-    load_picture,
-    picture,
+    load_image,
+    make_image,
     random_model,
     recording,
     run_elsewhere,
@@ -74,7 +74,7 @@ def check_elsewhere(images: dict[str, tuple[np.ndarray, float]], folder: Path) -
 )
 def test_kodak_decodes_the_same_in_another_process(kodak_paths, tmp_path, every):
     images = {
-        path.stem: (load_picture(path), QUALITIES[(k + 2) % len(QUALITIES)])
+        path.stem: (load_image(path), QUALITIES[(k + 2) % len(QUALITIES)])
         for k, path in enumerate(kodak_paths[::every])
     }
     check_elsewhere(images, tmp_path)
@@ -83,7 +83,7 @@ def test_kodak_decodes_the_same_in_another_process(kodak_paths, tmp_path, every)
 def test_odd_sizes_decode_the_same_in_another_process(tmp_path):
     sizes = [(1, 1), (1, 300), (300, 1), (63, 65), (130, 190)]
     check_elsewhere(
-        {f"{h}x{w}": (picture(h, w), q) for (h, w), q in zip(sizes, QUALITIES, strict=True)},
+        {f"{h}x{w}": (make_image(h, w), q) for (h, w), q in zip(sizes, QUALITIES, strict=True)},
         tmp_path,
     )
 
@@ -106,7 +106,7 @@ def autocast():
 def test_symbols_do_not_depend_on(encoding, decoding):
     model = random_model()
     with recording() as encoded, encoding():
-        data = cmamba_ref.encode(picture(100, 130), model, 4)
+        data = cmamba_ref.encode(make_image(100, 130), model, 4)
     with recording() as decoded, decoding():
         cmamba_ref.decode(data, model)
     assert_same_coding(decoded[0], encoded[0])
@@ -118,7 +118,7 @@ def test_symbols_do_not_depend_on(encoding, decoding):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_and_a_cpu_read_each_other_s_files():
     on_cpu, on_gpu = shipped_model(), copy.deepcopy(shipped_model()).to("cuda")
-    image = picture(300, 500)
+    image = make_image(300, 500)
     for writer, reader in ((on_cpu, on_gpu), (on_gpu, on_cpu)):
         with recording() as encoded:
             data = cmamba_ref.encode(image, writer, 4)
@@ -203,7 +203,7 @@ def test_an_error_below_the_margin_changes_no_index(seed):
 def test_a_file_that_needed_a_shift_decodes():
     """The first scale is put on a boundary by moving the bias it ends with, in float64."""
     model = random_model()
-    image = picture(64, 64)
+    image = make_image(64, 64)
     with recording() as seen:
         assert shift_of(cmamba_ref.encode(image, model, 4)) == 0
     head = model.context.cae[0].head
@@ -224,7 +224,7 @@ def test_a_file_that_needed_a_shift_decodes():
 def test_every_scale_of_a_kodak_image_keeps_the_margin(kodak_paths):
     model = shipped_model()
     with recording() as seen:
-        data = cmamba_ref.encode(load_picture(kodak_paths[3]), model, 4)
+        data = cmamba_ref.encode(load_image(kodak_paths[3]), model, 4)
     parts = np.array_split(seen[0].log_scales, 20)
     assert min(distance_to_boundaries(part, shift_of(data)) for part in parts) >= MARGIN
 
@@ -249,7 +249,7 @@ OTHER = {"onednn": False, "layout": "channels_last", "backend": "reference"}
 def job(tmp_path):
     """Make a job of two images for two settings, with the small random model; they are encoded."""
     for i in range(2):
-        Image.fromarray(picture(70, 90, seed=i)).save(tmp_path / f"{i}.png")
+        Image.fromarray(make_image(70, 90, seed=i)).save(tmp_path / f"{i}.png")
 
     def make(encoder: dict | None = None, **decoder):
         settings = [determinism.Setting(**setting) for setting in (encoder or {}, decoder)]
@@ -331,7 +331,7 @@ def test_other_symbols_and_pixels_are_found(job):
 def test_the_command_measures_all_settings(tmp_path):
     """Reduced: one small image and model, one backend, as many pairs as that needs."""
     (tmp_path / "images").mkdir()
-    Image.fromarray(picture(64, 64)).save(tmp_path / "images" / "a.png")
+    Image.fromarray(make_image(64, 64)).save(tmp_path / "images" / "a.png")
     output = tmp_path / "determinism.json"
     small = ["--model", determinism.SMALL_MODEL, "--backends", "chunked", "--pairs", "10"]
     assert determinism.main([str(tmp_path / "images"), *small, "-o", str(output)]) == 0

@@ -12,22 +12,22 @@ import rd_measure
 import stage_clock
 import torch
 from classical_codecs import CODECS
-from codec_helpers import ONE_RATE, load_picture, picture, random_model
+from codec_helpers import ONE_RATE, load_image, make_image, random_model
 from partial_results import PartialResults
 from PIL import Image
 
 import cmamba_ref
 from cmamba_ref.metrics import psnr
 
-PHOTOGRAPH = Path(cmamba_ref.__file__).parent / "data" / "coffee.png"
+DEMO_IMAGE = Path(cmamba_ref.__file__).parent / "data" / "coffee.png"
 MODEL = Path(__file__).parent / "golden" / "model"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two crops of a photograph, one of them grey."""
+    """Two crops of an image, one of them grey."""
     target = tmp_path_factory.mktemp("images")
-    with Image.open(PHOTOGRAPH) as image:
+    with Image.open(DEMO_IMAGE) as image:
         image.crop((0, 0, 170, 200)).save(target / "colour.png")
         image.crop((200, 100, 400, 270)).convert("L").save(target / "grey.png")
     return target
@@ -88,7 +88,7 @@ def test_report_agrees_with_an_independent_computation(folder, evaluated, codec,
 def test_the_files_are_those_of_the_codec(folder, evaluated):
     report, kept = evaluated
     model = cmamba_ref.CMamba.from_pretrained(MODEL)
-    data = cmamba_ref.encode(load_picture(folder / "colour.png"), model, 8)
+    data = cmamba_ref.encode(load_image(folder / "colour.png"), model, 8)
     point = f"{model.model_id.hex()}-8"
     assert (kept / "cmamba" / point / "colour.png.cmb").read_bytes() == data
     assert report["cmamba"]["results"]["model"] == [model.model_id.hex()] * 2
@@ -145,7 +145,7 @@ def test_classical_codecs_trade_rate_for_quality(key):
     codec = CODECS[key]
     if not codec.is_available():
         pytest.skip(f"this Pillow has no {codec.format}")
-    image = picture(96, 128)
+    image = make_image(96, 128)
     sizes, errors = [], []
     for setting in codec.settings[::3]:
         data = codec.encode(image, setting)
@@ -166,7 +166,7 @@ def test_classical_codecs_as_measured_elsewhere(kodak_paths, shared_dir, key, na
     k = len(curve["setting"]) // 2
     rates, qualities = [], []
     for path in kodak_paths:
-        original = load_picture(path)
+        original = load_image(path)
         data = CODECS[key].encode(original, curve["setting"][k])
         rates.append(8 * len(data) * 3 / original.size)
         qualities.append(psnr(original, CODECS[key].decode(data)))
@@ -178,7 +178,7 @@ def test_avif_is_tuned_for_psnr():
     codec = CODECS["avif"]
     if not codec.is_available():
         pytest.skip("this Pillow has no AVIF")
-    image = load_picture(PHOTOGRAPH)[:200, :256]
+    image = load_image(DEMO_IMAGE)[:200, :256]
     options = {key: value for key, value in codec.options(50).items() if key != "advanced"}
     plain = dataclasses.replace(codec, options=lambda _: options)
     tuned, by_default = (psnr(image, c.decode(c.encode(image, 50))) for c in (codec, plain))

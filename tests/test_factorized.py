@@ -65,11 +65,11 @@ def test_likelihood_is_the_mass_of_the_unit_interval(prior):
     with torch.no_grad():
         likelihood = prior.likelihood(z)
     assert likelihood.shape == z.shape
-    for picture in likelihood[..., 0].double().numpy():
-        np.testing.assert_allclose(picture, expected.clip(1e-9), rtol=2e-4)
+    for image in likelihood[..., 0].double().numpy():
+        np.testing.assert_allclose(image, expected.clip(1e-9), rtol=2e-4)
 
 
-def test_likelihood_is_whole_where_the_density_is_symmetric(prior):
+def test_likelihoods_sum_to_one_for_a_symmetric_density(prior):
     """No hole at the point where both logits cancel."""
     with torch.no_grad():
         for bias in prior.biases:
@@ -168,7 +168,7 @@ def test_tables_follow_the_median(prior):
 
 
 @pytest.mark.parametrize(("weight", "reach"), [(10.0, 1), (-2.0, 512), (-8.0, 1)])
-def test_tables_have_a_least_and_a_greatest_reach(prior, weight, reach):
+def test_table_reach_is_bounded(prior, weight, reach):
     """Of a density that is all at its median, of a wide one, and of one too thin for any table.
 
     Of the last nearly every value is escaped.
@@ -181,7 +181,7 @@ def test_tables_have_a_least_and_a_greatest_reach(prior, weight, reach):
         assert offset == -reach and len(frequencies) == 2 * reach + 2
 
 
-def test_rounding_makes_no_negative_escape(prior, monkeypatch):
+def test_rounding_never_makes_the_escape_negative(prior, monkeypatch):
     """Masses in float32 may add up to a little more than one."""
     mass = torch.zeros(CHANNELS, 1, 1025)
     mass[..., 510:515] = torch.tensor([0.1, 0.2, 0.4, 0.2, 0.1 + 1e-6])

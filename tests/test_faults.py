@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from codec_helpers import picture, random_model, run_python, start_cmamba
+from codec_helpers import make_image, random_model, run_python, start_cmamba
 
 import cmamba_ref
 from cmamba_ref.cli import batch, main
 from cmamba_ref.codec.images import png_bytes
 
-PIXELS = picture(70, 90)
+PIXELS = make_image(70, 90)
 NOT_FOR_ROOT = pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() == 0, reason="modes do not bind the superuser"
 )
@@ -104,9 +104,9 @@ def test_no_room_for_one_of_many(tmp_path, model_dir, capsys):
     """The large one fails and is named; the small one is written."""
     folder = tmp_path / "in"
     folder.mkdir()
-    (folder / "large.png").write_bytes(png_bytes(picture(200, 200)))
-    (folder / "small.png").write_bytes(png_bytes(picture(8, 8)))
-    limit = len(cmamba_ref.encode(picture(8, 8), random_model()))
+    (folder / "large.png").write_bytes(png_bytes(make_image(200, 200)))
+    (folder / "small.png").write_bytes(png_bytes(make_image(8, 8)))
+    limit = len(cmamba_ref.encode(make_image(8, 8), random_model()))
     arguments = ["encode", str(folder), "-o", str(tmp_path / "out"), "--model", model_dir]
     with room_for(limit):
         assert main([*arguments, "--jobs", "1"]) == 1
@@ -221,7 +221,7 @@ def start_batch(folder: Path, count: int, model_dir: str) -> subprocess.Popen[st
     images, out = folder / "in", folder / "out"
     images.mkdir()
     for i in range(count):
-        (images / f"{i}.png").write_bytes(png_bytes(picture(256, 256, seed=i)))
+        (images / f"{i}.png").write_bytes(png_bytes(make_image(256, 256, seed=i)))
     command = ["encode", str(images), "-o", str(out), "--model", model_dir, "--jobs", "2"]
     process = start_cmamba(*command)
     while process.poll() is None and not (out.is_dir() and any(out.glob("*.cmb"))):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from codec_helpers import load_picture, recording
+from codec_helpers import load_image, recording
 from safetensors.numpy import load_file
 
 import cmamba_ref
@@ -24,26 +24,26 @@ def model() -> CMamba:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_golden_files_decode_to_the_stored_pictures(model, name):
+def test_golden_files_decode_to_the_stored_images(model, name):
     decoded = cmamba_ref.decode((GOLDEN / f"{name}.cmb").read_bytes(), model)
-    expected = load_picture(GOLDEN / f"{name}.decoded.png")
+    expected = load_image(GOLDEN / f"{name}.decoded.png")
     assert decoded.shape == expected.shape
     assert np.abs(decoded.astype(int) - expected.astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_golden_pictures_encode_to_files_like_the_stored_ones(model, name):
+def test_golden_images_encode_to_equivalent_files(model, name):
     """Not to the same bytes on every machine: g_a runs in float32, and a symbol may differ."""
     stored = (GOLDEN / f"{name}.cmb").read_bytes()
     quality = 0.01 * read_file(stored).quality
-    data = cmamba_ref.encode(load_picture(GOLDEN / f"{name}.png"), model, quality)
+    data = cmamba_ref.encode(load_image(GOLDEN / f"{name}.png"), model, quality)
     assert len(data) == pytest.approx(len(stored), rel=0.01, abs=4)
     decoded = cmamba_ref.decode(data, model)
-    expected = load_picture(GOLDEN / f"{name}.decoded.png")
+    expected = load_image(GOLDEN / f"{name}.decoded.png")
     assert np.abs(decoded.astype(int) - expected.astype(int)).mean() < 0.1
 
 
-def test_golden_files_take_little_room():
+def test_golden_files_stay_small():
     assert (GOLDEN / "model" / "model.safetensors").stat().st_size <= 500_000
     assert {p.stem for p in GOLDEN.glob("*.cmb")} == set(NAMES)
 
@@ -150,7 +150,7 @@ def level(log_scale: np.ndarray, shift: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_decoder_written_from_the_page_reads_golden_files(model, name):
+def test_independent_decoder_reads_golden_files(model, name):
     """It takes the log-scales from ours, which the networks make, and does all else itself."""
     data = (GOLDEN / f"{name}.cmb").read_bytes()
     tensors = load_file(GOLDEN / "model" / "model.safetensors")
@@ -181,7 +181,7 @@ def test_golden_files_exercise_the_format(model):
     assert any(f.y[1] > 0 for f in files) and any(f.z[1] > 0 for f in files), "escapes"
 
 
-def test_the_model_id_is_computed_as_the_page_says(model):
+def test_model_id_follows_the_specification(model):
     tensors = load_file(GOLDEN / "model" / "model.safetensors")
     names = {np.dtype("float32"): "torch.float32", np.dtype("int32"): "torch.int32"}
     digest = hashlib.sha256()
@@ -193,7 +193,7 @@ def test_the_model_id_is_computed_as_the_page_says(model):
 
 
 @pytest.mark.parametrize("prefix", ["gaussian_conditional", "entropy_bottleneck"])
-def test_one_changed_table_entry_is_noticed(model, prefix):
+def test_changed_table_entry_is_detected(model, prefix):
     """By the id; and if the id were blind to it, by the check of the symbols."""
     data = (GOLDEN / "noise.cmb").read_bytes()
     with recording() as seen:
@@ -213,7 +213,7 @@ def test_one_changed_table_entry_is_noticed(model, prefix):
     model.decode_latent([[y_string], [file.z]], (3, 3))
 
 
-def test_the_annotated_example_of_the_page_is_a_golden_file(root):
+def test_annotated_example_is_a_golden_file(root):
     page = (root / "docs" / "format.md").read_text(encoding="utf-8")
     example = page.split("```hex\n")[1].split("```")[0]
     hexadecimal = "".join(line.split("|")[0] for line in example.splitlines())

@@ -15,7 +15,7 @@ from codec_helpers import (
     LATENT_PREFIX,
     ONE_RATE,
     field_of,
-    picture,
+    make_image,
     random_model,
     shipped_model,
     with_checksum,
@@ -36,7 +36,7 @@ def small_model() -> CMamba:
 
 @functools.cache
 def small_file(height: int = 50, width: int = 70, quality: float = 4, seed: int = 0) -> bytes:
-    return cmamba_ref.encode(picture(height, width, seed), small_model(), quality)
+    return cmamba_ref.encode(make_image(height, width, seed), small_model(), quality)
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -200,7 +200,7 @@ def test_the_strings_of_compressai_s_protocol_are_checked_too():
 
 def test_a_model_of_one_rate_takes_no_quality():
     model = random_model(ONE_RATE)
-    data = cmamba_ref.encode(picture(30, 30), model)
+    data = cmamba_ref.encode(make_image(30, 30), model)
     with pytest.raises(BitstreamError, match="quality 4.0 is out of range"):
         cmamba_ref.decode(with_field(data, "quality", 400), model)
 

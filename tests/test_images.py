@@ -26,10 +26,10 @@ def rgb() -> np.ndarray:
     return np.stack([x * 12, y * 20, (x + y) * 8], axis=-1).astype(np.uint8)
 
 
-def save(picture: Image.Image | np.ndarray, path: Path, **options: Any) -> Path:
-    if isinstance(picture, np.ndarray):
-        picture = Image.fromarray(picture)
-    picture.save(path, **options)
+def save(image: Image.Image | np.ndarray, path: Path, **options: Any) -> Path:
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    image.save(path, **options)
     return path
 
 
@@ -139,7 +139,7 @@ def exif_entry(tag: int, kind: int, count: int, value: bytes) -> bytes:
     ],
     ids=["noise", "cut", "beyond-the-end", "orientation-9", "a-word", "too-many", "other-tag"],
 )
-def test_broken_exif_costs_no_picture(
+def test_broken_exif_does_not_refuse_the_image(
     tmp_path: Path, rgb: np.ndarray, exif: bytes, turned: bool, name: str
 ) -> None:
     lossless = {"lossless": True} if name.endswith("webp") else {}
@@ -149,8 +149,8 @@ def test_broken_exif_costs_no_picture(
     np.testing.assert_array_equal(read_image(path), expected)
 
 
-def test_of_a_multi_picture_jpeg_the_main_picture_is_read(tmp_path: Path, rgb: np.ndarray) -> None:
-    """Phones put a preview or a gain map behind the photograph."""
+def test_mpo_reads_primary_image(tmp_path: Path, rgb: np.ndarray) -> None:
+    """Phones put a preview or a gain map behind the image."""
     preview = [Image.fromarray(rgb[::2, ::2])]
     both = save(rgb, tmp_path / "a.mpo", save_all=True, append_images=preview, quality=95)
     assert read_image(both).shape == rgb.shape
@@ -197,8 +197,8 @@ def test_a_profile_and_a_rotation_and_alpha_together(tmp_path: Path, rgb: np.nda
 
 
 @pytest.mark.parametrize("grey", [True, False])
-def test_a_profile_that_cannot_be_applied(tmp_path: Path, rgb: np.ndarray, grey: bool) -> None:
-    """Broken, or of another kind of picture: sRGB's on grey."""
+def test_inapplicable_profile_is_refused(tmp_path: Path, rgb: np.ndarray, grey: bool) -> None:
+    """Broken, or of another kind of image: sRGB's on grey."""
     icc = profile(1.0) if grey else b"no profile at all"
     path = save(rgb[..., 0] if grey else rgb, tmp_path / "a.png", icc_profile=icc)
     assert "colour profile that cannot be applied" in refusal(path)
@@ -227,7 +227,7 @@ def test_transparency_is_refused(tmp_path: Path, rgb: np.ndarray) -> None:
         assert refusal(path) == "has transparency; flatten it onto a background first"
 
 
-def test_a_transparent_colour_that_no_pixel_has_is_opaque(tmp_path: Path, rgb: np.ndarray) -> None:
+def test_unused_transparent_colour_is_opaque(tmp_path: Path, rgb: np.ndarray) -> None:
     path = save(rgb, tmp_path / "a.png", transparency=(1, 1, 1))
     np.testing.assert_array_equal(read_image(path), rgb)
 
@@ -271,7 +271,7 @@ def test_several_frames_are_refused(tmp_path: Path, rgb: np.ndarray, name: str) 
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.tif", "a.webp", "a.bmp"])
-def test_a_truncated_file(tmp_path: Path, name: str) -> None:
+def test_truncated_file_is_refused(tmp_path: Path, name: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     path = save(noise, tmp_path / name)
     whole = path.read_bytes()
@@ -284,7 +284,7 @@ def test_a_truncated_file(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.tif", "a.webp"])
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # damaged metadata, no pixels
 def test_damaged_bytes_never_crash(tmp_path: Path, rgb: np.ndarray, name: str) -> None:
-    """Any byte wrong: a picture or an ImageError, nothing else."""
+    """Any byte wrong: an image or an ImageError, nothing else."""
     exif = Image.Exif()
     exif[0x0112] = 6
     path = save(rgb, tmp_path / name, exif=exif, icc_profile=profile(1.0))
@@ -301,7 +301,7 @@ def test_damaged_bytes_never_crash(tmp_path: Path, rgb: np.ndarray, name: str) -
         assert image.dtype == np.uint8
 
 
-def test_no_picture(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     for content in (b"", b"hello"):
         path.write_bytes(content)
@@ -315,7 +315,7 @@ def test_a_missing_file_and_a_directory_are_os_errors(tmp_path: Path) -> None:
         read_image(tmp_path)
 
 
-def test_the_pixel_limit(tmp_path: Path, rgb: np.ndarray) -> None:
+def test_pixel_limit(tmp_path: Path, rgb: np.ndarray) -> None:
     path = save(rgb, tmp_path / "a.png")
     before = Image.MAX_IMAGE_PIXELS
     assert read_image(path, max_pixels=WIDTH * HEIGHT).shape == rgb.shape
@@ -327,7 +327,7 @@ def test_the_pixel_limit(tmp_path: Path, rgb: np.ndarray) -> None:
     assert before == Image.MAX_IMAGE_PIXELS
 
 
-def test_a_decompression_bomb(tmp_path: Path) -> None:
+def test_decompression_bomb_is_refused(tmp_path: Path) -> None:
     """A hundred bytes that declare 2.5 gigapixels."""
     path = tmp_path / "bomb.png"
     path.write_bytes(png(50_000, 50_000, 8, 2, chunk(b"IDAT", zlib.compress(b"\0"))))
@@ -353,7 +353,7 @@ def test_write_png_refuses_other_shapes(tmp_path: Path, shape: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("fault", ["write", "rename"])
-def test_a_failed_write_leaves_what_was_there(
+def test_failed_write_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     target = tmp_path / "a.cmb"
@@ -378,7 +378,7 @@ def test_a_failed_write_leaves_what_was_there(
     assert target.read_bytes() == b"before"
 
 
-def test_a_link_stays_a_link(tmp_path: Path) -> None:
+def test_symlink_is_kept(tmp_path: Path) -> None:
     (tmp_path / "real").write_bytes(b"before")
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "real")

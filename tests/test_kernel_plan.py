@@ -39,13 +39,13 @@ def test_chunks_give_a_large_gpu_enough_programs(images, side, channels, n):
     assert programs > rules.FIXED.programs / 2 or p.chunk_length == rules.FIXED.min_chunk
 
 
-def test_one_pass_where_there_are_programs_enough():
+def test_one_pass_where_programs_suffice():
     assert plan(384, 4096, 192, 1, 16, 6, torch.float32).chunks == 1
     assert plan(256, 4096, 192, 1, 16, 6, torch.float32).chunks > 1
     assert plan(1, rules.FIXED.min_chunk, 192, 1, 16, 6, torch.float32).chunks == 1
 
 
-def test_the_plan_depends_on_nothing_but_its_arguments():
+def test_plan_is_a_function_of_its_arguments():
     assert plan(2, 6144, 96, 1, 16, 6, torch.float32) == rules.Plan(
         states=16,
         ranks=8,

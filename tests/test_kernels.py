@@ -197,7 +197,7 @@ def test_backward_keeps_only_arguments_and_the_states_between_chunks():
     )
 
 
-def test_nothing_is_atomic(root):
+def test_kernels_use_no_atomics(root):
     for path in (root / "kernels").glob("*.py"):
         assert "atomic_" not in path.read_text(), path.name
 
@@ -236,10 +236,10 @@ def outcomes(root):
     return json.loads(run.stdout)
 
 
-def test_the_kernels_pass_the_check_of_the_mutants(outcomes):
+def test_unmutated_kernels_pass(outcomes):
     assert outcomes["nothing"] == "passed"
 
 
 @pytest.mark.parametrize("name", [name for name in MUTATIONS if name != "nothing"])
-def test_a_mutated_kernel_is_noticed(name, outcomes):
+def test_mutated_kernel_is_detected(name, outcomes):
     assert outcomes[name] in ("wrong result", "crashed")

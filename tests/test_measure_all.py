@@ -12,7 +12,7 @@ from pathlib import Path
 
 import measure_all
 import pytest
-from codec_helpers import picture
+from codec_helpers import make_image
 from PIL import Image
 
 # A tool that notes its arguments, and then does what its name is told to do in the environment.
@@ -161,7 +161,7 @@ def test_real_tools_on_two_small_images(model_dir, tmp_path, monkeypatch):
     images = tmp_path / "images"
     images.mkdir()
     for seed in range(2):
-        Image.fromarray(picture(256, 256, seed)).save(images / f"{seed}.png")
+        Image.fromarray(make_image(256, 256, seed)).save(images / f"{seed}.png")
     into = tmp_path / "results"
     stages = ["--only", "rd", "plots", "report"]
     given = [str(images), "--into", str(into), "--model", model_dir, *stages]

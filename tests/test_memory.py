@@ -14,7 +14,7 @@ from cmamba_ref.model import CMamba
 from tools import resident
 
 
-def test_it_grows_with_the_picture_and_the_model_and_counts_padded_sides():
+def test_estimate_grows_with_padded_size_and_model():
     sizes = [(256, 256), (512, 768), (1344, 2048), (4000, 6000)]
     for config in (TINY, SMALL, BASE):
         needed = [memory.predict(config, *size) for size in sizes]
@@ -36,8 +36,8 @@ from tools import resident
 torch.set_num_threads(1)
 model, side = CMamba.from_pretrained("tiny"), int(sys.argv[1])
 encode(np.zeros((64, 64, 3), np.uint8), model)
-picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-for work in (lambda: encode(picture, model), lambda: decode(data, model)):
+image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+for work in (lambda: encode(image, model), lambda: decode(data, model)):
     resident.trim_heap()
     before = resident.resident_bytes()
     resident.restart_peak()
@@ -47,7 +47,7 @@ for work in (lambda: encode(picture, model), lambda: decode(data, model)):
 
 
 @pytest.mark.skipif(resident.resident_bytes() is None, reason="needs Linux's count of memory")
-def test_a_picture_takes_about_what_is_predicted(root):
+def test_prediction_matches_measured_memory(root):
     side = 1024
     command = [sys.executable, "-c", MEASURED, str(side)]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
@@ -65,22 +65,22 @@ def no_work(monkeypatch):
     monkeypatch.setattr(CMamba, "decode_latent", work)
 
 
-def test_a_picture_that_takes_too_much_is_refused_before_any_work(monkeypatch, no_work):
-    picture = np.zeros((64, 64, 3), np.uint8)
+def test_image_above_the_memory_limit_is_refused_early(monkeypatch, no_work):
+    image = np.zeros((64, 64, 3), np.uint8)
     needed = memory.predict(TINY, 64, 64)
     with pytest.raises(MemoryLimitError, match="64x64 pixels take about .* are allowed; raise"):
-        codec.encode(picture, max_memory=needed - 1)
+        codec.encode(image, max_memory=needed - 1)
     monkeypatch.setattr(memory, "available", lambda: needed - 1)
     with pytest.raises(MemoryLimitError, match="are available"):
-        codec.encode(picture)
+        codec.encode(image)
     with pytest.raises(AssertionError):
-        codec.encode(picture, max_memory=needed)
+        codec.encode(image, max_memory=needed)
     monkeypatch.setattr(memory, "available", lambda: None)
     with pytest.raises(AssertionError):
-        codec.encode(picture)
+        codec.encode(image)
 
 
-def test_a_file_that_takes_too_much_is_refused_before_any_work(monkeypatch, tmp_path, capsys):
+def test_file_above_the_memory_limit_is_refused_early(monkeypatch, tmp_path, capsys):
     data = codec.encode(np.zeros((64, 64, 3), np.uint8))
     needed = memory.predict(TINY, 64, 64)
     with pytest.raises(MemoryLimitError):
@@ -92,7 +92,7 @@ def test_a_file_that_takes_too_much_is_refused_before_any_work(monkeypatch, tmp_
     assert main(["decode", str(path), "--max-memory", "2"]) == 0
 
 
-def test_control_groups_are_asked(monkeypatch):
+def test_control_group_limits_count(monkeypatch):
     files = {
         "/proc/meminfo": ["MemTotal: 9 kB", "MemAvailable:  2000 kB"],
         "/sys/fs/cgroup/memory.max": ["1500000"],

@@ -36,8 +36,8 @@ def model() -> CMamba:
     return CMamba(MINI)
 
 
-def pictures(*shape: int) -> torch.Tensor:
-    """Smooth random pictures, so that a codec has something to predict."""
+def random_images(*shape: int) -> torch.Tensor:
+    """Smooth random images, so that a codec has something to predict."""
     torch.manual_seed(1)
     coarse = torch.rand(shape[0], 3, 4, 4)
     return torch.nn.functional.interpolate(coarse, shape[1:], mode="bicubic").clamp(0, 1)
@@ -128,7 +128,7 @@ def test_vmamba_weights_give_vmamba_results(stored_as_convolutions):
     ],
     ids=["missing", "too many", "without a gate"],
 )
-def test_other_weights_than_vmambas_are_refused(change, message):
+def test_load_vmamba_refuses_other_weights(change, message):
     state = vmamba_state(channels=20, inner=24, n=4, rank=2)
     change(state)
     with pytest.raises(InvalidArgumentError, match=message):
@@ -156,15 +156,15 @@ def test_totals_of_the_other_configurations(name, params, macs, scan):
     assert 18 * total.scan == pytest.approx(scan, rel=5e-3)
 
 
-def test_scan_elements_are_counted_by_hand():
+def test_scan_elements_match_a_hand_count():
     """L D N summed over the scans of tiny, from its sizes alone."""
     positions = 768 * 512
-    per_picture = (
+    per_image = (
         2 * positions // 16 * 32 * 2  # g_a and g_s at H/4: D = 64 / 2, N = 2
         + 2 * positions // 64 * 48 * 2
         + 4 * positions // 256 * 48 * 2  # four slices of the CAE
     )
-    assert complexity.count("tiny", 768, 512)["total"].scan == per_picture
+    assert complexity.count("tiny", 768, 512)["total"].scan == per_image
 
 
 def test_complexity_table_names_every_convention(capsys):
@@ -187,14 +187,14 @@ def test_literal_cae_width():
     assert CAE(BASE, context_channels=640, slice_width=64).head.out_features == 128
     small = CMamba(dataclasses.replace(MINI, cae_width=None)).eval()
     with torch.no_grad():
-        assert small(pictures(1, 64, 64), 3.0)["x_hat"].shape == (1, 3, 64, 64)
+        assert small(random_images(1, 64, 64), 3.0)["x_hat"].shape == (1, 3, 64, 64)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (1, 1), (65, 127), (1, 200), (130, 64)])
 @pytest.mark.parametrize("training", [True, False])
 def test_forward_takes_any_size(model, size, training):
     model.train(training)
-    x = pictures(2, *size)
+    x = random_images(2, *size)
     output = model(x, 4.0)
     assert output["x_hat"].shape == x.shape
     padded = [-(-side // 64) * 64 for side in size]
@@ -205,7 +205,7 @@ def test_forward_takes_any_size(model, size, training):
 
 
 def test_training_is_noisy_and_evaluation_is_not(model):
-    x = pictures(1, 64, 64)
+    x = random_images(1, 64, 64)
     model.eval()
     with torch.no_grad():
         first, second = model(x, 4.0), model(x, 4.0)
@@ -218,10 +218,10 @@ def test_training_is_noisy_and_evaluation_is_not(model):
     assert torch.equal(first["x_hat"], second["x_hat"])
 
 
-def test_noise_can_be_given(model):
-    """Then a picture sees its own, whatever it is batched with; x_hat has none."""
+def test_given_noise_is_used(model):
+    """Then an image sees its own, whatever it is batched with; x_hat has none."""
     model.train()
-    x, quality = pictures(2, 64, 128), torch.tensor([2.0, 7.0])
+    x, quality = random_images(2, 64, 128), torch.tensor([2.0, 7.0])
     shapes = model.latent_shapes(64, 128)
     assert shapes == {"y": (32, 4, 8), "z": (16, 1, 2)}
     noise = {name: torch.rand(2, *shape) - 0.5 for name, shape in shapes.items()}
@@ -247,12 +247,12 @@ def test_noise_of_another_shape_is_refused(model, change):
     noise = {name: torch.zeros(2, *shape) for name, shape in model.latent_shapes(64, 64).items()}
     noise = {name: value for name, value in {**noise, **change}.items() if value is not None}
     with pytest.raises(InvalidArgumentError, match=f"`noise` must hold {next(iter(change))}"):
-        model.train()(pictures(2, 64, 64), 3.0, noise)
+        model.train()(random_images(2, 64, 64), 3.0, noise)
 
 
 def test_every_parameter_is_trained(model):
     """The loss reaches every parameter; quantiles have a loss of their own."""
-    x = pictures(2, 64, 64)
+    x = random_images(2, 64, 64)
     quality = torch.tensor([2.5, 7.0])
     output = model.train()(x, quality)
     loss = rate_distortion_loss(output, x, model.gain.lmbda(quality))["loss"].sum()
@@ -269,7 +269,7 @@ def test_aux_loss_moves_only_the_quantiles(model):
     assert touched == ["entropy_bottleneck.quantiles"]
 
 
-def test_a_value_below_its_bound_may_only_rise():
+def test_lower_bound_gradient_points_inwards():
     """Descent subtracts the gradient: one below zero lifts the value, however small it is."""
     x = torch.tensor([0.5, 1.0, 2.0, 0.5], requires_grad=True)
     bounded = lower_bound(x, 1.0)
@@ -278,7 +278,7 @@ def test_a_value_below_its_bound_may_only_rise():
     assert x.grad is not None and x.grad.tolist() == [0.0, 0.25, 0.25, -0.25]
 
 
-def test_rounding_passes_gradients_as_they_are():
+def test_rounding_is_straight_through():
     x = torch.tensor([-1.5, -0.2, 0.5, 2.7], requires_grad=True)
     rounded = ste_round(x)
     assert rounded.tolist() == [-2.0, 0.0, 0.0, 3.0]
@@ -320,7 +320,7 @@ def test_a_fresh_model_already_reconstructs(resampling):
     torch.manual_seed(0)
     tiny = dataclasses.replace(TINY, resampling=resampling)
     fresh = CMamba(tiny).eval()
-    x = pictures(1, 128, 128)
+    x = random_images(1, 128, 128)
     with torch.no_grad():
         mse = (fresh.g_s(fresh.g_a(x)) - x).square().mean()
     assert -10 * mse.log10() > 30
@@ -340,7 +340,7 @@ def test_fresh_blocks_are_the_identity():
 
 
 def test_fusion_weights_follow_the_content():
-    """alpha + beta = 1 per channel, and both depend on the picture."""
+    """alpha + beta = 1 per channel, and both depend on the image."""
     torch.manual_seed(0)
     block = CASSM(16, d_state=2, ssm_ratio=1.0, fusion_reduction=4)
     alpha, beta = block.fusion_weights(torch.randn(2, 16))
@@ -365,7 +365,7 @@ def test_ssm_sees_the_whole_map():
 def test_quality_scales_the_rate(model):
     """More gain, more bits: already so in a fresh model."""
     model.eval()
-    x = pictures(1, 64, 64)
+    x = random_images(1, 64, 64)
     with torch.no_grad():
         rates = [
             sum(float(bits(p)) for p in model(x, q)["likelihoods"].values()) for q in (1, 4.5, 8)
@@ -383,7 +383,7 @@ def test_gain_is_interpolated_geometrically(model):
 
 
 def test_qualities_out_of_range_are_refused(model):
-    x = pictures(1, 64, 64)
+    x = random_images(1, 64, 64)
     for quality in (0.99, 8.01, float("nan")):
         with pytest.raises(InvalidArgumentError, match="quality"):
             model.compress(x, quality)
@@ -391,8 +391,8 @@ def test_qualities_out_of_range_are_refused(model):
         CMamba(dataclasses.replace(MINI, lmbdas=()))(x, 3.0)
 
 
-def test_no_quality_means_the_default(model):
-    x = pictures(1, 64, 64)
+def test_default_quality(model):
+    x = random_images(1, 64, 64)
     model.eval()
     with torch.no_grad():
         assert torch.equal(model(x)["x_hat"], model(x, 4.0)["x_hat"])
@@ -403,10 +403,10 @@ def test_no_quality_means_the_default(model):
 )
 def test_tensors_of_qualities_are_checked(model, quality):
     with pytest.raises(InvalidArgumentError, match="quality"):
-        model(pictures(2, 64, 64), torch.tensor(quality))
+        model(random_images(2, 64, 64), torch.tensor(quality))
 
 
-def test_scales_beyond_the_table_find_their_way_back(model):
+def test_out_of_range_scales_have_inward_gradient(model):
     """Likelihoods are those of the table's ends, and gradients point inwards from outside."""
     log_scales = torch.tensor([-5.0, 7.0], requires_grad=True)
     distance = torch.tensor([30.0, 0.0])
@@ -418,7 +418,7 @@ def test_scales_beyond_the_table_find_their_way_back(model):
     assert torch.allclose(likelihood, at_ends)
 
 
-def test_pictures_of_wrong_shape_are_refused(model):
+def test_wrong_image_shapes_are_refused(model):
     for x in (torch.rand(3, 64, 64), torch.rand(1, 1, 64, 64), torch.zeros(1, 3, 0, 64)):
         with pytest.raises(InvalidArgumentError, match="`x`"):
             model(x, 3.0)
@@ -427,11 +427,11 @@ def test_pictures_of_wrong_shape_are_refused(model):
 
 
 @pytest.mark.parametrize("config", [codec_helpers.SMALL, codec_helpers.ONE_RATE])
-def test_analyze_and_synthesize_are_the_two_ends_of_the_codec(config):
+def test_analyze_and_synthesize_match_the_codec(config):
     """The symbols are those of y, and the decoder's y_bar becomes the decoded image."""
     model = codec_helpers.random_model(config)
     quality = 2.5 if config.lmbdas else None
-    x = pictures(1, 70, 100)
+    x = random_images(1, 70, 100)
     with torch.no_grad():
         y = model.analyze(x, quality)
         x_hat = model(x, quality)["x_hat"]
@@ -460,12 +460,12 @@ def test_analyze_and_synthesize_are_the_two_ends_of_the_codec(config):
         assert torch.allclose(model.synthesize(y_bar, quality)[..., :70, :100], x_hat, atol=1e-4)
 
 
-def test_the_gain_of_the_quality_is_in_the_latent(model):
+def test_analyze_applies_the_gain(model):
     """Each image has its own; its inverse is taken back, and nothing is clipped."""
     with torch.no_grad():
         model.gain.log_gain.copy_(torch.randn_like(model.gain.log_gain))
         model.gain.log_inverse_gain.copy_(-model.gain.log_gain)
-        x, qualities = pictures(2, 64, 128), torch.tensor([2.0, 6.5])
+        x, qualities = random_images(2, 64, 128), torch.tensor([2.0, 6.5])
         gain = model.gain(qualities).latent
         unscaled = model.g_a(x)
         y = model.analyze(x, qualities)
@@ -477,8 +477,8 @@ def test_the_gain_of_the_quality_is_in_the_latent(model):
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_gradients_pass_analyze_and_synthesize(model):
-    x = pictures(1, 64, 64).requires_grad_()
+def test_analyze_and_synthesize_are_differentiable(model):
+    x = random_images(1, 64, 64).requires_grad_()
     y = model.analyze(x, 3.0)
     y.retain_grad()
     model.synthesize(y, 3.0).square().sum().backward()
@@ -489,7 +489,7 @@ def test_gradients_pass_analyze_and_synthesize(model):
 
 
 def test_analyze_and_synthesize_refuse_wrong_arguments(model):
-    x, y = pictures(1, 64, 64), torch.zeros(1, 32, 4, 4)
+    x, y = random_images(1, 64, 64), torch.zeros(1, 32, 4, 4)
     for wrong in (x[0], x[:, :1], x[..., :0], x.byte()):
         with pytest.raises(InvalidArgumentError, match="`x`"):
             model.analyze(wrong, 3.0)
@@ -505,7 +505,7 @@ def test_analyze_and_synthesize_refuse_wrong_arguments(model):
             getattr(fixed, call.__name__)(tensor, 3.0)
 
 
-def test_unknown_configuration_lists_the_known():
+def test_unknown_configuration_lists_known_names():
     with pytest.raises(InvalidArgumentError, match="base"):
         CMamba("enormous")
 

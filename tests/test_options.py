@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from codec_helpers import ONE_RATE, SMALL, as_input, picture, random_model, recording, round_trip
+from codec_helpers import ONE_RATE, SMALL, as_input, make_image, random_model, recording, round_trip
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,7 +36,7 @@ def config(request) -> CMambaConfig:
 
 @pytest.fixture
 def image() -> Tensor:
-    return as_input(picture(128, 192))
+    return as_input(make_image(128, 192))
 
 
 # ---------------------------------------------------------------- the defaults
@@ -51,7 +51,7 @@ def image() -> Tensor:
     ],
     ids=["tiny", "small", "base"],
 )
-def test_default_options_leave_the_model_as_it_was(config, names, values):
+def test_default_options_keep_the_model(config, names, values):
     """Parameters by name and shape, in order, and their values for one seed.
 
     The constants are of the commit before the options: another order of drawing random numbers
@@ -197,7 +197,7 @@ def test_unequal_slices_are_coded_with_their_own_widths(image):
     assert recordings[0].symbols.size == z_elements + y_elements
 
 
-def test_unequal_slices_without_context_are_the_hyperprior_s():
+def test_unequal_slices_work_with_the_hyperprior():
     config = dataclasses.replace(OPTIONS["unequal slices"], context="none", lrp=False)
     phi = (torch.randn(1, 16, 4, 4), torch.randn(1, 16, 4, 4))
     context = CMamba(config).context
@@ -205,11 +205,11 @@ def test_unequal_slices_without_context_are_the_hyperprior_s():
     assert torch.equal(context(phi, lambda i, means, log_scales: log_scales), phi[1])
 
 
-def test_noise_goes_to_its_slice():
+def test_noise_is_split_by_slice():
     """With unequal slices as with equal ones: no noise gives another rate than noise of one."""
     config = dataclasses.replace(OPTIONS["unequal slices"], context="none", lrp=False)
     model = CMamba(config).train()
-    x = as_input(picture(64, 64))
+    x = as_input(make_image(64, 64))
     noise = {name: torch.zeros(1, *shape) for name, shape in model.latent_shapes(64, 64).items()}
     without = model(x, 3.0, noise)["likelihoods"]["y"]
     noise["y"][:, 4] = 0.4
@@ -234,7 +234,7 @@ def haar_inverse(bands: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_haar_downsampling_is_its_three_steps(memory_format):
+def test_haar_downsampling_equals_its_definition(memory_format):
     torch.manual_seed(0)
     layer = HaarDownsample(3, 5).double()
     nn.init.normal_(layer.scale)
@@ -247,7 +247,7 @@ def test_haar_downsampling_is_its_three_steps(memory_format):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_haar_upsampling_is_its_three_steps(memory_format):
+def test_haar_upsampling_equals_its_definition(memory_format):
     torch.manual_seed(0)
     layer = HaarUpsample(5, 3).double()
     nn.init.normal_(layer.scale)
@@ -287,7 +287,7 @@ def test_haar_downsampling_refuses_odd_sides(size):
         HaarDownsample(3, 5)(torch.zeros(1, 3, *size))
 
 
-def test_haar_is_in_every_halving_and_doubling():
+def test_haar_replaces_every_resampling():
     """And the last layer of g_s is the convolution that it is by default."""
     model = CMamba(OPTIONS["haar"])
     halvings = [layer for layer in model.g_a if isinstance(layer, HaarDownsample)]
@@ -307,7 +307,7 @@ def test_haar_is_in_every_halving_and_doubling():
     assert nn.ConvTranspose2d not in kinds
 
 
-def test_haar_is_counted():
+def test_complexity_counts_haar():
     """A 1x1 convolution at the coarser resolution; the Haar transform itself costs no product."""
     positions = 768 * 512
     config, haar = (dataclasses.replace(c, depths=(0, 0, 0)) for c in (SMALL, OPTIONS["haar"]))
@@ -323,7 +323,7 @@ def test_haar_is_counted():
 def test_haar_needs_no_gains():
     model = CMamba(dataclasses.replace(ONE_RATE, resampling="haar")).eval()
     with torch.no_grad():
-        assert model(as_input(picture(65, 70)))["x_hat"].shape == (1, 3, 65, 70)
+        assert model(as_input(make_image(65, 70)))["x_hat"].shape == (1, 3, 65, 70)
 
 
 # ---------------------------------------------------------------- linear bypass

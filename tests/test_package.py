@@ -111,7 +111,7 @@ def test_import_needs_no_torch_until_it_is_used(root: Path) -> None:
         ),
     ],
 )
-def test_commands_import_what_they_need(
+def test_commands_import_lazily(
     root: Path, tmp_path: Path, args: list[str], absent: set[str]
 ) -> None:
     code = (
@@ -127,7 +127,7 @@ def test_commands_import_what_they_need(
     assert not absent & set(done.stderr.split()), args
 
 
-def test_a_checkout_works_without_being_installed(root: Path, tmp_path: Path) -> None:
+def test_clone_works_without_installation(root: Path, tmp_path: Path) -> None:
     """Its own kernels are found, also where another checkout is installed."""
     for name in ("cmamba_ref", "kernels"):
         shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -188,12 +188,12 @@ def test_pretrained_weights_stay_small(root: Path) -> None:
     assert sum(path.stat().st_size for path in files) <= MAX_PRETRAINED_BYTES
 
 
-def test_demo_photograph_names_its_source(root: Path) -> None:
+def test_demo_image_names_its_source(root: Path) -> None:
     data = root / "cmamba_ref" / "data"
     source = (data / "SOURCE.md").read_text(encoding="utf-8")
-    photographs = [path.name for path in data.iterdir() if path.suffix != ".md"]
-    assert photographs
-    assert all(f"`{name}`" in source for name in photographs)
+    images = [path.name for path in data.iterdir() if path.suffix != ".md"]
+    assert images
+    assert all(f"`{name}`" in source for name in images)
 
 
 def test_version_is_consistent(root: Path, wheel: Path, outside: dict[str, str]) -> None:

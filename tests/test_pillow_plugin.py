@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from codec_helpers import field_of, picture, with_field
+from codec_helpers import field_of, make_image, with_field
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 import cmamba_ref
@@ -19,7 +19,7 @@ from cmamba_ref.codec import image_codec, memory
 from cmamba_ref.codec.images import read_image
 from cmamba_ref.errors import BitstreamError, ImageError, ModelMismatchError, PillowError
 
-PICTURE = picture(70, 90)
+IMAGE = make_image(70, 90)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def model(model_dir: str) -> CMamba:
 
 @pytest.fixture(scope="module")
 def data(model: CMamba) -> bytes:
-    return cmamba_ref.encode(PICTURE, model)
+    return cmamba_ref.encode(IMAGE, model)
 
 
 @pytest.fixture(autouse=True)
@@ -73,12 +73,12 @@ def test_opening_reads_the_header_and_loading_decodes(model: CMamba, data: bytes
 
 def test_a_grey_file_opens_in_mode_l(model: CMamba) -> None:
     pillow_plugin.use_model(model)
-    data = cmamba_ref.encode(PICTURE[..., 0], model)
+    data = cmamba_ref.encode(IMAGE[..., 0], model)
     opened = Image.open(io.BytesIO(data))
     assert opened.mode == "L"
     expected = cmamba_ref.decode(data, model)
     np.testing.assert_array_equal(np.asarray(opened), expected)
-    opened.load()[3, 4] = 7  # like any other picture it may be drawn on
+    opened.load()[3, 4] = 7  # like any other image it may be drawn on
     opened.putpixel((4, 5), 8)
     expected[4, 3], expected[5, 4] = 7, 8
     np.testing.assert_array_equal(np.asarray(opened), expected)
@@ -93,7 +93,7 @@ def test_importing_and_opening_take_no_torch(photo: Path, root: Path) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", code, str(photo)], cwd=root, check=True)
 
 
-def test_a_file_of_a_model_that_ships_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundled_model_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the weights that ship are hashed for the first such file only."""
     asked = []
     name_of = image_codec.name_of
@@ -103,14 +103,14 @@ def test_a_file_of_a_model_that_ships_needs_nothing(monkeypatch: pytest.MonkeyPa
         return name_of(model_id)
 
     monkeypatch.setattr(image_codec, "name_of", counted)
-    data = cmamba_ref.encode(PICTURE)
+    data = cmamba_ref.encode(IMAGE)
     for _ in range(2):
         with Image.open(io.BytesIO(data)) as opened:
             np.testing.assert_array_equal(np.asarray(opened), cmamba_ref.decode(data))
     assert len(asked) == 1
 
 
-def test_a_model_that_is_not_at_hand_is_named(photo: Path, model: CMamba) -> None:
+def test_missing_model_of_a_file_is_named(photo: Path, model: CMamba) -> None:
     with Image.open(photo) as opened:
         with pytest.raises(PillowError, match=model.model_id.hex()) as caught:
             opened.load()
@@ -131,9 +131,9 @@ def test_weights_are_loaded_once(
         return load(source, device)
 
     monkeypatch.setattr(CMamba, "from_pretrained", counted)
-    picture = Image.fromarray(PICTURE)
+    image = Image.fromarray(IMAGE)
     for name in ("a.cmb", "b.cmb"):
-        picture.save(tmp_path / name, model=model_dir)
+        image.save(tmp_path / name, model=model_dir)
         Image.open(tmp_path / name).load()  # by the id in the file
     assert loads == [model_dir]
     assert pillow_plugin.use_model(Path(model_dir)) is pillow_plugin.use_model(model_dir)
@@ -142,8 +142,8 @@ def test_weights_are_loaded_once(
 # ---------------------------------------------------------------- damaged files
 
 
-def test_what_is_no_file_of_ours_is_left_to_others() -> None:
-    for data in (b"", b"hello, this is no picture at all", b"\x8fCMA" + bytes(100)):
+def test_other_formats_are_left_to_pillow() -> None:
+    for data in (b"", b"hello, this is no image at all", b"\x8fCMA" + bytes(100)):
         with pytest.raises(UnidentifiedImageError):
             Image.open(io.BytesIO(data))
 
@@ -172,7 +172,7 @@ def test_a_damaged_file_does_not_load(model: CMamba, data: bytes) -> None:
         (with_field(data, "symbols' check", 0), "symbols fail their check"),
     ):
         opened = Image.open(io.BytesIO(damaged))
-        for _ in range(2):  # it does not turn into a picture by asking again
+        for _ in range(2):  # it does not turn into an image by asking again
             with pytest.raises(OSError, match=reason) as caught:
                 opened.load()
             assert isinstance(caught.value.__cause__, BitstreamError)
@@ -193,7 +193,7 @@ def test_pillows_limit_on_pixels_holds(data: bytes, monkeypatch: pytest.MonkeyPa
         Image.open(io.BytesIO(data))
 
 
-def test_room_is_made_only_for_what_decodes(
+def test_memory_is_allocated_after_decoding(
     data: bytes, model: CMamba, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rows of 1x134,217,729 pixels alone took more than a gigabyte."""
@@ -217,7 +217,7 @@ def test_room_is_made_only_for_what_decodes(
 
 
 @pytest.mark.parametrize("shape", [(40, 50, 3), (700, 900, 3), (70, 90)])
-def test_a_file_that_has_changed_since_it_was_opened(
+def test_file_changed_since_opening_is_reported(
     data: bytes, model: CMamba, shape: tuple[int, ...]
 ) -> None:
     pillow_plugin.use_model(model)
@@ -230,7 +230,7 @@ def test_a_file_that_has_changed_since_it_was_opened(
         opened.load()
 
 
-def test_what_was_closed_before_it_was_decoded_says_so(photo: Path, model: CMamba) -> None:
+def test_file_closed_before_decoding_is_reported(photo: Path, model: CMamba) -> None:
     pillow_plugin.use_model(model)
     closed, verified = Image.open(photo), Image.open(photo)
     closed.close()
@@ -242,7 +242,7 @@ def test_what_was_closed_before_it_was_decoded_says_so(photo: Path, model: CMamb
             opened.load()
 
 
-def test_an_opened_file_is_closed_when_it_was_decoded(photo: Path, model: CMamba) -> None:
+def test_file_is_closed_after_decoding(photo: Path, model: CMamba) -> None:
     pillow_plugin.use_model(model)
     opened = Image.open(photo)
     file = opened.fp
@@ -264,25 +264,25 @@ def test_save_writes_what_the_api_returns(
     tmp_path: Path, model: CMamba, model_dir: str, kind: str
 ) -> None:
     chosen = model_dir if kind == "directory" else model
-    Image.fromarray(PICTURE).save(tmp_path / "a.CMB", quality=2.5, model=chosen)
-    assert (tmp_path / "a.CMB").read_bytes() == cmamba_ref.encode(PICTURE, model, 2.5)
+    Image.fromarray(IMAGE).save(tmp_path / "a.CMB", quality=2.5, model=chosen)
+    assert (tmp_path / "a.CMB").read_bytes() == cmamba_ref.encode(IMAGE, model, 2.5)
     buffer = io.BytesIO()
-    Image.fromarray(PICTURE[..., 1]).save(buffer, "cmamba", model=chosen)
-    assert buffer.getvalue() == cmamba_ref.encode(PICTURE[..., 1], model)
+    Image.fromarray(IMAGE[..., 1]).save(buffer, "cmamba", model=chosen)
+    assert buffer.getvalue() == cmamba_ref.encode(IMAGE[..., 1], model)
 
 
 def test_the_default_model_is_that_of_the_api() -> None:
     buffer = io.BytesIO()
-    Image.fromarray(PICTURE).save(buffer, "CMAMBA")
+    Image.fromarray(IMAGE).save(buffer, "CMAMBA")
     assert field_of(buffer.getvalue(), "model id") == codec.default_model().model_id
 
 
-def test_pictures_are_seen_as_the_command_line_sees_files(tmp_path: Path, model: CMamba) -> None:
+def test_save_reads_images_like_the_command_line(tmp_path: Path, model: CMamba) -> None:
     """EXIF orientation, a profile, a palette and black-and-white: as `read_image` reads them."""
     turned = Image.Exif()
     turned[0x0112] = 6
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
-    source = Image.fromarray(PICTURE)
+    source = Image.fromarray(IMAGE)
     source.save(tmp_path / "turned.jpg", exif=turned)
     source.quantize(16).save(tmp_path / "palette.png")
     source.convert("1").save(tmp_path / "bits.png")
@@ -311,7 +311,7 @@ def test_pictures_are_seen_as_the_command_line_sees_files(tmp_path: Path, model:
         ("I;16", "the image has more than 8 bits"),
     ],
 )
-def test_what_a_file_cannot_hold_is_refused(
+def test_unsupported_images_are_refused(
     tmp_path: Path, model: CMamba, mode: str, reason: str
 ) -> None:
     target = tmp_path / "a.cmb"
@@ -322,7 +322,7 @@ def test_what_a_file_cannot_hold_is_refused(
 
 
 def test_wrong_options_are_refused(model: CMamba) -> None:
-    source = Image.fromarray(PICTURE)
+    source = Image.fromarray(IMAGE)
     with pytest.raises(ValueError, match="`quality` must be a number from 1 to 8, got 75"):
         source.save(io.BytesIO(), "CMAMBA", model=model, quality=75)
     with pytest.raises(MemoryLimitError):

@@ -14,7 +14,7 @@ from provenance import ROOT, portable
     [
         ("pictures", "pictures"),
         ("--jobs", "--jobs"),
-        ("/home/me/pictures/kodak", "kodak"),
+        ("/home/me/images/kodak", "kodak"),
         ("../shared/kodak", "kodak"),
         ("mine=/home/me/runs/a/model", "mine=model"),
         ("--data=/home/me/photos", "--data=photos"),

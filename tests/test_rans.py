@@ -71,7 +71,7 @@ def tables_and_blocks(draw) -> tuple[CdfTables, list[Block]]:
 
 
 @given(tables_and_blocks(), st.none() | st.integers(1, 256))
-def test_round_trip_of_anything(case, lanes):
+def test_round_trip_of_arbitrary_symbols(case, lanes):
     tables, blocks = case
     data = assert_round_trip(tables, blocks, lanes)
     assert scalar_decode(tables, data, [t for _, t in blocks]) == [s.tolist() for s, _ in blocks]
@@ -92,13 +92,13 @@ def test_escapes_reach_every_int32(value):
 
 
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 255, 256, 16_383, 16_384])
-def test_any_number_of_escapes(count):
+def test_round_trip_of_any_number_of_escapes(count):
     """Their length takes one byte up to 127, two up to 16,383; its lowest digit may be zero."""
     data = assert_round_trip(SMALL, [(np.full(count, 2), np.zeros(count, int))])
     assert rans._read_length(data, 1)[0] == count
 
 
-def test_shapes_and_dtypes_of_the_caller():
+def test_shapes_and_dtypes_are_preserved():
     symbols = np.arange(-6, 6, dtype=np.int32).reshape(2, 3, 2)
     indexes = np.full((2, 3, 2), 30, dtype=np.uint8)
     assert_round_trip(GAUSSIANS, [(symbols, indexes), (symbols.T, indexes.T)])
@@ -162,7 +162,7 @@ def scalar_decode(tables: CdfTables, data: bytes, blocks: list[np.ndarray]) -> l
 
 
 @pytest.mark.parametrize("lanes", [None, 1, 2, 255, 256])
-def test_a_scalar_decoder_written_from_the_documentation_agrees(lanes):
+def test_independent_scalar_decoder_agrees(lanes):
     blocks = latent(4000, blocks=3)
     blocks[1][0][::50] += 4000  # escapes
     data = rans.encode(GAUSSIANS, blocks, lanes)
@@ -170,7 +170,7 @@ def test_a_scalar_decoder_written_from_the_documentation_agrees(lanes):
     assert decoded == [symbols.tolist() for symbols, _ in blocks]
 
 
-def test_the_format_is_pinned():
+def test_format_is_pinned():
     """These bytes may change only together with the version of the file format."""
     blocks = [
         (np.array([-1, 0, 1, 2, -2, 11, 10, INT32.max]), np.array([0, 0, 0, 0, 0, 1, 1, 1])),
@@ -218,7 +218,7 @@ def test_length_of_other_distributions(pmf, escape_mass):
 
 
 @pytest.mark.parametrize(("count", "lanes"), [(200_400, 200), (200_700, 201), (300_000, 256)])
-def test_a_lane_is_opened_for_a_thousand_bytes(count, lanes):
+def test_lane_count_follows_the_length(count, lanes):
     tables = tables_from_pmfs([(0, [1] * 255, 1)])  # eight bits for each symbol
     block = (np.arange(count) % 255, np.zeros(count, np.int64))
     assert rans.lane_count(rans.encode(tables, [block])) == lanes
@@ -226,7 +226,7 @@ def test_a_lane_is_opened_for_a_thousand_bytes(count, lanes):
 
 @pytest.mark.parametrize("value", [0, 126, 127, 128, 2**14 - 1, 2**14, INT32.max])
 def test_escapes_take_the_fewest_bytes(value):
-    """Nothing reads longer ones otherwise; they would be a second file of the same picture."""
+    """Nothing reads longer ones otherwise; they would be a second file of the same image."""
     width = max(1, -(-value.bit_length() // 7))
     symbol = -(value // 2) - 2 if value % 2 else value // 2 + 2  # SMALL's table 0 is -1, 0, 1
     data = rans.encode(SMALL, [(np.array([symbol]), np.array([0]))])
@@ -332,19 +332,19 @@ def decode_damaged(data: bytes, blocks: list[Block]) -> bool:
     return False
 
 
-def test_every_truncation_is_noticed(intact):
+def test_every_truncation_is_detected(intact):
     blocks, data = intact
     for length in range(len(data)):
         assert decode_damaged(data[:length], blocks)
 
 
-def test_additions_are_noticed(intact):
+def test_trailing_bytes_are_detected(intact):
     blocks, data = intact
     for tail in (b"\0", b"\0\0", b"\xff" * 1000):
         assert decode_damaged(data + tail, blocks)
 
 
-def test_flipped_bits_end_in_an_error_or_in_symbols(intact):
+def test_flipped_bits_raise_or_decode(intact):
     blocks, data = intact
     noticed = 0
     for bit in range(0, 8 * len(data), 7):
@@ -355,12 +355,12 @@ def test_flipped_bits_end_in_an_error_or_in_symbols(intact):
 
 
 @given(st.binary(max_size=400))
-def test_noise_ends_in_an_error_or_in_symbols(data):
+def test_noise_raises_or_decodes(data):
     decode_damaged(data, latent(200, blocks=2))
 
 
 @given(st.data())
-def test_overwritten_and_moved_bytes_end_in_an_error_or_in_symbols(intact, data):
+def test_overwritten_and_moved_bytes_raise_or_decode(intact, data):
     blocks, good = intact
     cut = data.draw(st.integers(0, len(good)))
     length = data.draw(st.integers(0, 8))
@@ -385,7 +385,7 @@ def test_overwritten_and_moved_bytes_end_in_an_error_or_in_symbols(intact, data)
         ("00000000050000", "a lane ends in a wrong state"),
     ],
 )
-def test_reasons(data, reason):
+def test_errors_name_their_reason(data, reason):
     with pytest.raises(BitstreamError, match=reason):
         rans.Decoder(SMALL, bytes.fromhex(data)).finish()
 
@@ -401,7 +401,7 @@ def test_escapes_without_values_or_with_impossible_ones(value):
         decode(SMALL, data[:6] + b"\x7f" + data[7:], [block])
 
 
-def test_what_is_left_over_is_counted():
+def test_unread_bytes_are_counted():
     symbols = np.tile([0, 1, 7], 200)  # 200 escapes of one byte, and more than 100 words
     indexes = np.zeros(600, np.int64)
     data = rans.encode(SMALL, [(symbols, indexes)], lanes=1)
@@ -417,7 +417,7 @@ def test_what_is_left_over_is_counted():
         decoder.finish()
 
 
-def test_running_out_of_words():
+def test_missing_words_are_detected():
     decoder = rans.Decoder(SMALL, rans.encode(SMALL, []))
     with pytest.raises(BitstreamError, match="before its last symbol"):
         decoder.take(np.zeros(100_000, np.int64))

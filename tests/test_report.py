@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import report
 from classical_codecs import CODECS
-from codec_helpers import picture
+from codec_helpers import make_image
 from PIL import Image
 from rd_helpers import write_results
 
 import cmamba_ref
 
 MODEL = Path(__file__).parent / "golden" / "model"
-PHOTOGRAPH = Path(cmamba_ref.__file__).parent / "data" / "coffee.png"
+DEMO_IMAGE = Path(cmamba_ref.__file__).parent / "data" / "coffee.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 QUALITY = 6
 
@@ -54,10 +54,10 @@ def captions_of(text: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def photograph(tmp_path_factory) -> Path:
-    """A crop of the photograph, whose name has to be escaped."""
+def image(tmp_path_factory) -> Path:
+    """A crop of the demo image, whose name has to be escaped."""
     path = tmp_path_factory.mktemp("images") / "a <b> & 'c'.png"
-    with Image.open(PHOTOGRAPH) as image:
+    with Image.open(DEMO_IMAGE) as image:
         image.crop((20, 30, 220, 200)).save(path)
     return path
 
@@ -73,9 +73,9 @@ def run(results: Path, output: Path, *more: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(photograph, results, tmp_path_factory) -> Path:
+def made(image, results, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("report") / "report.html"
-    run(results, output, "--picture", str(photograph), "--quality", str(QUALITY))
+    run(results, output, "--picture", str(image), "--quality", str(QUALITY))
     return output
 
 
@@ -104,13 +104,13 @@ def test_curves_rates_and_provenance(made):
     assert b"<svg" in base64.b64decode(plots[0])
 
 
-def test_images_and_sizes_are_those_of_the_codecs(made, photograph):
+def test_images_and_sizes_are_those_of_the_codecs(made, image):
     captions = captions_of(made.read_text())
-    original = np.array(Image.open(photograph))
+    original = np.array(Image.open(image))
     model = cmamba_ref.CMamba.from_pretrained(MODEL)
     ours = cmamba_ref.encode(original, model, QUALITY)
     expected = [original, cmamba_ref.decode(ours, model)]
-    sizes = [photograph.stat().st_size, len(ours)]
+    sizes = [image.stat().st_size, len(ours)]
     for codec in [CODECS[key] for key in report.BASELINES if CODECS[key].is_available()]:
         quality = int(re.search(r"quality (\d+)", captions[len(expected)])[1])
         data = codec.encode(original, quality)
@@ -126,9 +126,9 @@ def test_images_and_sizes_are_those_of_the_codecs(made, photograph):
     assert f"{8 * len(ours) / (200 * 170):.3f} bpp" in captions[1]
 
 
-def test_large_images_are_cropped_without_loss(made, photograph, results, tmp_path):
+def test_large_images_are_cropped_without_loss(made, image, results, tmp_path):
     """And the crops are drawn, which need the same coded images."""
-    arguments = ["--picture", str(photograph), "--quality", str(QUALITY), "--side", "100"]
+    arguments = ["--picture", str(image), "--quality", str(QUALITY), "--side", "100"]
     crops = tmp_path / "crops.png"
     text = run(results, tmp_path / "small.html", *arguments, "--crops", str(crops))
     whole = made.read_text()
@@ -208,7 +208,7 @@ def test_the_page_works_in_a_browser(made, tmp_path):
 
 @pytest.mark.parametrize("size", [10, 900, 1500, 10**6])
 def test_the_nearest_file_is_the_nearest_of_all(size):
-    original, codec = picture(48, 64), CODECS["jpeg420"]
+    original, codec = make_image(48, 64), CODECS["jpeg420"]
     quality, data = report.nearest_file(codec, original, size)
     assert data == codec.encode(original, quality)
     every = [len(codec.encode(original, q)) for q in range(1, 101)]
@@ -217,7 +217,7 @@ def test_the_nearest_file_is_the_nearest_of_all(size):
 
 def test_the_most_detailed_place():
     flat = np.full((120, 200, 3), 90, np.uint8)
-    flat[60:100, 130:170] = picture(40, 40)
+    flat[60:100, 130:170] = make_image(40, 40)
     found = report.most_detailed(flat, 40)
     assert abs(found.left - 130) <= 1 and abs(found.top - 60) <= 1
     assert (found.width, found.height) == (40, 40)
@@ -225,7 +225,7 @@ def test_the_most_detailed_place():
 
 
 def test_a_window_keeps_to_the_image():
-    image = picture(60, 90)
+    image = make_image(60, 90)
     assert report.window_around(image, 30, 45, 20) == (35, 20, 20, 20)
     assert report.window_around(image, 58, 2, 20) == (0, 40, 20, 20)
     assert report.window_around(image, 58, 2, 70) == (0, 0, 70, 60)
@@ -240,25 +240,25 @@ def test_without_images_there_is_no_script(results, tmp_path):
     ("change", "message"),
     [
         (["--picture", "none.png"], "none.png"),
-        (["--picture", "{photograph}", "--quality", "9"], "quality"),
+        (["--picture", "{image}", "--quality", "9"], "quality"),
         (["--anchor", "{results}:vtm"], "vtm"),
         (["--side", "0"], "--side"),
         (["--crops", "crops.png"], "--picture"),
         (["-o", "no/such/folder/report.html"], "no/such/folder"),
     ],
 )
-def test_wrong_arguments_are_refused(results, photograph, tmp_path, capsys, change, message):
+def test_wrong_arguments_are_refused(results, image, tmp_path, capsys, change, message):
     output = tmp_path / "report.html"
-    more = [text.format(results=results, photograph=photograph) for text in change]
+    more = [text.format(results=results, image=image) for text in change]
     with pytest.raises(SystemExit) as stopped:
         report.main([str(results), "--model", str(MODEL), "-o", str(output), *more])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not output.exists()
 
 
-def test_crops_of_all_versions_are_drawn_side_by_side(photograph):
+def test_crops_of_all_versions_are_drawn_side_by_side(image):
     """Each panel is the same part of its version, pixel for pixel."""
-    original = report.read_rgb(photograph)
+    original = report.read_rgb(image)
     shades = [report.Version(f"shade {k}", np.full_like(original, k), 7) for k in (50, 90)]
     figure = np.asarray(report.crops_side_by_side(original, shades))
     side, step = report.CROP, report.CROP + report.GAP
@@ -272,7 +272,7 @@ def test_crops_of_all_versions_are_drawn_side_by_side(photograph):
 
 
 def test_an_image_that_cannot_be_coded_leaves_no_page(
-    results, photograph, tmp_path, capsys, monkeypatch
+    results, image, tmp_path, capsys, monkeypatch
 ):
     def fail(*_):
         raise MemoryError
@@ -280,5 +280,5 @@ def test_an_image_that_cannot_be_coded_leaves_no_page(
     monkeypatch.setattr(report, "versions_of", fail)
     output = tmp_path / "report.html"
     with pytest.raises(SystemExit):
-        run(results, output, "--picture", str(photograph))
+        run(results, output, "--picture", str(image))
     assert "not enough memory" in capsys.readouterr().err and not output.exists()

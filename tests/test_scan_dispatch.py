@@ -41,7 +41,7 @@ def chosen(monkeypatch):
     return record_backends(monkeypatch)
 
 
-def test_argument_before_context_before_environment_before_auto(monkeypatch, chosen):
+def test_precedence_of_backend_choices(monkeypatch, chosen):
     a = scan_arguments()
     selective_scan(**a)
     monkeypatch.setenv("CMAMBA_SCAN_BACKEND", "reference")
@@ -56,7 +56,7 @@ def test_argument_before_context_before_environment_before_auto(monkeypatch, cho
     assert chosen == ["chunked", "reference", "chunked", "reference", "chunked"]
 
 
-def test_default_is_set_and_taken_back(chosen):
+def test_context_restores_the_default(chosen):
     ops.set_default_backend("reference")
     selective_scan_2d(**scan_2d_arguments())
     ops.set_default_backend(None)
@@ -71,7 +71,7 @@ def test_context_is_left_on_an_exception():
     assert ops.get_default_backend() == "auto"
 
 
-def test_a_block_is_undone_whatever_was_set_in_it():
+def test_context_restores_after_nested_changes():
     """It restores what was set before it, also where that is nothing and the environment counts."""
     with ops.scan_backend("reference"):
         ops.set_default_backend("chunked")
@@ -147,7 +147,7 @@ def small_backend(**changes):
     return Backend(**fields | changes)
 
 
-def test_a_backend_of_ones_own_is_used_by_name_in_every_way(registry, monkeypatch):
+def test_custom_backend_is_used_by_name(registry, monkeypatch):
     ops.register_backend(small_backend())
     chosen = record_backends(monkeypatch)
     a, b = scan_arguments(n=3), scan_2d_arguments(n=3)
@@ -176,7 +176,7 @@ def test_a_backend_of_ones_own_is_used_by_name_in_every_way(registry, monkeypatc
         selective_scan(**scan_arguments(n=4), backend="mine")
 
 
-def test_a_model_around_a_backend_of_ones_own_compiles(registry):
+def test_model_with_a_custom_backend_compiles(registry):
     ops.register_backend(small_backend())
     arguments = scan_2d_arguments(height=1, width=3, dtype=torch.float32)
 
@@ -203,7 +203,7 @@ def test_a_name_is_registered_once(name, registry):
     assert registry[name] is before
 
 
-def test_what_is_no_backend_is_refused(registry):
+def test_wrong_backends_are_refused(registry):
     before = dict(registry)
     with pytest.raises(InvalidArgumentError, match="`backend` must be a Backend, got function"):
         ops.register_backend(small_backend)

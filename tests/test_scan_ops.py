@@ -137,7 +137,7 @@ def test_each_direction_is_a_1d_scan_of_the_permuted_sequence(direction, backend
     torch.testing.assert_close(y.flatten(1, 2)[:, order], expected.mT, rtol=0, atol=1e-13)
 
 
-def test_a_direction_read_in_the_wrong_order_is_noticed(monkeypatch):
+def test_wrong_traversal_order_is_detected(monkeypatch):
     read = scan.read_direction
 
     def broken(x, direction, *rest):
@@ -246,7 +246,7 @@ def test_no_uninitialised_memory_is_read(arguments, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_inputs_are_left_alone_and_outputs_own_their_memory(backend):
+def test_inputs_are_unchanged_and_outputs_own_their_memory(backend):
     for arguments in (scan_arguments(), scan_2d_arguments(), scan_arguments(length=1)):
         before = {k: x.clone() for k, x in arguments.items() if isinstance(x, torch.Tensor)}
         results = evaluate(arguments, backend)
@@ -336,7 +336,7 @@ def test_opcheck(batch, strided):
 
 
 @pytest.mark.parametrize("batch", [2, 0])
-def test_operators_return_contiguous_tensors_as_the_compiler_is_told(batch):
+def test_operators_return_the_declared_strides(batch):
     (scan, of_scan), (scan_2d, of_scan_2d) = operator_arguments(batch, strided=True)
     with torch.no_grad():
         y, last, starts = scan(*of_scan)

@@ -83,7 +83,7 @@ def positions(arguments: dict[str, Any], start: int, stop: int) -> dict[str, Any
 
 @pytest.mark.parametrize("backend", EAGER_BACKENDS)
 @given(a=scans(), cut=st.floats(0, 1))
-def test_segments_with_a_carried_state_equal_the_whole(backend, a, cut):
+def test_segments_with_carried_state_equal_one_scan(backend, a, cut):
     length = a["u"].shape[-1]
     middle = min(max(round(cut * length), 1), length - 1) or length
     whole, last = selective_scan(**a, return_last_state=True, backend=backend)
@@ -114,7 +114,7 @@ def test_linear_in_u(backend, seed, scale):
 
 @pytest.mark.parametrize("backend", EAGER_BACKENDS)
 @given(seed=seeds)
-def test_images_and_channels_do_not_touch_each_other(backend, seed):
+def test_images_and_channels_are_independent(backend, seed):
     a = scan_2d_arguments(seed, batch=3, channels=5)
     whole = selective_scan_2d(**a, backend=backend)
     one_image = {**a, "x": a["x"][1:2], "proj": a["proj"][1:2]}
@@ -132,7 +132,7 @@ def test_images_and_channels_do_not_touch_each_other(backend, seed):
 
 @pytest.mark.parametrize("backend", EAGER_BACKENDS)
 @given(seed=seeds)
-def test_turning_the_map_exchanges_the_directions(backend, seed):
+def test_rotating_the_map_permutes_the_directions(backend, seed):
     """Transposing exchanges rows and columns; turning by 180 degrees reverses both."""
     a = scan_2d_arguments(seed, height=4, width=5)
     y = selective_scan_2d(**a, backend=backend)
@@ -150,7 +150,7 @@ def test_turning_the_map_exchanges_the_directions(backend, seed):
 
 
 @pytest.mark.parametrize("backend", EAGER_BACKENDS)
-def test_nothing_from_the_future(backend):
+def test_scan_is_causal(backend):
     a = scan_arguments()
     y = selective_scan(**a, backend=backend)
     (grad,) = torch.autograd.grad(y[..., 8].sum(), a["u"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from codec_helpers import picture
+from codec_helpers import make_image
 from PIL import Image
 
 import cmamba_ref
@@ -16,12 +16,12 @@ from cmamba_ref import CMamba
 from cmamba_ref.cli import main, stdio
 from cmamba_ref.codec.images import png_bytes
 
-PICTURE = picture(70, 90)
+IMAGE = make_image(70, 90)
 
 
 @pytest.fixture(scope="module")
 def data(model_dir: str) -> bytes:
-    return cmamba_ref.encode(PICTURE, CMamba.from_pretrained(model_dir))
+    return cmamba_ref.encode(IMAGE, CMamba.from_pretrained(model_dir))
 
 
 def feed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
@@ -37,7 +37,7 @@ def test_encode_and_decode_from_stdin_to_stdout(
     capsysbinary: pytest.CaptureFixture[bytes],
 ) -> None:
     """Without -o, what came from standard input goes to standard output."""
-    feed(monkeypatch, png_bytes(PICTURE))
+    feed(monkeypatch, png_bytes(IMAGE))
     assert main(["encode", "-", *output, "--model", model_dir, "--verify"]) == 0
     out, err = capsysbinary.readouterr()
     assert out == data
@@ -61,7 +61,7 @@ def test_files_and_streams_mixed(
     capsysbinary: pytest.CaptureFixture[bytes],
 ) -> None:
     path, target = tmp_path / "a.png", tmp_path / "a.cmb"
-    path.write_bytes(png_bytes(PICTURE))
+    path.write_bytes(png_bytes(IMAGE))
     assert main(["encode", str(path), "-o", "-", "--model", model_dir]) == 0
     assert capsysbinary.readouterr().out == data
     assert not target.exists()
@@ -84,7 +84,7 @@ def test_info_of_stdin(
 
 
 @pytest.mark.parametrize("command", ["encode", "decode"])
-def test_what_is_wrong_with_stdin_is_said_of_it(
+def test_errors_name_standard_input(
     model_dir: str,
     command: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -110,7 +110,7 @@ def test_a_terminal_gets_no_binary_data(
         assert "`-o` must not be a terminal, which cannot show binary data, got -; " in err
 
 
-def test_a_terminal_is_no_input(
+def test_terminal_is_refused_as_input(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     feed(monkeypatch, b"")
@@ -129,7 +129,7 @@ def test_a_terminal_is_no_input(
         ["verify", "-"],
     ],
 )
-def test_a_stream_stands_alone(
+def test_streams_cannot_be_mixed_with_files(
     tmp_path: Path,
     args: list[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -142,7 +142,7 @@ def test_a_stream_stands_alone(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_of_that_name_can_be_named(
+def test_file_named_dash_is_reachable(
     tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -152,7 +152,7 @@ def test_a_file_of_that_name_can_be_named(
     assert stdio.parse_path("-") == stdio.STREAM == Path("-")
 
 
-def test_as_programs_in_a_pipe(tmp_path: Path, model_dir: str, data: bytes) -> None:
+def test_programs_in_a_pipe(tmp_path: Path, model_dir: str, data: bytes) -> None:
     """Real pipes: not a byte too many, and a reader that leaves early is told in one line."""
     command = [sys.executable, "-m", "cmamba_ref", "encode", "-", "--model", model_dir]
     pipes = {
@@ -171,8 +171,8 @@ def test_as_programs_in_a_pipe(tmp_path: Path, model_dir: str, data: bytes) -> N
         assert cut.stdout is not None
         cut.stdout.close()
         cut.stdout = None
-        out, _ = whole.communicate(png_bytes(PICTURE))
+        out, _ = whole.communicate(png_bytes(IMAGE))
         # Small enough to wait in a buffer, which is emptied once more when the process ends.
-        _, err = cut.communicate(png_bytes(PICTURE[:1, :1]))
+        _, err = cut.communicate(png_bytes(IMAGE[:1, :1]))
     assert (whole.returncode, out) == (0, data)
     assert (cut.returncode, err.splitlines()) == (1, [b"cmamba: error: [Errno 32] Broken pipe"])

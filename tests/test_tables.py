@@ -41,7 +41,7 @@ def test_quantised_frequencies_are_positive_and_complete(pmf, escape_mass):
 
 
 @given(pmfs, masses)
-def test_moving_one_unit_between_entries_saves_nothing_that_matters(pmf, escape_mass):
+def test_quantisation_is_locally_optimal(pmf, escape_mass):
     mass = np.append(pmf, escape_mass) / math.fsum([*pmf, escape_mass])
     frequency = np.diff(quantise_pmf(pmf, escape_mass)).astype(float)
     gain = mass * np.log2((frequency + 1) / frequency)
@@ -63,7 +63,7 @@ def shared_out(mass: np.ndarray) -> np.ndarray:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3000), st.sampled_from([0.2, 1.0, 4.0]))
-def test_units_are_given_and_taken_where_it_costs_least(seed, count, spread):
+def test_units_move_where_they_cost_least(seed, count, spread):
     mass = np.exp(spread * np.random.default_rng(seed).normal(size=count + 1))
     mass /= math.fsum(mass)
     expected = shared_out(mass)
@@ -83,7 +83,7 @@ def test_quantising_many_improbable_symbols_takes_from_the_frequent_ones():
     assert frequency[20000] == TOTAL - 40001 and (np.delete(frequency, 20000) == 1).all()
 
 
-def test_units_are_taken_down_to_one_and_no_further():
+def test_frequencies_stay_at_least_one():
     # 30,000 symbols that need their one unit, 25,205 and the escape with 2.6 units each.
     pmf = np.append(np.zeros(30_000), np.full(25_205, 2.6))
     frequency = np.diff(quantise_pmf(pmf, 2.6))
@@ -109,7 +109,7 @@ def test_units_are_taken_down_to_one_and_no_further():
     ],
 )
 @pytest.mark.filterwarnings("ignore:overflow encountered in reduce")
-def test_no_distribution_is_refused(pmf, escape_mass):
+def test_invalid_distributions_are_refused(pmf, escape_mass):
     with pytest.raises(InvalidArgumentError, match="`pmf`"):
         quantise_pmf(pmf, escape_mass)
 
@@ -136,7 +136,7 @@ def test_gaussian_tables_agree_with_an_independent_integration():
         assert symmetric.max() <= 1, f"scale {scale}"
 
 
-def test_gaussian_tables_are_these_tables():
+def test_gaussian_tables_are_pinned():
     """The tables that every model is published with; a change makes new streams, so it is noticed.
 
     `math.erfc` may differ between systems by an ulp. That moves a frequency only if a probability
@@ -164,7 +164,7 @@ def test_an_impossible_support_is_refused(sigmas):
         gaussian_tables([1.0], sigmas)
 
 
-def test_the_widest_table_that_is_promised():
+def test_widest_promised_table():
     """A quarter of 65536 on either side: every other one of the units is left for the shape."""
     gaussian_tables([16_383.9], tail_sigmas=1.0).validate()
     with pytest.raises(InvalidArgumentError, match="`scales` must be positive and below 16384"):
@@ -182,7 +182,7 @@ def test_extreme_but_possible_scales():
     assert frequencies_of(tables, 0).tolist() == [1, TOTAL - 3, 1, 1]
 
 
-def test_frequencies_stand_where_their_entries_begin():
+def test_frequencies_match_entry_starts():
     tables = tables_from_pmfs([(0, [0.5, 0.25], 0.25), (-7, [0.5], 0.5)])
     assert tables.frequencies().tolist() == [32768, 16384, 16384, 0, 32768, 32768, 0]
 
@@ -245,7 +245,7 @@ def test_malformed_tables_are_refused(field, value, reason):
         CdfTables(**(GOOD | {field: value})).validate()
 
 
-def test_too_long_a_table_is_named():
+def test_overlong_table_is_named():
     # The longest, the shortest, another, and two too long, of which the first is named.
     lengths = [TOTAL + 1, 3, 4, TOTAL + 2, TOTAL + 3]
     cdf = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
@@ -278,13 +278,13 @@ def laplacian_counts(scale: float, total: int, magnitudes: int) -> np.ndarray:
     return total * np.append(np.append(1.0, beyond[:-1]) - beyond, beyond[-1])
 
 
-def test_without_counts_the_gaussian_remains():
+def test_fitting_without_counts_keeps_the_gaussian():
     fitted, gaussian = fitted_tables(SCALES, np.zeros((64, 5))), gaussian_tables(SCALES)
     for name in ("cdf", "starts", "offsets"):
         assert np.array_equal(getattr(fitted, name), getattr(gaussian, name))
 
 
-def test_fitted_tables_code_what_was_counted_in_fewer_bits_and_are_symmetric():
+def test_fitted_tables_are_symmetric_and_save_bits():
     scales = [0.5, 2.0, 8.0]
     counts = np.stack([laplacian_counts(scale, 100_000, 80) for scale in scales])
     fitted, gaussian = fitted_tables(scales, counts), gaussian_tables(scales)
@@ -307,7 +307,7 @@ def test_fitted_tables_code_what_was_counted_in_fewer_bits_and_are_symmetric():
         assert spent["fitted"] == pytest.approx(entropy + signs, rel=0.01)
 
 
-def test_few_symbols_change_a_table_little_and_many_replace_it():
+def test_fitting_weight_follows_the_number_of_symbols():
     def chance_of_zero(symbols: int) -> float:
         tables = fitted_tables([1.0], np.array([[symbols, 0, 0]]), weight=200)
         return frequencies_of(tables, 0)[-int(tables.offsets[0])] / TOTAL
@@ -317,7 +317,7 @@ def test_few_symbols_change_a_table_little_and_many_replace_it():
     assert chance_of_zero(100_000) == pytest.approx(1, abs=2e-3)
 
 
-def test_a_table_reaches_as_far_as_symbols_come_often():
+def test_table_reach_follows_the_counts():
     counts = np.zeros((1, 60))
     counts[0, [0, 40, 50]] = 900_000, 100, 1  # once in a million is left to the escape
     assert fitted_tables([1.0], counts).offsets[0] == -40
@@ -334,6 +334,6 @@ def test_a_table_reaches_as_far_as_symbols_come_often():
         (np.zeros((3, 5)), math.inf, "`weight` must be positive"),
     ],
 )
-def test_counts_that_do_not_fit_are_refused(counts, weight, message):
+def test_wrong_counts_are_refused(counts, weight, message):
     with pytest.raises(InvalidArgumentError, match=message):
         fitted_tables([0.5, 1, 2], counts, weight)

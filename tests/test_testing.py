@@ -24,7 +24,7 @@ def own_scan(change=lambda y: y):
 
 @MAKERS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_right_scan_passes(make, dtype):
+def test_correct_scan_passes(make, dtype):
     testing.assert_accurate(own_scan(), make(dtype=dtype))
     testing.assert_accurate("chunked", testing.guarded(make(dtype=dtype)))
 
@@ -40,12 +40,12 @@ def test_a_right_scan_passes(make, dtype):
     ],
     ids=["value", "NaN", "type", "gradient"],
 )
-def test_a_wrong_scan_is_told_apart_and_named(make, change, message):
+def test_wrong_scan_fails_by_name(make, change, message):
     with pytest.raises(AssertionError, match=message):
         testing.assert_accurate(own_scan(change), make(dtype=torch.float32))
 
 
-def test_margins_say_how_much_of_the_bound_is_used():
+def test_margin_is_the_used_part_of_the_bound():
     rule = testing.accuracy(own_scan(), testing.scan_2d_arguments(dtype=torch.float32))
     margins = {margin.name: margin for margin in rule.margins()}
     assert margins.keys() >= {"y", "grad of x", "grad of proj", "grad of D"}
@@ -66,7 +66,7 @@ def test_the_rule_takes_a_result_in_parts():
         parts.check()
 
 
-def test_guards_show_what_is_read_beyond_an_argument_and_before_it_is_written():
+def test_guards_reveal_stray_reads():
     arguments = testing.guarded(testing.scan_arguments())
     u = arguments["u"]
     beyond = u.as_strided((u.numel() + 1,), (1,), u.storage_offset())

@@ -67,7 +67,7 @@ BLOCKS = {
 
 @pytest.mark.parametrize("fusion", BLOCKS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_block_in_strips_is_the_block(shape, fusion, scans):
+def test_tiled_block_equals_the_block(shape, fusion, scans):
     block = noisy(BLOCKS[fusion](6, d_state=2, ssm_ratio=1.5))
     x = map_of(*shape)
     expected = whole(block, x)
@@ -79,7 +79,7 @@ def test_a_block_in_strips_is_the_block(shape, fusion, scans):
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_map_in_any_memory_order_is_left_as_it_was(scans):
+def test_tiled_input_is_unchanged_in_any_memory_format(scans):
     block = noisy(CASSM(6, d_state=2, ssm_ratio=1.5, fusion_reduction=2))
     x = map_of(1, 6, 13, 17).contiguous()
     before = x.clone()
@@ -89,7 +89,7 @@ def test_a_map_in_any_memory_order_is_left_as_it_was(scans):
     torch.testing.assert_close(y, whole(block, x), rtol=1e-12, atol=1e-12)
 
 
-def test_hooks_see_a_block_in_strips_and_its_paths(scans):
+def test_hooks_run_for_tiled_blocks(scans):
     """With the values of the block as a whole, and without leaving anything in it."""
     block = noisy(CASSM(6, d_state=2, ssm_ratio=1.5, fusion_reduction=2))
     x, seen = map_of(1, 6, 13, 17), []
@@ -106,7 +106,7 @@ def test_hooks_see_a_block_in_strips_and_its_paths(scans):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_each_strip_sees_its_neighbours(scans, monkeypatch):
+def test_strips_have_their_halo(scans, monkeypatch):
     """With one row of halo where the local path needs two, the result is another."""
     block = noisy(ResBlock(6))
     x = map_of(1, 6, 13, 17)

@@ -31,7 +31,7 @@ from cmamba_ref.training import (
 )
 from cmamba_ref.training.distributed import Group
 from cmamba_ref.training.settings import resolve
-from tests.codec_helpers import ONE_RATE, SMALL, load_picture
+from tests.codec_helpers import ONE_RATE, SMALL, load_image
 from tests.training_helpers import (
     arguments,
     losses,
@@ -121,10 +121,10 @@ def test_training_exports_a_model_that_codes(folder):
     assert {stored[name].dtype for name, _ in model.named_parameters()} == {torch.float16}
 
     # The rate is that of files, and the sample is what a decoder makes of one.
-    original = load_picture(out / "samples" / "000000003" / "0-original.png")
+    original = load_image(out / "samples" / "000000003" / "0-original.png")
     data = cmamba_ref.encode(original, model, 8)
     assert end["qualities"]["8.0"]["file_bpp"] == 8 * len(data) / 64**2
-    sample = load_picture(out / "samples" / "000000003" / "0-quality-8.png")
+    sample = load_image(out / "samples" / "000000003" / "0-quality-8.png")
     assert np.array_equal(sample, cmamba_ref.decode(data, model))
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from codec_helpers import field_of, picture, random_model, with_checksum, with_field
+from codec_helpers import field_of, make_image, random_model, with_checksum, with_field
 from PIL import Image
 
 import cmamba_ref
@@ -22,7 +22,7 @@ def model(model_dir: str) -> CMamba:
 
 @pytest.fixture(scope="module")
 def good(model: CMamba) -> bytes:
-    return cmamba_ref.encode(picture(70, 90), model)
+    return cmamba_ref.encode(make_image(70, 90), model)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def wrong_symbols(good: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def foreign() -> bytes:
-    return cmamba_ref.encode(picture(64, 64)[..., 0], random_model(seed=1))
+    return cmamba_ref.encode(make_image(64, 64)[..., 0], random_model(seed=1))
 
 
 @pytest.fixture
@@ -93,14 +93,16 @@ def test_only_good_files_give_0(
     assert capsys.readouterr().out.startswith(f"not checked: {right}: 90x70 pixels take about")
 
 
-def test_a_file_of_a_model_that_ships_needs_no_option(good: bytes, model: CMamba) -> None:
-    data = cmamba_ref.encode(picture(64, 64)[..., 0])
+def test_bundled_model_needs_no_option(good: bytes, model: CMamba) -> None:
+    data = cmamba_ref.encode(make_image(64, 64)[..., 0])
     assert verify_file(data, model, **LIMITS) == "64x64, grey, model 'tiny'"
     with pytest.raises(ModelMismatchError, match=model.model_id.hex()):
         verify_file(good, codec.default_model(), **LIMITS)
 
 
-def test_no_picture_is_made(good: bytes, model: CMamba, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_reconstructs_nothing(
+    good: bytes, model: CMamba, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("this must not be reached")
 
@@ -123,7 +125,7 @@ def album(tmp_path: Path) -> Path:
     folder = tmp_path / "album"
     folder.mkdir()
     for name, seed in (("a.png", 0), ("b.png", 1)):
-        Image.fromarray(picture(33, 64, seed)).save(folder / name)
+        Image.fromarray(make_image(33, 64, seed)).save(folder / name)
     return folder
 
 
@@ -140,7 +142,7 @@ def test_encode_verify_writes_the_same_file(
 
 
 @pytest.mark.parametrize("many", [False, True])
-def test_a_file_that_does_not_decode_never_appears(
+def test_undecodable_file_is_never_written(
     album: Path,
     model_dir: str,
     wrong_symbols: bytes,
@@ -162,14 +164,14 @@ def test_a_file_that_does_not_decode_never_appears(
     assert (album / "a.cmb").read_bytes() == wrong_symbols
 
 
-def test_a_disk_that_returns_other_bytes(
+def test_disk_corruption_is_detected(
     album: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write = Path.write_bytes
 
     def flip(path: Path, data: bytes) -> int:
         changed = bytearray(data)
-        changed[5] ^= 1  # with a right checksum, it is a sound file of a grey picture
+        changed[5] ^= 1  # with a right checksum, it is a sound file of a grey image
         return write(path, with_checksum(changed[:-4]))
 
     monkeypatch.setattr(Path, "write_bytes", flip)
@@ -180,7 +182,7 @@ def test_a_disk_that_returns_other_bytes(
     assert names(album) == before
 
 
-def test_a_picture_of_another_shape_is_noticed(good: bytes, model: CMamba) -> None:
-    verify_encoded(good, good, picture(70, 90), model, **LIMITS)
+def test_wrong_decoded_shape_is_detected(good: bytes, model: CMamba) -> None:
+    verify_encoded(good, good, make_image(70, 90), model, **LIMITS)
     with pytest.raises(BitstreamError, match=r"shape \[90, 70, 3\] came back as \[70, 90, 3\]"):
-        verify_encoded(good, good, picture(90, 70), model, **LIMITS)
+        verify_encoded(good, good, make_image(90, 70), model, **LIMITS)

@@ -37,7 +37,7 @@ def test_hash_is_the_one_of_sha256sum(saved):
         assert subprocess.run(check, cwd=saved).returncode == 0
 
 
-def test_weights_that_are_not_of_their_hash_are_refused(saved):
+def test_hash_mismatch_is_refused(saved):
     path = saved / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1  # a bit of a weight: nothing else would notice
@@ -96,20 +96,20 @@ def test_a_directory_comes_before_the_hub(saved, hub, monkeypatch):
             CMamba.from_pretrained(source)
 
 
-def test_damage_on_the_way_from_the_hub_is_found(saved, hub):
+def test_damaged_download_is_detected(saved, hub):
     (saved / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:-4])
     hub.snapshot_download = lambda *_, **__: str(saved)  # type: ignore[attr-defined]
     with pytest.raises(WeightsError, match="SHA-256"):
         CMamba.from_pretrained("someone/cmamba-small")
 
 
-def test_without_the_hub_the_way_to_it_is_told(monkeypatch):
+def test_missing_hub_package_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(WeightsError, match=r"no directory .*\.\[hub\]"):
         CMamba.from_pretrained("someone/cmamba-small")
 
 
-def test_a_download_that_fails_is_told(hub):
+def test_failed_download_is_reported(hub):
     def snapshot_download(*_, **__):
         raise ConnectionError("no route to host")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cmamba_ref import CMamba
-from tests.codec_helpers import ONE_RATE, SMALL, as_input, picture, random_model
+from tests.codec_helpers import ONE_RATE, SMALL, as_input, make_image, random_model
 from tests.training_helpers import make_images
 from tools import widen
 
@@ -24,11 +24,11 @@ def widened(old: CMamba, top: float) -> CMamba:
     return new
 
 
-def test_a_widened_model_is_the_old_one_on_its_channels(old):
+def test_widened_model_equals_the_old_one_on_its_channels(old):
     """With the same lambdas: the same latents, likelihoods and image, for any quality."""
     new = widened(old, top=old.config.lmbdas[-1])
     m = old.config.latent_channels
-    x = as_input(picture(128, 64))
+    x = as_input(make_image(128, 64))
     with torch.no_grad():
         for quality in (1.0, 3.7, 8.0):
             y = new.analyze(x, quality)
@@ -47,7 +47,7 @@ def test_new_channels_learn(old):
     new = widened(old, top=0.18).train()
     with torch.no_grad():
         new.bypass.analysis.weight[-64:] = 0.1
-    output = new(as_input(picture(64, 64)), 5.0)
+    output = new(as_input(make_image(64, 64)), 5.0)
     (output["x_hat"].square().mean() + output["likelihoods"]["y"].log().mean()).backward()
     m = old.config.latent_channels
     for name in ("h_a.2.weight", "context.lrp.0.layers.0.weight", "context.cae.0.w_sq.weight"):
@@ -74,7 +74,7 @@ def test_gains_follow_lambda(old):
         assert rise == pytest.approx(0.5 * torch.tensor(ratio).log().item(), rel=1e-4)
 
 
-def test_the_bypass_takes_up_what_was_lost(old, tmp_path, capsys):
+def test_bypass_recovers_lost_detail(old, tmp_path, capsys):
     make_images(tmp_path / "photos")
     old.save_pretrained(tmp_path / "old")
     arguments = [str(tmp_path / "old"), str(tmp_path / "photos"), "-o", str(tmp_path / "new")]

@@ -99,7 +99,7 @@ def train(variant: str, seed: int, args: argparse.Namespace, passed_on: Sequence
     changes, text = VARIANTS[variant].changes, folder.with_suffix(".txt")
     command = [
         *(sys.executable, str(HERE / "train.py"), str(args.recipe)),
-        *("--data", str(args.photographs), "--out", str(folder), "--seed", str(seed)),
+        *("--data", str(args.train_images), "--out", str(folder), "--seed", str(seed)),
         *(("--model", *changes) if changes else ()),
         *passed_on,
     ]
@@ -227,14 +227,14 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("photographs", type=Path, help="folder to train on")
+    add("train_images", type=Path, help="folder to train on")
     add("images", type=Path, help="folder to measure on")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for runs and results")
     add("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help="these, and the first")
     add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
     add("--recipe", type=Path, default=HERE / "recipes" / "ablation.toml", help="TOML file")
     args, passed_on = parser.parse_known_args(argv)
-    for folder in (args.photographs, args.images):
+    for folder in (args.train_images, args.images):
         if not folder.is_dir():
             parser.error(f"{str(folder)!r} must be a folder; see --help")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ def draw_spectra(numbers: Numbers, _: Path) -> Figure:
         axes.set(xlabel=f"horizontal {BY_PI}", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
         axes.set_title(f"(a) {PATHS[path]}, {numbers['spectrum_of']}", fontsize=9)
         if axes is maps[-1]:
-            figure.colorbar(image, ax=maps, label="relative log amplitude", shrink=0.8)
+            figure.colorbar(shown, ax=maps, label="relative log amplitude", shrink=0.8)
             maps[0].set_ylabel(f"vertical {BY_PI}")
     blocks = numbers["log_amplitude"]
     for k, (path, label) in enumerate(PATHS.items()):
@@ -90,7 +90,7 @@ def draw_fusion(numbers: Numbers, _: Path) -> Figure | None:
     return figure
 
 
-def draw_bits(numbers: Numbers, picture: Path) -> Figure:
+def draw_bits(numbers: Numbers, image: Path) -> Figure:
     """The image, all bits of y, and those of each slice, in bits per pixel."""
     slices = np.array(numbers["bits"]["map"]) / 16**2  # a position of y is 16x16 pixels
     panels = {"y, all slices": slices.sum(axis=0)}
@@ -102,12 +102,12 @@ def draw_bits(numbers: Numbers, picture: Path) -> Figure:
     first, *others = np.atleast_1d(figure.subplots(rows, columns)).flat
     for axes in (first, *others):
         axes.set_axis_off()
-    first.imshow(read_rgb(picture)[: 16 * height, : 16 * width])
+    first.imshow(read_rgb(image)[: 16 * height, : 16 * width])
     first.set_title(numbers["bits"]["picture"], fontsize=9)
     for axes, (title, bits) in zip(others, panels.items(), strict=False):
-        image = axes.imshow(bits, vmin=0, cmap="magma")
+        shown = axes.imshow(bits, vmin=0, cmap="magma")
         axes.set_title(f"{title}: {bits.mean():.3f} bpp", fontsize=9)
-        figure.colorbar(image, ax=axes, shrink=0.8)
+        figure.colorbar(shown, ax=axes, shrink=0.8)
     return figure
 
 
@@ -121,7 +121,7 @@ def draw_field(numbers: Numbers, _: Path) -> Figure:
     image = left.imshow(shown, vmin=-6, vmax=0, extent=(-half, half, half, -half))
     left.set_xlabel("pixels from the centre")
     left.set_title("effective receptive field of g_a", fontsize=9)
-    figure.colorbar(image, ax=left, label="log10 of the gradient's magnitude")
+    figure.colorbar(shown, ax=left, label="log10 of the gradient's magnitude")
     place = (np.arange(len(field)) + 0.5) * numbers["field_square"] - half
     distance = np.maximum(*np.abs(np.meshgrid(place, place)))
     sides = np.unique(distance)

@@ -49,7 +49,7 @@ from figures import new_figure, save
 from observe import observe, receptive_field
 from partial_results import PartialResults
 from provenance import of_run, versions
-from rd_measure import picture_paths, read_rgb
+from rd_measure import image_paths, read_rgb
 from tqdm import tqdm
 
 import cmamba_ref
@@ -59,7 +59,7 @@ from cmamba_ref.errors import explain
 from cmamba_ref.metrics import psnr
 from cmamba_ref.model import MULTIPLE
 
-# The receptive field is taken on the middle of a picture, of at most this side, and drawn and kept
+# The receptive field is taken on the middle of an image, of at most this side, and drawn and kept
 # as means over squares.
 FIELD_SIDE, FIELD_SQUARE = 256, 4
 # Spectra of maps of any size are brought to this many frequencies per axis, -pi to pi.
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     conditions = {key: provenance[key] for key in provenance if key not in ("command", "date")}
     output = args.output / "analysis.json"
     try:
-        paths = picture_paths(args.folder, args.limit)
+        paths = image_paths(args.folder, args.limit)
         names = {path.name: path for path in paths}
         shown = names.get(args.picture, Path(args.picture)) if args.picture else paths[0]
         if not shown.is_file():

@@ -15,7 +15,7 @@ Sections, in this order; all but `large` unless `--only` names some:
 
 A section replaces its predecessor in the JSON and leaves the others; the table is made from the
 JSON, and `--only` without a name does nothing else.  Every image is encoded and decoded in a
-process of its own, whose peak memory is counted.  Images are the bundled photograph, continued by
+process of its own, whose peak memory is counted.  Images are the bundled image, continued by
 mirroring.  `small` has no trained weights; with random ones, of a fixed seed, the networks take
 the same time, and the coder more, as the files are larger.
 """
@@ -54,7 +54,7 @@ from tqdm import tqdm
 import cmamba_ref
 from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.atomic_write import write_atomically
-from cmamba_ref.cli.demo import PHOTOGRAPH
+from cmamba_ref.cli.demo import DEMO_IMAGE
 from cmamba_ref.codec import images, memory
 from cmamba_ref.model import MULTIPLE
 from cmamba_ref.weights import pretrained_names
@@ -133,9 +133,9 @@ def exponents_of(points: Sequence[tuple[str, float, float]]) -> dict[str, float]
 # ---------------------------------------------------------------- the codec
 
 
-def photograph(width: int, height: int) -> np.ndarray:
-    """Return the bundled photograph, mirrored at its edges or cut: uint8 `[H, W, 3]`."""
-    image = images.read_image(PHOTOGRAPH)
+def demo_image(width: int, height: int) -> np.ndarray:
+    """Return the bundled image, mirrored at its edges or cut: uint8 `[H, W, 3]`."""
+    image = images.read_image(DEMO_IMAGE)
     below, right = max(0, height - image.shape[0]), max(0, width - image.shape[1])
     return np.pad(image, ((0, below), (0, right), (0, 0)), "symmetric")[:height, :width]
 
@@ -153,7 +153,7 @@ def code_image(
     torch.set_num_threads(threads)
     model = CMamba.from_pretrained(source)
     if direction == ENCODE:
-        call = functools.partial(cmamba_ref.encode, photograph(*size), model)
+        call = functools.partial(cmamba_ref.encode, demo_image(*size), model)
     else:
         call = functools.partial(cmamba_ref.decode, data, model)
     loaded, peak_before = resident_bytes(), peak_bytes()
@@ -268,7 +268,7 @@ def measure_startup(size: Size, repeats: int) -> Section:
         image, encoded, decoded = (
             str(Path(scratch) / name) for name in ("photo.png", "photo.cmb", "back.png")
         )
-        images.write_png(image, photograph(*size))
+        images.write_png(image, demo_image(*size))
         commands: dict[str, Sequence[str]] = {name: ("-c", code) for name, code in ALONE.items()}
         for direction, source, target in ((ENCODE, image, encoded), (DECODE, encoded, decoded)):
             commands[direction] = ("-m", "cmamba_ref", direction, source, "-o", target, "--force")

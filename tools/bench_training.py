@@ -7,7 +7,7 @@ For each backend and size of crops, tools/train.py does a few steps in a process
 the first is profiled, in the last ones images per second and the share of data, forward, backward
 and optimiser are taken.  The profiler gives each part's share of the time in operators, forward
 and backward: `entropy model` is h_s, CAE, LRP and the likelihoods with their scans, `scan` and
-`convolution` are those of the transforms.  Without a folder of photographs the bundled photograph
+`convolution` are those of the transforms.  Without a folder of images, the bundled one
 is used, continued by mirroring.  The exit status is 1 if a training failed.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cpu import photograph
+from bench_cpu import demo_image
 from complexity import image_size
 from markdown_table import markdown_table
 from provenance import in_words, of_run, versions
@@ -48,12 +48,12 @@ def default_sizes(backend: str) -> list[tuple[int, int]]:
 
 
 def measure(
-    backend: str, crop: int, batch: int, photographs: Path, args: argparse.Namespace
+    backend: str, crop: int, batch: int, images: Path, args: argparse.Namespace
 ) -> dict[str, Any] | None:
     """Return one row of the result; None where the training failed, with its stderr shown."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            *(sys.executable, str(HERE / "train.py"), "--data", str(photographs)),
+            *(sys.executable, str(HERE / "train.py"), "--data", str(images)),
             *("--out", folder, "--config", args.config, "--device", args.device),
             *("--crop", str(crop), "--batch", str(batch), "--precision", args.precision),
             # A record after the profile, and one of steps without it.
@@ -77,10 +77,10 @@ def measure(
     }
 
 
-def write_photographs(folder: Path, crop: int) -> None:
-    """Write the bundled photograph, mirrored, as one image to train on and one to hold out."""
+def write_images(folder: Path, crop: int) -> None:
+    """Write the bundled image, mirrored, as one image to train on and one to hold out."""
     for name, side in (("a.png", 2 * crop), ("b.png", 3 * crop)):
-        write_png(folder / name, photograph(side, side))
+        write_png(folder / name, demo_image(side, side))
 
 
 def page(rows: list[dict[str, Any]], made: dict[str, Any]) -> str:
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     cuda = torch.cuda.is_available()
     usual = ["chunked", "triton" if cuda else "reference"]
     sizes = "default: 128x8, and but for `reference` 512x2"
-    add("photographs", type=Path, nargs="?", help="folder to train on")
+    add("images", type=Path, nargs="?", help="folder to train on")
     add("--config", default="tiny", help="which model (default: tiny)")
     add("--backends", nargs="+", choices=BACKENDS, default=usual, help=f"default: {usual}")
     add("--sizes", nargs="+", type=image_size, metavar="CROPxBATCH", help=sizes)
@@ -118,17 +118,17 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", type=Path, metavar="FILE", help="write the figures here")
     add("--markdown", type=Path, metavar="FILE", help="write the page here")
     args = parser.parse_args(argv)
-    if args.photographs and not args.photographs.is_dir():
-        parser.error(f"{str(args.photographs)!r} must be a folder of photographs")
+    if args.images and not args.images.is_dir():
+        parser.error(f"{str(args.images)!r} must be a folder of images")
     jobs = [
         (backend, crop, batch)
         for backend in args.backends
         for crop, batch in args.sizes or default_sizes(backend)
     ]
     with tempfile.TemporaryDirectory() as ours:
-        folder = args.photographs or Path(ours)
-        if not args.photographs:
-            write_photographs(folder, max(crop for _, crop, _ in jobs))
+        folder = args.images or Path(ours)
+        if not args.images:
+            write_images(folder, max(crop for _, crop, _ in jobs))
         rows = [measure(*job, folder, args) for job in tqdm(jobs, unit="training", disable=None)]
     measured = [row for row in rows if row is not None]
     if not measured:

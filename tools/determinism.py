@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from provenance import of_run, versions
-from rd_measure import picture_paths, read_rgb
+from rd_measure import image_paths, read_rgb
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from tqdm import tqdm
@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
     try:
-        paths = picture_paths(args.folder, None)
+        paths = image_paths(args.folder, None)
         models = {m: CMamba.from_pretrained(m).model_id.hex() for m in (args.model, SMALL_MODEL)}
     except (CMambaError, OSError) as error:
         parser.error(str(error))

@@ -84,7 +84,7 @@ def find_images(folder: Path, limit: int | None) -> list[Path]:
         CMambaError: there is none, or one cannot.
         OSError: the folder or an image cannot be read.
     """
-    paths = rd_measure.picture_paths(folder, limit)
+    paths = rd_measure.image_paths(folder, limit)
     for path in tqdm(paths, desc="checking images", leave=False, disable=None):
         if min(rd_measure.read_rgb(path).shape[:2]) < MS_SSIM_MIN_SIDE:
             raise CMambaError(

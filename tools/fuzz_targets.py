@@ -27,7 +27,7 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 
 from cmamba_ref import CMamba, MemoryLimitError, cli, codec, pillow_plugin
-from cmamba_ref.cli.demo import PHOTOGRAPH
+from cmamba_ref.cli.demo import DEMO_IMAGE
 from cmamba_ref.codec import container
 from cmamba_ref.codec.images import parse_image
 from cmamba_ref.entropy import rans
@@ -257,8 +257,8 @@ def code_with_tables(data: bytes) -> str:
 
 def sound_images() -> list[bytes]:
     """Small images in the formats that people have, some with EXIF and a profile."""
-    with Image.open(PHOTOGRAPH) as photograph:
-        colour = photograph.convert("RGB").crop((200, 150, 233, 170))
+    with Image.open(DEMO_IMAGE) as image:
+        colour = image.convert("RGB").crop((200, 150, 233, 170))
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExposureTime] = (1, 100)

@@ -47,7 +47,7 @@ import compile_kernels
 import numpy as np
 import profile_scan
 import torch
-from bench_cpu import photograph
+from bench_cpu import demo_image
 from compile_kernels import Scan, Target, Variant, sequence
 from determinism import decode_batch, scale_indexes
 from profile_scan import BOTH, FORWARD, Settings, Shape
@@ -259,7 +259,7 @@ def codec(args: argparse.Namespace) -> Result:
     model = CMamba(config).eval()
     model.update()
     model.to(device_of(args))
-    pixels = photograph(width, height)
+    pixels = demo_image(width, height)
     result: Result = {"config": config.name, "height": height, "width": width}
     file = cmamba_ref.encode(pixels, model)
     calls: dict[str, Callable[[], object]] = {
@@ -285,7 +285,7 @@ def exchange(args: argparse.Namespace) -> Result:
     """Write on one device and read on the other: the same symbols, pixels within 1."""
     here = CMamba.from_pretrained("tiny")
     there = copy.deepcopy(here).to(device_of(args))
-    pixels = photograph(*((80, 64) if args.rehearse else (600, 400)))
+    pixels = demo_image(*((80, 64) if args.rehearse else (600, 400)))
     found: Result = {}
     for name, writer, reader in (("gpu to cpu", there, here), ("cpu to gpu", here, there)):
         for quality in (1, 4, 8):

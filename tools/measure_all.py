@@ -16,7 +16,7 @@ The stages, in this order; all but `large` and `tables` unless --only names some
     plots       rate-distortion plots of `rd`, and one beside published points
     complexity  parameters, MACs by convention, time and memory of `base`, `small` and `tiny`
     analyze     model analysis: spectra, correlation, fusion weights, bits, receptive field
-    report      one page of results, with the bundled photograph
+    report      one page of results, with the bundled image
     cpu         scans, codec and whole commands on a CPU; with peers, which take 15 GB of memory
     training    training throughput of `tiny` with each scan backend
     large       an image of 24 megapixels
@@ -27,7 +27,7 @@ stage that fails is named, and only stages that need its results are skipped. Ct
 the running tool and prints the options for the rest; `rd`, `fine` and `analyze` then resume. The
 exit status is 1 if a stage failed, 2 for wrong arguments, 130 after Ctrl-C or SIGTERM.
 
-The Kodak images may not be passed on, so results show the bundled photograph. On two cores
+The Kodak images may not be passed on, so results show the bundled image. On two cores
 of an AMD EPYC (Zen 5), `rd`, `fine`, `cpu` and `large` take ten minutes or more each, the others
 less than five; let the machine do nothing else.
 """
@@ -44,7 +44,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cmamba_ref.cli.batch import core_count
-from cmamba_ref.cli.demo import PHOTOGRAPH
+from cmamba_ref.cli.demo import DEMO_IMAGE
 
 TOOLS = Path(__file__).resolve().parent
 BENCHMARKS = TOOLS.parent / "benchmarks"
@@ -84,7 +84,7 @@ def commands_of(
     beside_jpeg = [rd, "--anchor", f"{rd}:jpeg420", *bpp]
     beside_published = [f"{rd}:cmamba", f"{rd}:jpeg420", published, "--anchor"]
     # The Kodak images may not be passed on: what is shown is another one.
-    shown = ["--picture", str(PHOTOGRAPH)]
+    shown = ["--picture", str(DEMO_IMAGE)]
     sweep = ["--qualities", "1:8:0.1", "--codecs", "--brief", "--jobs", str(core_count())]
     costs = at("complexity.json")
     return {

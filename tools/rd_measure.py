@@ -80,7 +80,7 @@ class Task:
     brief: bool = False
 
 
-def picture_paths(folder: Path, limit: int | None) -> list[Path]:
+def image_paths(folder: Path, limit: int | None) -> list[Path]:
     """Return the files of a folder that may be images by their names, sorted, but no hidden ones.
 
     Args:

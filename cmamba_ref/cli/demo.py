@@ -20,7 +20,7 @@ from cmamba_ref.entropy.latent_prefix import QUALITY_UNITS, unpack_latent
 from cmamba_ref.metrics import bits_per_pixel, ms_ssim, psnr
 from cmamba_ref.model import CMamba
 
-PHOTOGRAPH = Path(__file__).parents[1] / "data" / "coffee.png"
+DEMO_IMAGE = Path(__file__).parents[1] / "data" / "coffee.png"
 CREDIT = "Rachel Michetti, courtesy of Pikolo Espresso Bar, CC0"
 
 
@@ -85,7 +85,7 @@ def run(
         quality: as for `cmamba_ref.encode`.
         begin: callback, called with the name of each stage.
     """
-    original = read_image(PHOTOGRAPH)
+    original = read_image(DEMO_IMAGE)
 
     begin("encoding")
     start = time.perf_counter()
@@ -109,7 +109,7 @@ def run(
     setting = f" quality {used.quality / QUALITY_UNITS:g}" if used.quality else ""
     return "\n".join(
         [
-            f"{PHOTOGRAPH.name}, {width}x{height} ({CREDIT}), model {model.config.name!r}",
+            f"{DEMO_IMAGE.name}, {width}x{height} ({CREDIT}), model {model.config.name!r}",
             "",
             f"{'':<20}{'bytes':>8}{'bpp':>8}{'PSNR/dB':>9}{'MS-SSIM':>9}{'bytes/CMamba':>14}",
             _line("CMamba" + setting, original, data, image, len(data)),

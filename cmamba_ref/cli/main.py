@@ -249,7 +249,7 @@ def _demo(args: argparse.Namespace) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     encoded, decoded = (args.output / f"coffee{suffix}" for suffix in (".cmb", ".png"))
     for target in (encoded, decoded):
-        _check_target(target, demo.PHOTOGRAPH, force=True)
+        _check_target(target, demo.DEMO_IMAGE, force=True)
     with _stages(4) as begin:
         begin("loading the model")
         start = time.perf_counter()

@@ -77,7 +77,7 @@ def choose_shift(log_scales: Tensor) -> int:
     """The first shift for which no log-scale is within MARGIN of a decision boundary.
 
     Raises:
-        BitstreamError: none of the 256 shifts will do (which no picture has been seen to need).
+        BitstreamError: none of the 256 shifts will do (which no image has been seen to need).
     """
     position = (log_scales.flatten() - LOG_SCALE_MIN) / LOG_SCALE_STEP + 0.5
     # Boundaries lie at whole positions 1...63; further out there is only one level to choose.

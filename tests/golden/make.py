@@ -14,7 +14,7 @@ from PIL import Image
 GOLDEN = Path(__file__).resolve().parent
 sys.path[:0] = [str(GOLDEN.parents[1]), str(GOLDEN.parent)]
 
-from codec_helpers import SMALL, picture, random_model  # noqa: E402
+from codec_helpers import SMALL, make_image, random_model  # noqa: E402
 
 import cmamba_ref  # noqa: E402
 
@@ -26,8 +26,8 @@ def noise(height: int, width: int) -> np.ndarray:
 
 PICTURES = {
     "pixel": (np.array([[[200, 120, 40]]], dtype=np.uint8), 1.0),
-    "colour": (picture(61, 83), 6.3),
-    "grey": (picture(64, 130, seed=1)[..., 1], 1.37),
+    "colour": (make_image(61, 83), 6.3),
+    "grey": (make_image(64, 130, seed=1)[..., 1], 1.37),
     "noise": (noise(150, 170), 8.0),
 }
 
