@@ -153,7 +153,7 @@ import importlib, os, signal, sys
 from pathlib import Path
 from cmamba_ref.atomic_write import write_atomically
 
-cli = importlib.import_module("cmamba_ref.cli.main")
+cli = importlib.import_module("cmamba_ref.cli.commands")
 
 def main():
     number = getattr(signal, sys.argv[2])
@@ -189,7 +189,7 @@ def test_a_temporary_file_of_a_killed_process_is_ignored(photo, encoded, model_d
 AT_STAGE = """
 import contextlib, importlib, os, signal, sys
 
-cli = importlib.import_module("cmamba_ref.cli.main")
+cli = importlib.import_module("cmamba_ref.cli.commands")
 number, moment = getattr(signal, sys.argv.pop(1)), sys.argv.pop(1)
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def draw_spectra(numbers: Numbers, _: Path) -> Figure:
         axes.set(xlabel=f"horizontal {BY_PI}", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
         axes.set_title(f"(a) {PATHS[path]}, {numbers['spectrum_of']}", fontsize=9)
         if axes is maps[-1]:
-            figure.colorbar(shown, ax=maps, label="relative log amplitude", shrink=0.8)
+            figure.colorbar(image, ax=maps, label="relative log amplitude", shrink=0.8)
             maps[0].set_ylabel(f"vertical {BY_PI}")
     blocks = numbers["log_amplitude"]
     for k, (path, label) in enumerate(PATHS.items()):
@@ -121,7 +121,7 @@ def draw_field(numbers: Numbers, _: Path) -> Figure:
     image = left.imshow(shown, vmin=-6, vmax=0, extent=(-half, half, half, -half))
     left.set_xlabel("pixels from the centre")
     left.set_title("effective receptive field of g_a", fontsize=9)
-    figure.colorbar(shown, ax=left, label="log10 of the gradient's magnitude")
+    figure.colorbar(image, ax=left, label="log10 of the gradient's magnitude")
     place = (np.arange(len(field)) + 0.5) * numbers["field_square"] - half
     distance = np.maximum(*np.abs(np.meshgrid(place, place)))
     sides = np.unique(distance)

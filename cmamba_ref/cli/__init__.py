@@ -1,5 +1,5 @@
 """The command `cmamba`; importing it imports nothing heavy."""
 
-from cmamba_ref.cli.main import main, run
+from cmamba_ref.cli.commands import main, run
 
 __all__ = ["main", "run"]
