@@ -19,10 +19,8 @@ VARIABLE_RATE_LMBDAS = tuple(0.0018 * (0.0932 / 0.0018) ** (i / 7) for i in rang
 
 # What `context` may be; the first is the paper's. Blocks are registered, see cmamba_ref.nn.blocks.
 CONTEXTS = ("cae", "cae-without-ssm", "none")
-# What `resampling` may be; the first is the default.
-RESAMPLINGS = ("convolution", "haar")
 # Options that `to_json` leaves out at their defaults, so that versions without them read the file.
-LATER_OPTIONS = ("resampling", "bypass")
+LATER_OPTIONS = ("bypass",)
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,6 @@ class CMambaConfig:
             its scan out, and so sees one position at a time; "none" takes both from the
             hyperprior alone (Minnen et al. 2018).
         lrp: whether latent residual prediction follows.
-        resampling: how g_a halves and g_s doubles height and width.  "convolution" is strided
-            convolutions; "haar" is Haar transforms with a scale per sub-band and a 1x1 convolution
-            (`cmamba_ref.nn.haar`).  The last layer of g_s is a convolution in both.
         lmbdas: empty for a fixed-rate model; else one lambda per quality 1, 2, ...: the model has
             gain vectors (Cui et al. 2021) and serves every quality between 1 and `len(lmbdas)`.
         bypass: whether a linear path between 16x16 blocks of the image and y stands beside g_a and
@@ -82,7 +77,6 @@ class CMambaConfig:
     context: str = CONTEXTS[0]
     lrp: bool = True
     lmbdas: tuple[float, ...] = field(default=())
-    resampling: str = RESAMPLINGS[0]
     bypass: bool = False
 
     def __post_init__(self) -> None:
@@ -138,15 +132,10 @@ class CMambaConfig:
                 f"`ssm_stages` must be true or false for each stage, got {self.ssm_stages}; "
                 "see CMambaConfig"
             )
-        for arg, choices in (
-            ("context", CONTEXTS),
-            ("resampling", RESAMPLINGS),
-        ):
-            if getattr(self, arg) not in choices:
-                raise InvalidArgumentError(
-                    f"`{arg}` must be one of {choices}, got {getattr(self, arg)!r:.80}; "
-                    "see CMambaConfig"
-                )
+        if self.context not in CONTEXTS:
+            raise InvalidArgumentError(
+                f"`context` must be one of {CONTEXTS}, got {self.context!r:.80}; see CMambaConfig"
+            )
         for arg in ("lrp", "bypass"):
             if not isinstance(getattr(self, arg), bool):
                 raise InvalidArgumentError(

@@ -1,4 +1,4 @@
-"""Options of the architecture: resampling, unequal slices, linear bypass."""
+"""Options of the architecture: unequal slices, linear bypass."""
 
 import dataclasses
 import hashlib
@@ -7,21 +7,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from codec_helpers import ONE_RATE, SMALL, as_input, make_image, random_model, recording, round_trip
-from einops import rearrange, repeat
-from torch import Tensor, nn
-from torch.nn import functional as F
+from codec_helpers import SMALL, as_input, make_image, random_model, recording, round_trip
+from einops import rearrange
+from torch import Tensor
 
 import cmamba_ref
 from cmamba_ref import CMamba, CMambaConfig, InvalidArgumentError
 from cmamba_ref.config import BASE, LATER_OPTIONS, TINY
 from cmamba_ref.config import SMALL as SHIPPED_SMALL
 from cmamba_ref.losses import bits, rate_distortion_loss
-from cmamba_ref.nn.haar import HaarDownsample, HaarUpsample
-from tools import complexity, observe, stage_clock
+from tools import observe, stage_clock
 
 CHANGES = {
-    "haar": {"resampling": "haar"},
     "unequal slices": {"slices": (2, 9, 5)},
     "bypass": {"bypass": True},
 }
@@ -93,8 +90,6 @@ def test_an_option_survives_json(config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"resampling": "wavelet"}, "`resampling` must be one of"),
-        ({"resampling": None}, "`resampling` must be one of"),
         ({"slices": (8, 7)}, "`slices` must sum to `latent_channels`, got a sum of 15 and 16"),
         ({"slices": ()}, "`slices` must sum to `latent_channels`, got a sum of 0 and 16"),
         ({"slices": (16, 0)}, "`slices` must be a positive integer"),
@@ -215,115 +210,6 @@ def test_noise_is_split_by_slice():
     noise["y"][:, 4] = 0.4
     changed = (model(x, 3.0, noise)["likelihoods"]["y"] != without).flatten(2).any(2)
     assert changed.nonzero()[:, 1].tolist() == [4]
-
-
-# ---------------------------------------------------------------- Haar
-
-
-def haar_bands(x: Tensor) -> Tensor:
-    """Sub-bands `[B, C, 2, 2, H/2, W/2]` of `[B, C, H, W]`, by their sums and differences."""
-    a, b, c, d = rearrange(x, "b c (h i) (w j) -> (i j) b c h w", i=2, j=2)
-    bands = torch.stack([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d]) / 2
-    return rearrange(bands, "(i j) b c h w -> b c i j h w", i=2)
-
-
-def haar_inverse(bands: Tensor) -> Tensor:
-    a, b, c, d = rearrange(bands, "b c i j h w -> (i j) b c h w")
-    places = torch.stack([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d]) / 2
-    return rearrange(places, "(i j) b c h w -> b c (h i) (w j)", i=2)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_haar_downsampling_equals_its_definition(memory_format):
-    torch.manual_seed(0)
-    layer = HaarDownsample(3, 5).double()
-    nn.init.normal_(layer.scale)
-    x = torch.randn(2, 3, 6, 8, dtype=torch.float64).contiguous(memory_format=memory_format)
-    bands = haar_bands(x) * layer.scale[..., None, None]
-    weight = rearrange(layer.weight, "o c i j -> o (c i j) 1 1")
-    expected = F.conv2d(rearrange(bands, "b c i j h w -> b (c i j) h w"), weight, layer.bias)
-    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
-    assert layer(x).is_contiguous(memory_format=memory_format)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_haar_upsampling_equals_its_definition(memory_format):
-    torch.manual_seed(0)
-    layer = HaarUpsample(5, 3).double()
-    nn.init.normal_(layer.scale)
-    x = torch.randn(2, 5, 3, 4, dtype=torch.float64).contiguous(memory_format=memory_format)
-    weight = rearrange(layer.weight, "k c i j -> (c i j) k 1 1")
-    bands = rearrange(F.conv2d(x, weight), "b (c i j) h w -> b c i j h w", i=2, j=2)
-    expected = haar_inverse(bands * layer.scale[..., None, None]) + layer.bias[:, None, None]
-    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
-    assert layer(x).is_contiguous(memory_format=memory_format)
-
-
-def test_haar_upsampling_inverts_haar_downsampling():
-    """With every sub-band a channel of its own, and inverse scales."""
-    down, up = HaarDownsample(3, 12).double(), HaarUpsample(12, 3).double()
-    identity = rearrange(torch.eye(12), "o (c i j) -> o c i j", i=2, j=2)
-    scale = torch.linspace(0.5, 2, 12).view(3, 2, 2)
-    with torch.no_grad():
-        for layer in (down, up):
-            layer.weight.copy_(identity)
-            layer.bias.zero_()
-        down.scale.copy_(scale)
-        up.scale.copy_(1 / scale)
-        x = torch.randn(2, 3, 6, 8, dtype=torch.float64)
-        assert torch.allclose(up(down(x)), x, atol=1e-6)
-        bands = haar_bands(x) * scale[..., None, None]
-        assert torch.allclose(down(x), rearrange(bands, "b c i j h w -> b (c i j) h w"))
-    flat = repeat(torch.rand(3, dtype=torch.float64), "c -> 1 c 4 4")
-    sums = down(flat)[0].detach().view(3, 4, 2, 2)
-    assert not sums[:, 1:].abs().max() > 1e-12 and sums[:, 0].abs().min() > 0
-
-
-@pytest.mark.parametrize("size", [(5, 4), (4, 5)])
-def test_haar_downsampling_refuses_odd_sides(size):
-    with pytest.raises(
-        InvalidArgumentError, match="even height and width, got {}x{}".format(*size)
-    ):
-        HaarDownsample(3, 5)(torch.zeros(1, 3, *size))
-
-
-def test_haar_replaces_every_resampling():
-    """And the last layer of g_s is the convolution that it is by default."""
-    model = CMamba(OPTIONS["haar"])
-    halvings = [layer for layer in model.g_a if isinstance(layer, HaarDownsample)]
-    doublings = [layer for layer in model.g_s if isinstance(layer, HaarUpsample)]
-    assert [(h.in_channels, h.out_channels) for h in halvings] == [
-        (3, 8),
-        (8, 8),
-        (8, 16),
-        (16, 16),
-    ]
-    assert [(d.in_channels, d.out_channels) for d in doublings] == [(16, 16), (16, 8), (8, 8)]
-    for layer in (*halvings, *doublings):
-        assert set(dict(layer.named_parameters())) == {"weight", "scale", "bias"}
-        assert torch.equal(layer.scale, torch.ones_like(layer.scale))
-    assert type(model.g_s[-2]) is nn.Conv2d and model.g_s[-2].kernel_size == (3, 3)
-    kinds = {type(layer) for layer in model.g_a} | {type(layer) for layer in model.g_s}
-    assert nn.ConvTranspose2d not in kinds
-
-
-def test_complexity_counts_haar():
-    """A 1x1 convolution at the coarser resolution; the Haar transform itself costs no product."""
-    positions = 768 * 512
-    config, haar = (dataclasses.replace(c, depths=(0, 0, 0)) for c in (SMALL, OPTIONS["haar"]))
-    costs, last = complexity.count(haar, 768, 512), 12 * 9 * 8 * positions // 4
-    pairs = [(3, 8, 4), (8, 8, 16), (8, 16, 64), (16, 16, 256)]
-    assert costs["g_a"].macs == sum(4 * a * b * positions // area for a, b, area in pairs)
-    assert costs["g_s"].macs == last + sum(
-        4 * a * b * positions // area for a, b, area in pairs[1:]
-    )
-    assert costs["g_a"].macs < complexity.count(config, 768, 512)["g_a"].macs
-
-
-def test_haar_needs_no_gains():
-    model = CMamba(dataclasses.replace(ONE_RATE, resampling="haar")).eval()
-    with torch.no_grad():
-        assert model(as_input(make_image(65, 70)))["x_hat"].shape == (1, 3, 65, 70)
 
 
 # ---------------------------------------------------------------- linear bypass

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cmamba_ref.nn.haar import HaarDownsample, HaarUpsample, haar
-
 # Orthonormal opponent colours (rows) over RGB, and the energy that each has in natural images.
 COLOURS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
 COLOUR_ENERGY = (1.0, 0.05, 0.02)
@@ -116,8 +114,7 @@ def init_analysis(halvings: list[nn.Conv2d]) -> None:
         _install(conv, _weight(conv, level), level.coarser, dim=0)
     # The first layer sees 0...1, its coefficients are those of -0.5...0.5.
     first = halvings[0]
-    kernel = first.kernel() if isinstance(first, HaarDownsample) else first.weight
-    first.bias.copy_(-0.5 * kernel.sum((1, 2, 3)))  # type: ignore[union-attr]
+    first.bias.copy_(-0.5 * first.weight.sum((1, 2, 3)))  # type: ignore[union-attr]
     halvings[-1].weight.mul_(LATENT_SCALE)
 
 
@@ -151,7 +148,7 @@ def _weight(layer: nn.Conv2d | nn.ConvTranspose2d, level: Level) -> Tensor:
     kernel[coarser, finer, np.add(row, first), np.add(column, first)] = torch.tensor(
         value, dtype=torch.float64
     )
-    return haar(kernel) if isinstance(layer, HaarDownsample | HaarUpsample) else kernel
+    return kernel
 
 
 def _install(

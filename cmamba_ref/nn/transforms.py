@@ -17,7 +17,6 @@ from cmamba_ref.nn import ablations as ablations  # registers its blocks
 from cmamba_ref.nn import hadamard_init
 from cmamba_ref.nn.blocks import BLOCKS
 from cmamba_ref.nn.conv3x3 import Conv3x3
-from cmamba_ref.nn.haar import HaarDownsample, HaarUpsample
 
 
 def downsample(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
@@ -78,10 +77,7 @@ class Analysis(Transform):
         c1, c2, c3 = config.widths
         stage1, stage2, stage3 = (stage(config, number, inverse=False) for number in range(3))
         sizes = [(3, c1, 5), (c1, c2, 5), (c2, c3, 5), (c3, config.latent_channels, 3)]
-        if config.resampling == "haar":
-            down1, down2, down3, down4 = (HaarDownsample(*channels) for *channels, _ in sizes)
-        else:
-            down1, down2, down3, down4 = (downsample(*size) for size in sizes)
+        down1, down2, down3, down4 = (downsample(*size) for size in sizes)
         layers = down1, *stage1, down2, *stage2, down3, *stage3, down4
         super().__init__(*layers)
         hadamard_init.init_analysis([down1, down2, down3, down4])
@@ -94,8 +90,7 @@ class Synthesis(Transform):
         c1, c2, c3 = config.widths
         stage1, stage2, stage3 = (stage(config, number, inverse=True) for number in range(3))
         sizes = [(config.latent_channels, c3), (c3, c2), (c2, c1)]
-        double = HaarUpsample if config.resampling == "haar" else upsample
-        up4, up3, up2 = (double(*channels) for channels in sizes)
+        up4, up3, up2 = (upsample(*channels) for channels in sizes)
         last = nn.Conv2d(c1, 3 * 2 * 2, 3, padding=1)
         layers = up4, *stage3, up3, *stage2, up2, *stage1, last, nn.PixelShuffle(2)
         super().__init__(*layers)
