@@ -16,8 +16,8 @@ MAX_STATES = 32
 MAX_RANK = 64
 BLOCKS = (128, 64, 32)
 NARROW_BLOCK = 16  # half a warp, where registers leave no choice
-# By so much registers and tile (`Constants`) shrink in fp64: a number takes two registers, and its
-# functions as many again.
+# In fp64, registers and tile (`Constants`) are divided by this: a number takes two registers, and
+# evaluating functions of it takes as many again.
 FP64_FACTOR = 4
 # Features (states times channels) of a program of the carry.
 CARRY_BLOCK = 32

@@ -216,7 +216,7 @@ def test_the_paths_of_a_variant_are_observed(variant, paths):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Photographs to train on and to measure on, and a recipe of a few steps."""
+    """Images to train on and to measure on, and a recipe of a few steps."""
     make_run_folder(tmp_path)
     (tmp_path / "test").mkdir()
     Image.fromarray(make_image(170, 180)).save(tmp_path / "test" / "a.png")

@@ -165,7 +165,7 @@ cli.run()
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
-def test_a_signal_in_the_middle_of_a_write(tmp_path, name):
+def test_signal_at_the_end_of_a_write(tmp_path, name):
     target = tmp_path / "photo.cmb"
     target.write_bytes(b"older")
     assert run_python("-c", WRITE, str(target), name).returncode != 0

@@ -138,4 +138,4 @@ def test_the_fuzzer_extends_its_corpus(corpus):
 def test_the_fuzzer_saves_a_finding(corpus):
     done = run_python("-c", FAULTY, "info", str(corpus))
     assert done.returncode != 0 and "ZeroDivisionError" in done.stdout + done.stderr
-    assert list(corpus.parent.glob("crash-*"))
+    assert list(corpus.parent.glob("*-crash-*"))

@@ -512,7 +512,10 @@ PROJECTIONS = dict(HUGE, batch=1, height=3500, width=3500, channels=16, n=16, ra
 
 
 def test_the_huge_tensors_are_huge():
-    assert 2 * 2048 * 2048 * 272 > 2**31 and 3500 * 3500 * 4 * (12 + 2 * 16) > 2**31
+    for x in (X_OF_TWO_IMAGES, X_OF_ONE_IMAGE):
+        assert x["batch"] * x["height"] * x["width"] * x["channels"] > 2**31
+    p = PROJECTIONS
+    assert p["height"] * p["width"] * 4 * (p["rank"] + 2 * p["n"]) > 2**31
 
 
 def test_last_image_of_a_huge_batch():

@@ -111,7 +111,9 @@ def main(argv: list[str] | None = None) -> int:
     sizes = "default: 128x8, and but for `reference` 512x2"
     add("images", type=Path, nargs="?", help="folder to train on")
     add("--config", default="tiny", help="which model (default: tiny)")
-    add("--backends", nargs="+", choices=BACKENDS, default=usual, help=f"default: {usual}")
+    add(
+        "--backends", nargs="+", choices=BACKENDS, default=usual, help=f"default: {' '.join(usual)}"
+    )
     add("--sizes", nargs="+", type=image_size, metavar="CROPxBATCH", help=sizes)
     add("--device", default="cuda" if cuda else "cpu", help="default: cuda where there is one")
     add("--precision", default="fp32", help="fp32 or bf16 (default: fp32)")
@@ -129,10 +131,17 @@ def main(argv: list[str] | None = None) -> int:
         folder = args.images or Path(ours)
         if not args.images:
             write_images(folder, max(crop for _, crop, _ in jobs))
-        rows = [measure(*job, folder, args) for job in tqdm(jobs, unit="training", disable=None)]
-    measured = [row for row in rows if row is not None]
-    if not measured:
-        return 1
+        measured = []
+        for job in tqdm(jobs, unit="training", disable=None):
+            row = measure(*job, folder, args)
+            if row is not None:
+                measured.append(row)
+                write(measured, argv, args)
+    return 0 if len(measured) == len(jobs) else 1
+
+
+def write(measured: list[dict], argv: list[str], args: argparse.Namespace) -> None:
+    """Print and write the trainings measured so far: a run that is cut off keeps them."""
     made = {
         **of_run("bench_training.py", argv),
         "versions": versions("cmamba-ref", "torch", "triton"),
@@ -147,7 +156,6 @@ def main(argv: list[str] | None = None) -> int:
         write_atomically(args.json, content.encode())
     if args.markdown:
         write_atomically(args.markdown, text.encode())
-    return 0 if len(measured) == len(rows) else 1
 
 
 if __name__ == "__main__":

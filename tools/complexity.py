@@ -16,7 +16,7 @@ use all three, so every figure must name its own:
 --time also encodes and decodes an image of that size on this machine's CPU, each model and each
 direction in a new process, whose peak memory is counted with torch and the weights.  A model
 without trained weights is given random ones: its networks take as long, its files are larger.  The
-time is the median of up to three runs after the first, the memory that of the first; `base` takes
+time is the median of three runs after the first, the memory that of the first; `base` takes
 minutes and several GiB.  The output is Markdown, with our models beside what others publish, or
 JSON.  --read takes everything from the JSON of an earlier run and measures nothing.  The exit
 status is 1 if an image could not be coded.
@@ -49,7 +49,7 @@ from cmamba_ref.weights import pretrained_names
 
 CONVENTIONS = {"no scan": 0, "4.5": 18, "VMamba's": 36}
 OURS = "4.5"
-# The paper's totals, derived in the README from what it states against MLIC++.
+# The paper's totals, derived in docs/model.md from what it states against MLIC++.
 PUBLISHED = {"params": 56.26e6, "macs": 362.7e9, "convention": OURS, "size": (768, 512)}
 
 

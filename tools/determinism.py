@@ -36,6 +36,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import chain, cycle, groupby, islice, product
 from pathlib import Path
@@ -391,10 +392,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--pairs", type=int, choices=range(PAIRS + 1), default=PAIRS, help=few)
     add("--every", type=int, default=6, help="a combination gets one image of so many (default: 6)")
     args = parser.parse_args(argv)
+    if args.every < 1:
+        parser.error(f"--every must be at least 1, got {args.every}")
     # Threads that wait for others by spinning take the core from those they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+    # Everything lies on the CPU.  Read when the kernels are imported.
+    os.environ["TRITON_INTERPRET"] = "1"
     try:
         paths = image_paths(args.folder, None)
         models = {m: CMamba.from_pretrained(m).model_id.hex() for m in (args.model, SMALL_MODEL)}
@@ -406,8 +409,12 @@ def main(argv: list[str] | None = None) -> int:
         parts["pairs"] = find_pairs(paths, args.model, args.backends, args.pairs, Path(folder))
         parts = {part: jobs for part, jobs in parts.items() if jobs}
         jobs = list(chain.from_iterable(parts.values()))
-        in_fresh_process(write, jobs)
-        results = iter(in_fresh_process(read, jobs))
+        try:
+            in_fresh_process(write, jobs)
+            results = iter(in_fresh_process(read, jobs))
+        except (CMambaError, BrokenProcessPool) as error:
+            print(f"a measurement failed: {error}", file=sys.stderr)
+            return 1
     report = {p: report_of(p, js, list(islice(results, len(js)))) for p, js in parts.items()}
     for part, found in report.items():
         print(part, json.dumps({k: v for k, v in found.items() if k != "rows"}, indent=1))

@@ -1,13 +1,13 @@
 """Fuzz one of the targets in tools/fuzz_targets.py with atheris, which is libFuzzer for Python.
 
     python tools/fuzz.py container runs/fuzz/container -max_total_time=600 -seed=1
-    python tools/fuzz.py container runs/fuzz/crash-0123...      # try one input again
+    python tools/fuzz.py container runs/fuzz/container-crash-0123...  # try one input again
 
 Inputs that reach new code are kept in the corpus, which starts with valid ones. Every input has to
 end in a sound result or in an error that docs/reliability.md names, within 20 seconds and 1 GiB of
-memory. Anything else is a finding: it is saved beside the corpus as crash-... or timeout-..., its
-traceback is printed, and the run ends with an exit status that is not 0. All that follows the
-corpus goes to libFuzzer. Linux only, for the limit of memory.
+memory. Anything else is a finding: it is saved beside the corpus as TARGET-crash-... or
+TARGET-timeout-..., its traceback is printed, and the run ends with an exit status that is not 0.
+All that follows the corpus goes to libFuzzer. Linux only, for the limit of memory.
 """
 
 import argparse
@@ -28,8 +28,11 @@ TIMEOUT_S = 20  # of wall-clock time: other work on the machine counts
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,  # -h would take the options of libFuzzer that begin like it
     )
+    parser.add_argument("--help", action="help", help="show this message and exit")
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("corpus", type=Path, help="folder of inputs, made if need be; or one input")
     args, options = parser.parse_known_args()
@@ -54,7 +57,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     limit_memory()
-    defaults = [f"-timeout={TIMEOUT_S}", f"-artifact_prefix={args.corpus.parent}/"]
+    defaults = [f"-timeout={TIMEOUT_S}", f"-artifact_prefix={args.corpus.parent}/{args.target}-"]
     atheris.Setup(
         [sys.argv[0], str(args.corpus), *defaults, *options], attempt, custom_mutator=mutate
     )

@@ -1,8 +1,8 @@
 """The targets of tools/fuzz.py: the ways in which bytes from elsewhere enter the package.
 
-A target uses an input as a program would. It returns what came of it in a word, or raises an error
-that docs/reliability.md names; anything else is a finding. atheris is not needed here, so that the
-tests try every target wherever they run.
+A target uses an input as a program would. It returns the outcome as a short string, or raises an
+error that docs/reliability.md names; anything else is a finding. atheris is not needed here, so
+that the tests try every target wherever they run.
 """
 
 from __future__ import annotations

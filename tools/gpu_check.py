@@ -316,9 +316,9 @@ def step(args: argparse.Namespace) -> Result:
             *("--precision", "fp32" if args.rehearse else "bf16"),
         ]
     )
-    if status:
-        return {"failed": "training failed; see the output"}
-    return {"steps": json.loads(rows.read_text())["rows"]}
+    steps = json.loads(rows.read_text())["rows"] if rows.exists() else []
+    failed = {"failed": "training failed; see the output"} if status else {}
+    return {"steps": steps, **failed}
 
 
 # Each with the share of the time that it may take at most.

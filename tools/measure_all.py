@@ -20,7 +20,7 @@ The stages, in this order; all but `large` and `tables` unless --only names some
     cpu         scans, codec and whole commands on a CPU; with peers, which take 15 GB of memory
     training    training throughput of `tiny` with each scan backend
     large       an image of 24 megapixels
-    tables      our rows in README.md and in the model card, from the results
+    tables      our rows in README.md, docs/benchmarks.md and the model card
 
 Each stage runs other tools of this folder, each in a process of its own, and prints the command. A
 stage that fails is named, and only stages that need its results are skipped. Ctrl-C or SIGTERM ends
@@ -35,6 +35,7 @@ less than five; let the machine do nothing else.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import signal
 import subprocess
@@ -45,6 +46,7 @@ from pathlib import Path
 
 from cmamba_ref.cli.batch import core_count
 from cmamba_ref.cli.demo import DEMO_IMAGE
+from cmamba_ref.cli.process_pool import TERMINATE_TIMEOUT_S
 
 TOOLS = Path(__file__).resolve().parent
 BENCHMARKS = TOOLS.parent / "benchmarks"
@@ -113,6 +115,17 @@ def commands_of(
     }
 
 
+def _end(process: subprocess.Popen) -> None:
+    """Let a tool end its own processes and files, for the time that it takes to do so."""
+    # A terminal has sent Ctrl-C to the tool as well; a second one would disturb it.
+    for stop in (None, process.terminate, process.kill):
+        if stop is not None:
+            stop()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(TERMINATE_TIMEOUT_S)
+            return
+
+
 def run_stage(commands: Sequence[Sequence[str]]) -> str:
     """Run the commands of a stage; return why it failed, "" if it did not.
 
@@ -124,9 +137,9 @@ def run_stage(commands: Sequence[Sequence[str]]) -> str:
         process = subprocess.Popen([sys.executable, str(TOOLS / tool), *arguments])
         try:
             status = process.wait()
-        finally:  # one that was interrupted has not waited until the tool ended
-            process.terminate()
-            process.wait()
+        except KeyboardInterrupt:
+            _end(process)
+            raise
         if status in (INTERRUPTED, -signal.SIGINT):
             raise KeyboardInterrupt
         if status != 0:

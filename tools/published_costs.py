@@ -5,7 +5,8 @@ differ from row to row, and are given where the source names them.  "Counted" is
 source but was counted from its released code, at 768x512.  BD-rates are those on Kodak by PSNR,
 with the version of VTM that is their anchor: versions differ by up to two per cents.
 
-tools/complexity.py shows them; the README's table is kept by hand, and a test compares it.
+tools/complexity.py shows them; the table in docs/benchmarks.md is kept by hand, and a test
+compares it.
 """
 
 from __future__ import annotations

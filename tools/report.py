@@ -38,7 +38,6 @@ import bd_rate
 import numpy as np
 from classical_codecs import CODECS, ClassicalCodec
 from figures import as_file
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_table import signed
 from PIL import Image, ImageDraw, ImageFont
 from plot_rd import AXES, draw, load_with_anchor
@@ -54,7 +53,16 @@ from cmamba_ref.cli.demo import QUALITIES
 from cmamba_ref.errors import explain
 from cmamba_ref.metrics import MS_SSIM_MIN_SIDE, bits_per_pixel, ms_ssim, psnr
 
-PACKAGES = ("cmamba-ref", "torch", "numpy", "pillow", "pytorch-msssim", "matplotlib", "scipy")
+PACKAGES = (
+    "cmamba-ref",
+    "torch",
+    "numpy",
+    "pillow",
+    "pytorch-msssim",
+    "matplotlib",
+    "scipy",
+    "jinja2",
+)
 USUAL_ANCHOR = "jpeg420"
 # The classical codecs that images are compared with; their settings are qualities from 1 to 100.
 BASELINES = ("jpeg420", "webp", "avif")
@@ -244,6 +252,9 @@ def make(args: argparse.Namespace, argv: list[str]) -> str:
             comparisons.append(comparison(path, original, coded, args.side))
             if args.crops and path == args.picture[0]:
                 write_atomically(args.crops, png(crops_side_by_side(original, coded)))
+    # Here: it belongs to the extra `eval`, whose lack main() explains.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -4,7 +4,7 @@
     print(timing.stages)
 
 The stages are modules of the model, seen through forward hooks, and the entropy coder, which
-`cmamba_ref.stages` tells of.  Work inside a stage that belongs to another counts for the inner one
+`cmamba_ref.stages` announces.  Work inside a stage that belongs to another counts for the inner one
 alone (LRP is not also the slice loop's), so that the stages together take at most as long as the
 whole.  A stage that is not called as a module of its own does not show by itself: its time is part
 of what is around it.
@@ -84,7 +84,7 @@ class _Clock:
 
     @contextlib.contextmanager
     def within(self, name: str) -> Iterator[None]:
-        """Watch what `cmamba_ref.stages` tells of: scans, in whatever stage, or a stage."""
+        """Watch what `cmamba_ref.stages` announces: scans, in whatever stage, or a stage."""
         if name == SCAN:
             start = time.perf_counter()
             yield

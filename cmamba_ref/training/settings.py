@@ -97,7 +97,7 @@ class Settings:
     )
 
     distortion: str = _setting("mse", "what the loss measures", choices=DISTORTIONS)
-    lmbda: float = _setting(0.013, "trade-off of a fixed-rate model", 1e-12)
+    lmbda: float = _setting(0.013, "trade-off of a fixed-rate model", 1e-12, 1e12)
     balance: float = _setting(0.5, "variable rate: the loss is divided by lambda^BALANCE", -8.0, 8)
 
     optimiser: str = _setting("adam", "of the weights", choices=OPTIMISERS)
@@ -255,11 +255,12 @@ def _checked(setting: dataclasses.Field, value: Any) -> Any:
         entries = tuple(float(entry) if type(entry) is int else entry for entry in entries)
     for entry in entries:
         if type(entry) is not kind:
-            raise InvalidArgumentError(f"`{name}` must be of type {kind.__name__}, got {entry!r}")
+            wanted = "a table" if kind is dict else f"of type {kind.__name__}"
+            raise InvalidArgumentError(f"`{name}` must be {wanted}, got {entry!r}")
         if bounds and not bounds[0] <= entry <= bounds[1]:  # also for NaN
-            raise InvalidArgumentError(
-                f"`{name}` must be from {bounds[0]:g} to {bounds[1]:g}, got {entry!r}"
-            )
+            low, high = bounds
+            wanted = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise InvalidArgumentError(f"`{name}` must be {wanted}, got {entry!r}")
         if choices and entry not in choices:
             raise InvalidArgumentError(
                 f"`{name}` must be one of {', '.join(choices)}, got {entry!r}"
