@@ -66,7 +66,7 @@ def test_recipes_are_whole(root):
         ({"distortion": "psnr"}, "one of mse, ms-ssim"),
         ({"profile": 1, "compile": True}, "`profile` must be 0"),
         ({"init": "weights", "model": {"d_state": 4}}, "`init` must stand without"),
-        ({"model": 3}, "`model` must be of type dict"),
+        ({"model": 3}, "`model` must be a table"),
     ],
 )
 def test_impossible_settings_are_refused(folder, changes, message):
