@@ -671,7 +671,7 @@ def test_a_folder_with_too_few_images_is_refused(folder):
     ("changes", "message"),
     [
         ({"steps": 0}, "must be above 0"),
-        ({"validation": 0}, "must be from 1"),
+        ({"validation": 0}, "must be at least 1"),
         ({"crop": [70]}, "multiple of 64"),
         ({"out": None}, "--out"),
         ({"precision": "fp8"}, "fp8"),
