@@ -127,6 +127,13 @@ def main(argv: list[str] | None = None) -> int:
         for backend in args.backends
         for crop, batch in args.sizes or default_sizes(backend)
     ]
+    made = {
+        **of_run("bench_training.py", argv),
+        "versions": versions("cmamba-ref", "torch", "triton"),
+        **{name: getattr(args, name) for name in ("config", "device", "precision")},
+    }
+    if args.device == "cuda":
+        made["gpu"] = torch.cuda.get_device_name()
     with tempfile.TemporaryDirectory() as ours:
         folder = args.images or Path(ours)
         if not args.images:
@@ -136,26 +143,16 @@ def main(argv: list[str] | None = None) -> int:
             row = measure(*job, folder, args)
             if row is not None:
                 measured.append(row)
-                write(measured, argv, args)
-    return 0 if len(measured) == len(jobs) else 1
-
-
-def write(measured: list[dict], argv: list[str], args: argparse.Namespace) -> None:
-    """Print and write the trainings measured so far: a run that is cut off keeps them."""
-    made = {
-        **of_run("bench_training.py", argv),
-        "versions": versions("cmamba-ref", "torch", "triton"),
-        **{name: getattr(args, name) for name in ("config", "device", "precision")},
-    }
-    if args.device == "cuda":
-        made["gpu"] = torch.cuda.get_device_name()
+            if measured and args.json:  # after each: a run that is cut off keeps its rows
+                content = json.dumps({"rows": measured, "meta": made}, indent=1) + "\n"
+                write_atomically(args.json, content.encode())
+    if not measured:
+        return 1
     text = page(measured, made)
     print(text)
-    if args.json:
-        content = json.dumps({"rows": measured, "meta": made}, indent=1) + "\n"
-        write_atomically(args.json, content.encode())
     if args.markdown:
         write_atomically(args.markdown, text.encode())
+    return 0 if len(measured) == len(jobs) else 1
 
 
 if __name__ == "__main__":

@@ -309,6 +309,7 @@ def step(args: argparse.Namespace) -> Result:
     """Train on batches of several sizes, and say where the time of a step goes."""
     sizes = ["64x2"] if args.rehearse else [f"{CROP}x{batch}" for batch in BATCHES]
     rows = args.out / "training_rows.json"
+    rows.unlink(missing_ok=True)  # of an earlier run
     status = bench_training.main(
         [
             *("--device", device_of(args).type, "--json", str(rows), "--sizes", *sizes),

@@ -117,10 +117,11 @@ def commands_of(
 
 def _end(process: subprocess.Popen) -> None:
     """Let a tool end its own processes and files, for the time that it takes to do so."""
-    # A terminal has sent Ctrl-C to the tool as well; a second one would disturb it.
-    for stop in (None, process.terminate, process.kill):
+    # A terminal has sent Ctrl-C to the tool as well, and a second one would disturb it.  SIGTERM
+    # came to this process alone: SIGINT then lets the tool clean up.
+    for stop in (None, signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         if stop is not None:
-            stop()
+            process.send_signal(stop)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(TERMINATE_TIMEOUT_S)
             return

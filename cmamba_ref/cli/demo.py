@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import time
 from bisect import bisect_left
@@ -129,11 +130,13 @@ def match(codec: BaselineCodec, original: np.ndarray, wanted: float) -> tuple[in
     By bisection: PSNR rises with quality, apart from wiggles of hundredths of a dB.
     """
 
+    encode = functools.cache(functools.partial(codec.encode, original))
+
     def reached(quality: int) -> float:
-        return psnr(original, codec.decode(codec.encode(original, quality)))
+        return psnr(original, codec.decode(encode(quality)))
 
     k = bisect_left(QUALITIES, wanted, key=reached)
-    return (QUALITIES[k], codec.encode(original, QUALITIES[k])) if k < len(QUALITIES) else None
+    return (QUALITIES[k], encode(QUALITIES[k])) if k < len(QUALITIES) else None
 
 
 def baseline_line(codec: BaselineCodec, original: np.ndarray, wanted: float, ours: int) -> str:
