@@ -10,7 +10,11 @@ from pathlib import Path
 
 
 def write_atomically(
-    path: str | os.PathLike, data: bytes, check: Callable[[Path], None] | None = None
+    path: str | os.PathLike,
+    data: bytes,
+    check: Callable[[Path], None] | None = None,
+    *,
+    time_from: Path | None = None,
 ) -> None:
     """Write `data` to `path`; a failure half-way leaves what was there before, and nothing else.
 
@@ -20,6 +24,7 @@ def write_atomically(
     Args:
         check: callback, called with the temporary file when it is complete; if it raises, the write
             has failed.
+        time_from: a file whose time of change the new one gets.
 
     Raises:
         OSError: the directory is missing, not writable or full.
@@ -31,6 +36,9 @@ def write_atomically(
         temporary.write_bytes(data)
         if check is not None:
             check(temporary)
+        if time_from is not None:
+            times = time_from.stat()
+            os.utime(temporary, ns=(times.st_atime_ns, times.st_mtime_ns))
         if target.exists():
             shutil.copymode(target, temporary)
         os.replace(temporary, target)

@@ -11,13 +11,15 @@ Options of `save`; others are ignored, as Pillow's own formats do:
     quality: 1 (small) to 8 (good), any number in between; 4 where it is left out. Not 1 to 100.
     model: the name of a bundled model, a directory with one, a repository of the Hugging Face
         Hub, or a `CMamba`; "tiny" where it is left out.
+    exif, icc_profile, xmp: bytes to keep, or an `Image.Exif`; none where they are left out. With a
+        profile, the pixels are taken to be in it; without, that of the image is applied.
     max_pixels, max_memory: as in `cmamba_ref.encode`.
 
-A .cmb file holds pixels and nothing else, as modes L and RGB. `save` treats other modes as
-`cmamba encode` treats files (`cmamba_ref.codec.images`): the orientation in the image's EXIF data
-and its ICC profile are applied; black-and-white becomes L, palettes and YCbCr become RGB;
-transparency, CMYK, 16 bits and animations are refused. An opened file is upright, in sRGB, and has
-neither EXIF data nor a profile.
+A .cmb file holds images of the modes L, LA, RGB and RGBA. `save` treats other modes as `cmamba
+encode` treats files (`cmamba_ref.codec.images`): black-and-white becomes L, palettes and YCbCr
+become RGB or RGBA; CMYK, 16 bits and animations are refused. The orientation in the image's EXIF
+data is applied, and the one in kept EXIF data becomes 1. What was kept is in the `info` of an
+opened file, under the names of the options; without a profile its pixels are in sRGB.
 
 A file of a model that is not bundled opens, and decodes after `use_model`, or after a `save` with
 that model's name. Pillow's limit on pixels, `Image.MAX_IMAGE_PIXELS`, holds when a file is opened.
@@ -35,12 +37,13 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING
 
 from PIL import Image, ImageFile
 
 from cmamba_ref.codec.container import HEADER_BYTES, MAGIC, Container, Header
+from cmamba_ref.codec.metadata import EXIF_PREFIX, Metadata
 from cmamba_ref.errors import BitstreamError, ImageError, ModelMismatchError, PillowError
 
 if TYPE_CHECKING:
@@ -103,7 +106,16 @@ class CMambaImageFile(ImageFile.ImageFile):
         with _told_as_pillow_does("cannot open:"):
             header = Header.unpack(self.fp.read(HEADER_BYTES))
         self._size = header.width, header.height
-        self._mode = "L" if header.grey else "RGB"
+        self._mode = ("L" if header.grey else "RGB") + ("A" if header.alpha else "")
+        self.fp.seek(0)
+        # Damage is reported by `load`: Pillow takes an error here for another program's file.
+        with suppress(BitstreamError):
+            metadata = Container.unpack(self.fp.read()).metadata
+            prefixes = {"exif": EXIF_PREFIX, "icc_profile": b"", "xmp": b""}
+            for name, prefix in prefixes.items():
+                value = getattr(metadata, name)
+                if value is not None:
+                    self.info[name] = prefix + value
         self.tile = []  # `load` leaves Pillow nothing to decode
         self._is_decoded = False
 
@@ -150,8 +162,8 @@ class CMambaImageFile(ImageFile.ImageFile):
         with _told_as_pillow_does("cannot decode:"):
             data = self.fp.read()
             pixels = decode(data, _model_of(data), max_pixels=max(DEFAULT_MAX_PIXELS, allowed))
-        declared = self.size[::-1] if self.mode == "L" else (*self.size[::-1], 3)
-        if pixels.shape != declared:
+        channels = () if self.mode == "L" else (len(self.mode),)
+        if pixels.shape != (*self.size[::-1], *channels):
             raise PillowError("cannot decode: the file has changed since it was opened")
         return Image.frombytes(self.mode, self.size, pixels.tobytes())
 
@@ -163,12 +175,20 @@ def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
 
     options = im.encoderinfo
     model = options.get("model") or DEFAULT_MODEL
+    exif = options.get("exif")
+    exif = exif.tobytes() if isinstance(exif, Image.Exif) else exif
+    metadata = Metadata(
+        exif.removeprefix(EXIF_PREFIX) if exif else None,
+        options.get("icc_profile") or None,
+        options.get("xmp") or None,
+    )
     with _told_as_pillow_does("cannot save: the image"):
-        image = to_array(im)
+        image = to_array(im, keep_profile=metadata.icc_profile is not None)
     data = encode(
         image,
         model if isinstance(model, CMamba) else use_model(model),
         options.get("quality"),
+        metadata=metadata.upright(),
         max_pixels=options.get("max_pixels") or DEFAULT_MAX_PIXELS,
         max_memory=options.get("max_memory"),
     )

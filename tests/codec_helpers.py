@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -189,45 +189,82 @@ def without_onednn() -> Iterator[None]:
         torch.backends.mkldnn.enabled = True
 
 
-# The header as docs/format.md has it: name of the field, offset, struct format.
+# A file as docs/format.md has it: five bytes, then chunks of type, length, data and CRC. Of the
+# first chunk, by its data: name of the field, offset, struct format.
+START = 5
 HEADER = {
-    "version": (4, "<B"),
-    "flags": (5, "<B"),
-    "model id": (6, "8s"),
-    "width": (14, "<I"),
-    "height": (18, "<I"),
-    "z length": (22, "<I"),
+    "flags": (0, "<B"),
+    "model id": (1, "8s"),
+    "width": (9, "<I"),
+    "height": (13, "<I"),
 }
-HEADER_BYTES = 26
-LATENT_PREFIX = {"quality": (0, "<H"), "shift": (2, "<B"), "symbols' check": (3, "<I")}
+Z_LENGTH_AT = 17
+LATENT_PREFIX = {
+    "quality": (0, "<H"),
+    "shift": (2, "<B"),
+    "skipped": (3, "<B"),
+    "symbols' check": (4, "<I"),
+}
+
+Chunk = tuple[bytes, bytes]
+
+
+def split_chunks(data: bytes) -> list[Chunk]:
+    """Type and data of every chunk of a file but the last, which holds the file's checksum."""
+    chunks, at = [], START
+    while data[at : at + 4] != b"IEND":
+        length = int.from_bytes(data[at + 4 : at + 8], "little")
+        chunks.append((data[at : at + 4], data[at + 8 : at + 8 + length]))
+        at += 12 + length
+    return chunks
+
+
+def join_chunks(chunks: Iterable[Chunk], start: bytes = b"\x8fCMB\x01") -> bytes:
+    """A file of these chunks, with right checksums."""
+    parts = [kind + struct.pack("<I", len(content)) + content for kind, content in chunks]
+    check = zlib.crc32(start + b"".join(parts))
+    parts.append(b"IEND" + struct.pack("<II", 4, check))
+    return start + b"".join(part + struct.pack("<I", zlib.crc32(part)) for part in parts)
+
+
+def split_image(content: bytes) -> tuple[bytes, bytes, bytes]:
+    """The data of the first chunk: its fields, the z string and the y string."""
+    at = Z_LENGTH_AT
+    length = 0
+    while True:
+        length |= (content[at] & 127) << 7 * (at - Z_LENGTH_AT)
+        at += 1
+        if content[at - 1] < 128:
+            return content[:Z_LENGTH_AT], content[at : at + length], content[at + length :]
+
+
+def join_image(fields: bytes, z: bytes, y: bytes, z_length: int | None = None) -> bytes:
+    """The data of the first chunk; with another length of z than its own if that is given."""
+    length, number = len(z) if z_length is None else z_length, b""
+    while length >= 128:
+        number += bytes([length & 127 | 128])
+        length >>= 7
+    return fields + number + bytes([length]) + z + y
 
 
 def field_of(data: bytes, name: str):
-    """The value of one header field."""
-    offset, layout = HEADER[name]
-    return struct.unpack_from(layout, data, offset)[0]
-
-
-def shift_of(data: bytes) -> int:
-    """The shift in a file's y string."""
-    return data[HEADER_BYTES + field_of(data, "z length") + LATENT_PREFIX["shift"][0]]
+    """The value of one field of the header or of the y string."""
+    fields, _, y = split_image(split_chunks(data)[0][1])
+    offset, layout = (HEADER | LATENT_PREFIX)[name]
+    return struct.unpack_from(layout, fields if name in HEADER else y, offset)[0]
 
 
 def with_field(data: bytes, name: str, value) -> bytes:
-    """The file with one field of the header or of the y string replaced, and a right checksum."""
-    if name in HEADER:
-        offset, layout = HEADER[name]
-    else:
-        offset, layout = LATENT_PREFIX[name]
-        offset += HEADER_BYTES + field_of(data, "z length")
-    changed = bytearray(data)
+    """The file with one field of the header or of the y string replaced, and right checksums."""
+    (kind, content), *others = split_chunks(data)
+    fields, z, y = split_image(content)
+    if name == "z length":
+        return join_chunks([(kind, join_image(fields, z, y, value)), *others])
+    offset, layout = (HEADER | LATENT_PREFIX)[name]
+    changed = bytearray(fields if name in HEADER else y)
     struct.pack_into(layout, changed, offset, value)
-    return with_checksum(changed[:-4])
-
-
-def with_checksum(body: bytes | bytearray) -> bytes:
-    """A file's bytes before its checksum, completed."""
-    return bytes(body) + struct.pack("<I", zlib.crc32(body))
+    parts = (bytes(changed), z, y) if name in HEADER else (fields, z, bytes(changed))
+    return join_chunks([(kind, join_image(*parts)), *others])
 
 
 def run_elsewhere(function: str, *arguments: Path) -> None:

@@ -159,7 +159,7 @@ def test_read_only_and_strided_arrays_are_accepted():
     ("image", "quality", "reason"),
     [
         (np.zeros((8, 8, 3), np.float32), 4, "`image` must be uint8"),
-        (np.zeros((8, 8, 4), np.uint8), 4, "`image` must be uint8"),
+        (np.zeros((8, 8, 5), np.uint8), 4, "`image` must be uint8"),
         (np.zeros((8, 8, 1), np.uint8), 4, "`image` must be uint8"),
         (np.zeros(8, np.uint8), 4, "`image` must be uint8"),
         (np.zeros((0, 8, 3), np.uint8), 4, "`image` must have 1 to 100000000 pixels"),

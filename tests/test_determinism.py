@@ -14,12 +14,12 @@ import torch
 from codec_helpers import (
     QUALITIES,
     assert_same_coding,
+    field_of,
     load_image,
     make_image,
     random_model,
     recording,
     run_elsewhere,
-    shift_of,
     shipped_model,
     with_field,
     without_onednn,
@@ -205,7 +205,7 @@ def test_a_file_that_needed_a_shift_decodes():
     model = random_model()
     image = make_image(64, 64)
     with recording() as seen:
-        assert shift_of(cmamba_ref.encode(image, model, 4)) == 0
+        assert field_of(cmamba_ref.encode(image, model, 4), "shift") == 0
     head = model.context.cae[0].head
     first = seen[0].log_scales[0]
     nearest = min((boundary(k, 0) for k in range(1, 64)), key=lambda b: abs(b - first))
@@ -214,7 +214,7 @@ def test_a_file_that_needed_a_shift_decodes():
     with recording() as encoded:
         data = cmamba_ref.encode(image, model, 4)
     assert abs(encoded[0].log_scales[0] - nearest) < 1e-12
-    assert shift_of(data) == 1
+    assert field_of(data, "shift") == 1
     assert distance_to_boundaries(encoded[0].log_scales, 1) >= MARGIN
     with recording() as decoded:
         cmamba_ref.decode(data, model)
@@ -226,7 +226,7 @@ def test_every_scale_of_a_kodak_image_keeps_the_margin(kodak_paths):
     with recording() as seen:
         data = cmamba_ref.encode(load_image(kodak_paths[3]), model, 4)
     parts = np.array_split(seen[0].log_scales, 20)
-    assert min(distance_to_boundaries(part, shift_of(data)) for part in parts) >= MARGIN
+    assert min(distance_to_boundaries(part, field_of(data, "shift")) for part in parts) >= MARGIN
 
 
 # All combinations of settings (tools/determinism.py).

@@ -11,14 +11,16 @@ import pytest
 import torch
 from codec_helpers import (
     HEADER,
-    HEADER_BYTES,
     LATENT_PREFIX,
     ONE_RATE,
     field_of,
+    join_chunks,
+    join_image,
     make_image,
     random_model,
     shipped_model,
-    with_checksum,
+    split_chunks,
+    split_image,
     with_field,
 )
 from safetensors.torch import load_file, save_file
@@ -47,14 +49,15 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def test_a_file_truncated_anywhere_is_refused():
-    """Also with its checksum made right, where it keeps its signature."""
+    """Also its first chunk, with right checksums."""
     data = small_file()
     for length in range(len(data)):
         with pytest.raises(BitstreamError, match="truncated|does not begin"):
             decode(data[:length])
-        if 5 <= length < len(data) - 4:
-            with pytest.raises(BitstreamError):
-                decode(with_checksum(data[:length]))
+    ((kind, content),) = split_chunks(data)
+    for length in range(len(content)):
+        with pytest.raises(BitstreamError):
+            decode(join_chunks([(kind, content[:length])]))
 
 
 def test_a_flipped_bit_anywhere_is_refused():
@@ -83,17 +86,19 @@ def test_another_model_s_file_names_both_models():
         assert model.model_id.hex() in str(error.value)
 
 
-@pytest.mark.parametrize("version", [1, 2, 255])
+@pytest.mark.parametrize("version", [2, 3, 255])
 def test_a_newer_version_is_refused_by_number_before_anything_else_is_believed(version):
     data = bytearray(small_file())
     data[4] = version
-    for changed in (bytes(data), with_checksum(data[:-4]), bytes(data[:20])):
+    repaired = join_chunks(split_chunks(data), start=bytes(data[:5]))
+    for changed in (bytes(data), repaired, bytes(data[:20])):
         with pytest.raises(BitstreamError, match=f"version {version}, this program reads"):
             decode(changed)
 
 
 FIELDS = [
-    ("flags", 2, "malformed"),
+    ("flags", 2, "declares an alpha channel, and it holds none"),
+    ("flags", 4, "malformed"),
     ("flags", 128, "malformed"),
     ("model id", b"12345678", "made by model 3132333435363738"),
     ("width", 0, "malformed"),
@@ -105,6 +110,8 @@ FIELDS = [
     ("height", 65, "entropy-coded|cannot hold|check"),
     ("z length", 0, "string|quality"),
     ("z length", 2**32 - 1, "malformed"),
+    ("skipped", 65, "malformed: 65 skipped tables"),
+    ("skipped", 64, "entropy-coded|check|left over|states"),
     ("quality", 0, "quality 0.0 is out of range"),
     ("quality", 99, "quality 0.99 is out of range"),
     ("quality", 801, "quality 8.01 is out of range"),
@@ -114,8 +121,8 @@ FIELDS = [
 
 
 def test_every_field_is_tried():
-    separately = {"version", "shift"}
-    assert {field for field, *_ in FIELDS} | separately == {*HEADER, *LATENT_PREFIX}
+    separately = {"shift"}
+    assert {field for field, *_ in FIELDS} | separately == {*HEADER, *LATENT_PREFIX, "z length"}
 
 
 @pytest.mark.parametrize(("field", "value", "reason"), FIELDS)
@@ -151,17 +158,16 @@ def test_quality_is_guarded_by_the_file_s_checksum_alone():
     changed = with_field(small_file(), "quality", 450)
     assert not np.array_equal(decode(changed), decode(small_file()))
     with pytest.raises(BitstreamError, match="checksum"):
-        decode(changed[:-4] + small_file()[-4:])
+        decode(changed[:-20] + small_file()[-20:])
 
 
 def test_strings_of_two_files_do_not_mix():
-    one, two = small_file(seed=0), small_file(seed=1)
-    cut = [HEADER_BYTES + field_of(f, "z length") for f in (one, two)]
-    z_of_two = with_field(one[: cut[0]] + bytes(4), "z length", cut[1] - HEADER_BYTES)[:-4]
-    mixed = z_of_two[:HEADER_BYTES] + two[HEADER_BYTES : cut[1]] + one[cut[0] : -4]
-    assert one[HEADER_BYTES : cut[0]] != two[HEADER_BYTES : cut[1]]
+    one, two = (split_image(split_chunks(small_file(seed=k))[0][1]) for k in (0, 1))
+    fields, z, y = one
+    assert decode(join_chunks([(b"IMAG", join_image(fields, z, y))])).shape == (50, 70, 3)
+    assert two[1] != z
     with pytest.raises(BitstreamError):
-        decode(with_checksum(mixed))
+        decode(join_chunks([(b"IMAG", join_image(fields, two[1], y))]))
 
 
 def test_sizes_that_the_payload_cannot_hold_are_refused_at_once():
@@ -189,7 +195,7 @@ def test_the_strings_of_compressai_s_protocol_are_checked_too():
         ([[z], [y]], (1, 1)),
         ([[y], []], (1, 1)),
         ([[], []], (1, 1)),
-        ([[y[:6]], [z]], (1, 1)),
+        ([[y[:7]], [z]], (1, 1)),
         ([[b""], [b""]], (1, 1)),
         ([[y + b"\0\0"], [z]], (1, 1)),
         ([[y], [z + b"\0\0"]], (1, 1)),

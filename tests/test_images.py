@@ -14,7 +14,7 @@ from PIL import Image, ImageCms
 
 from cmamba_ref import ImageError, atomic_write
 from cmamba_ref.atomic_write import write_atomically
-from cmamba_ref.codec.images import read_image, write_png
+from cmamba_ref.codec.images import read_image, read_opaque_image, write_png
 
 HEIGHT, WIDTH = 12, 20
 
@@ -191,9 +191,10 @@ def test_a_profile_and_a_rotation_and_alpha_together(tmp_path: Path, rgb: np.nda
     exif[0x0112] = 3
     linear = profile(1.0)
     upright = read_image(save(rgb, tmp_path / "a.png", icc_profile=linear))
-    turned = Image.fromarray(rgb[::-1, ::-1].copy()).convert("RGBA")
+    alpha = np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH)
+    turned = np.ascontiguousarray(np.dstack([rgb, alpha])[::-1, ::-1])
     path = save(turned, tmp_path / "b.png", icc_profile=linear, exif=exif)
-    np.testing.assert_array_equal(read_image(path), upright)
+    np.testing.assert_array_equal(read_image(path), np.dstack([upright, alpha]))
 
 
 @pytest.mark.parametrize("grey", [True, False])
@@ -208,23 +209,69 @@ def test_inapplicable_profile_is_refused(tmp_path: Path, rgb: np.ndarray, grey: 
 # ---------------------------------------------------------------- refused
 
 
-def test_transparency_is_refused(tmp_path: Path, rgb: np.ndarray) -> None:
-    glass = Image.fromarray(rgb).convert("RGBA")
-    glass.putpixel((3, 4), (1, 2, 3, 254))
-    grey_glass = Image.fromarray(rgb[..., 0]).convert("LA")
-    grey_glass.putpixel((3, 4), (1, 0))
+def test_transparency_is_kept(tmp_path: Path, rgb: np.ndarray) -> None:
+    """An alpha channel, a transparent palette entry, a colour key: each as the file means it."""
+    alpha = (np.arange(HEIGHT * WIDTH) % 251).astype(np.uint8).reshape(HEIGHT, WIDTH)
+    grey, glass = rgb[..., 0], np.dstack([rgb, alpha])
     indexed = Image.fromarray(rgb).quantize(16)
-    paths = [
-        save(glass, tmp_path / "rgba.png"),
-        save(glass, tmp_path / "rgba.webp", lossless=True),
-        save(grey_glass, tmp_path / "la.png"),
-        save(indexed, tmp_path / "palette.png", transparency=3),
-        save(indexed, tmp_path / "palette.gif", transparency=3),
-        save(rgb, tmp_path / "colour_key.png", transparency=tuple(rgb[2, 5].tolist())),
-        save(rgb[..., 0], tmp_path / "grey_key.png", transparency=12),
-    ]
-    for path in paths:
-        assert refusal(path) == "has transparency; flatten it onto a background first"
+    numbers, palette = np.array(indexed), np.array(indexed.getpalette()).reshape(-1, 3)
+    chosen = np.where(numbers == 3, 0, 255).astype(np.uint8)
+    of_palette = np.dstack([palette[numbers], chosen]).astype(np.uint8)
+    entries = bytes(range(10, 26))
+    entry_alpha = np.frombuffer(entries, np.uint8)[numbers]
+    keyed = np.where((rgb == rgb[2, 5]).all(axis=2), 0, 255).astype(np.uint8)
+    grey_keyed = np.where(grey == 12, 0, 255).astype(np.uint8)
+    for path, expected in (
+        (save(glass, tmp_path / "rgba.png"), glass),
+        (save(glass, tmp_path / "rgba.webp", lossless=True, exact=True), glass),
+        (save(np.dstack([grey, alpha]), tmp_path / "la.png"), np.dstack([grey, alpha])),
+        (save(indexed, tmp_path / "palette.png", transparency=3), of_palette),
+        (save(indexed, tmp_path / "palette.gif", transparency=3), of_palette),
+        (
+            save(indexed, tmp_path / "entries.png", transparency=entries),
+            np.dstack([of_palette[..., :3], entry_alpha]),
+        ),
+        (
+            save(rgb, tmp_path / "key.png", transparency=tuple(rgb[2, 5].tolist())),
+            np.dstack([rgb, keyed]),
+        ),
+        (
+            save(grey, tmp_path / "grey_key.png", transparency=12),
+            np.dstack([grey, grey_keyed]),
+        ),
+    ):
+        np.testing.assert_array_equal(read_image(path), expected, path.name)
+        with pytest.raises(ImageError, match="has transparency; flatten it"):
+            read_opaque_image(path)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_colour_key_of_few_bits_is_kept(tmp_path: Path, depth: int) -> None:
+    """The key counts in the file's levels, the pixels that are read in 256."""
+    top = 2**depth - 1
+    levels = np.arange(8 * 3).reshape(3, 8) % (top + 1)
+    bits = np.unpackbits(levels.astype(np.uint8)[..., None], axis=2)[..., -depth:]
+    rows = np.packbits(bits.reshape(3, -1), axis=1)
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    path = tmp_path / "key.png"
+    key = chunk(b"tRNS", struct.pack(">H", 1))
+    path.write_bytes(png(8, 3, depth, 0, key, chunk(b"IDAT", pixels)))
+    expected = np.dstack([levels * 255 // top, np.where(levels == 1, 0, 255)])
+    np.testing.assert_array_equal(read_image(path), expected)
+
+
+def test_background_is_laid_under(tmp_path: Path, rgb: np.ndarray) -> None:
+    alpha = (np.arange(HEIGHT * WIDTH) % 256).astype(np.uint8).reshape(HEIGHT, WIDTH)
+    glass = save(np.dstack([rgb, alpha]), tmp_path / "rgba.png")
+    share = alpha[..., None] / 255
+    expected = np.floor(rgb * share + np.array([10, 200, 30]) * (1 - share) + 0.5)
+    found = read_image(glass, background=(10, 200, 30))
+    assert np.abs(found - expected).max() <= 1 and (found == expected).mean() > 0.99
+    grey = save(np.dstack([rgb[..., 0], alpha]), tmp_path / "la.png")
+    assert read_image(grey, background=(9, 9, 9)).shape == (HEIGHT, WIDTH)
+    assert read_image(grey, background=(9, 9, 8)).shape == (HEIGHT, WIDTH, 3)
+    opaque = save(rgb, tmp_path / "rgb.png")
+    np.testing.assert_array_equal(read_image(opaque, background=(9, 9, 8)), rgb)
 
 
 def test_unused_transparent_colour_is_opaque(tmp_path: Path, rgb: np.ndarray) -> None:
@@ -343,7 +390,7 @@ def test_png_round_trip(tmp_path: Path, rgb: np.ndarray) -> None:
         np.testing.assert_array_equal(read_image(tmp_path / "a.png"), image)
 
 
-@pytest.mark.parametrize("shape", [(4, 4, 4), (4,), (4, 4, 1)])
+@pytest.mark.parametrize("shape", [(4, 4, 5), (4,), (4, 4, 1)])
 def test_write_png_refuses_other_shapes(tmp_path: Path, shape: tuple[int, ...]) -> None:
     with pytest.raises(ImageError, match=re.escape(f"got uint8{list(shape)}")):
         write_png(tmp_path / "a.png", np.zeros(shape, dtype=np.uint8))

@@ -77,10 +77,10 @@ def test_info_of_stdin(
 ) -> None:
     feed(monkeypatch, data)
     assert main(["info", "-"]) == 0
-    assert capsys.readouterr().out.startswith("standard input\n  format    version 0, checksum")
+    assert capsys.readouterr().out.startswith("standard input\n  format    version 1, checksum")
     feed(monkeypatch, data[:-1])
     assert main(["info", "-"]) == 1
-    assert "error: standard input: the file is damaged" in capsys.readouterr().err
+    assert "error: standard input: the file is truncated" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["encode", "decode"])

@@ -208,9 +208,9 @@ def test_images_of_one_limit_are_decoded_at_the_same_time(folder, monkeypatch):
     barrier = threading.Barrier(2)
     to_array = images.to_array
 
-    def meet(image):
+    def meet(image, **options):
         barrier.wait(10)
-        return to_array(image)
+        return to_array(image, **options)
 
     monkeypatch.setattr(images, "to_array", meet)
     limit = Image.MAX_IMAGE_PIXELS

@@ -29,9 +29,11 @@ from safetensors.torch import save as serialize
 from cmamba_ref import CMamba, MemoryLimitError, cli, codec, pillow_plugin
 from cmamba_ref.cli.demo import DEMO_IMAGE
 from cmamba_ref.codec import container
+from cmamba_ref.codec.alpha import pack_alpha, unpack_alpha
 from cmamba_ref.codec.images import parse_image
 from cmamba_ref.entropy import rans
-from cmamba_ref.entropy.latent_coder import LatentSymbols, hyper_latent_shape
+from cmamba_ref.entropy.gaussian import scale_index
+from cmamba_ref.entropy.latent_coder import SKIPPED_TABLES, LatentSymbols, hyper_latent_shape
 from cmamba_ref.entropy.tables import gaussian_tables, tables_from_pmfs
 from cmamba_ref.errors import BitstreamError, CMambaError, ImageError, PillowError, WeightsError
 from cmamba_ref.weights import CONFIG_FILE, WEIGHTS_FILE
@@ -74,19 +76,83 @@ def golden_model() -> CMamba:
 
 
 def golden_files() -> list[bytes]:
-    return [path.read_bytes() for path in sorted(GOLDEN.glob("*.cmb"))]
+    return [path.read_bytes() for path in sorted(GOLDEN.rglob("*.cmb"))]
 
 
-def mutate_body(data: bytes, change: Change) -> bytes:
-    """Change a .cmb file and make its checksum right, so that what lies behind that is reached."""
-    body = change(data[:-4])
-    return body + struct.pack("<I", zlib.crc32(body))
+def mutate_chunk(data: bytes, change: Change) -> bytes:
+    """Change what one chunk of a .cmb file holds and make all checksums right.
+
+    So that what lies behind them is reached; metadata is changed as it is when inflated. Of a file
+    of version 0, all is changed.
+    """
+    if data[4:5] == b"\0":
+        body = change(data[:-4])
+        return body + struct.pack("<I", zlib.crc32(body))
+    position, chunks = 5, []
+    while position + 8 <= len(data):
+        kind, length = struct.unpack_from("<4sI", data, position)
+        chunks.append((kind, data[position + 8 : position + 8 + length]))
+        position += 12 + length
+    chosen = zlib.crc32(data) % max(len(chunks) - 1, 1)
+    body = checked = data[:5]
+    for k, (kind, content) in enumerate(chunks):
+        if kind == b"IEND":
+            content = struct.pack("<I", zlib.crc32(checked))
+        elif k == chosen:
+            content = mutate_content(kind, content, change)
+        chunk = struct.pack("<4sI", kind, len(content)) + content
+        checked += chunk
+        body += chunk + struct.pack("<I", zlib.crc32(chunk))
+    return body
+
+
+def mutate_content(kind: bytes, content: bytes, change: Change) -> bytes:
+    if kind == b"ALPH":
+        return mutate_png(content, change)
+    if kind in container.METADATA_TYPES.values():
+        with contextlib.suppress(zlib.error):
+            return zlib.compress(change(zlib.decompress(content)))
+    return change(content)
 
 
 def decode(data: bytes) -> str:
     image = codec.decode(data, golden_model())
-    header = container.Header.unpack(data)
-    return check_image(image, (header.height, header.width, *(() if header.grey else (3,))))
+    return check_image(image, container.Header.unpack(data).shape)
+
+
+# ---------------------------------------------------------------- alpha
+
+ALPHA_SIZE = 20, 31  # height and width
+
+
+def alpha_channels() -> list[bytes]:
+    """Alpha channels: opaque, a slope, noise."""
+    noise = np.random.default_rng(0).integers(0, 256, ALPHA_SIZE)
+    slope = np.broadcast_to(np.arange(ALPHA_SIZE[1]) * 8, ALPHA_SIZE)
+    return [pack_alpha(np.array(a, np.uint8)) for a in (np.full(ALPHA_SIZE, 255), slope, noise)]
+
+
+def mutate_png(data: bytes, change: Change) -> bytes:
+    """Change one chunk of a PNG and make its checksum right; pixels as they are when inflated."""
+    position, parts = 8, []
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        parts.append((kind, data[position + 8 : position + 8 + length]))
+        position += 12 + length
+    chosen, png = zlib.crc32(data) % max(len(parts), 1), data[:8]
+    for k, (kind, content) in enumerate(parts):
+        if k == chosen and kind == b"IDAT":
+            with contextlib.suppress(zlib.error):
+                content = zlib.compress(change(zlib.decompress(content)))
+        elif k == chosen:
+            content = change(content)
+        checksum = zlib.crc32(kind + content)
+        png += struct.pack(">I4s", len(content), kind) + content + struct.pack(">I", checksum)
+    return png
+
+
+def read_alpha(data: bytes) -> str:
+    return check_image(unpack_alpha(data, *ALPHA_SIZE), ALPHA_SIZE)
 
 
 def show_info(data: bytes) -> str:
@@ -159,6 +225,7 @@ def decode_forged(data: bytes) -> str:
         if not scales_of_slice.isfinite().all():
             raise BitstreamError("the scales are not finite")
         y.append(draw(means.shape))
+        y[-1][scale_index(scales_of_slice, 0) < SKIPPED_TABLES] = 0
         log_scales.append(scales_of_slice)
         return y[-1] + means
 
@@ -277,8 +344,8 @@ def sound_images() -> list[bytes]:
 def read_image(data: bytes) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about what it repairs
-        image = parse_image(data, "file", max_pixels=MAX_PIXELS)
-    check_image(image, (*image.shape[:2], *((3,) if image.ndim == 3 else ())))
+        image, _ = parse_image(data, "file", max_pixels=MAX_PIXELS)
+    check_image(image, (*image.shape[:2], *image.shape[2:]))
     if not 0 < image.shape[0] * image.shape[1] <= MAX_PIXELS:
         raise UnexpectedError(f"{image.shape} where {MAX_PIXELS} pixels are allowed")
     return "colour" if image.ndim == 3 else "grey"
@@ -308,7 +375,8 @@ class Target:
 REFUSED = (BitstreamError, MemoryLimitError)
 BY_PILLOW = (PillowError, UnidentifiedImageError, Image.DecompressionBombError, MemoryLimitError)
 TARGETS = {
-    "container": Target(decode, REFUSED, golden_files, mutate_body),
+    "container": Target(decode, REFUSED, golden_files, mutate_chunk),
+    "alpha": Target(read_alpha, (BitstreamError,), alpha_channels, mutate_png),
     "rans-stream": Target(read_stream, (BitstreamError,), sound_streams),
     "forged-symbols": Target(decode_forged, REFUSED, lambda: [bytes([k]) * 4 for k in range(8)]),
     "tables": Target(code_with_tables, (WeightsError,), short_tables, mutate_tables),
@@ -316,7 +384,7 @@ TARGETS = {
         load_weights_header, (WeightsError,), lambda: [golden_weights()[0]], mutate_weights_header
     ),
     "config": Target(load_config, (WeightsError,), lambda: [golden_config()]),
-    "info": Target(show_info, (), golden_files, mutate_body),
-    "pillow": Target(open_with_pillow, BY_PILLOW, golden_files, mutate_body),
+    "info": Target(show_info, (), golden_files, mutate_chunk),
+    "pillow": Target(open_with_pillow, BY_PILLOW, golden_files, mutate_chunk),
     "image": Target(read_image, (ImageError,), sound_images),
 }

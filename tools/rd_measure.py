@@ -22,7 +22,7 @@ import cmamba_ref
 from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.cli.batch import SUFFIXES
-from cmamba_ref.codec.images import read_image, write_png
+from cmamba_ref.codec.images import read_opaque_image, write_png
 from cmamba_ref.errors import explain
 from cmamba_ref.metrics import bits_per_pixel, ms_ssim, psnr
 
@@ -101,7 +101,7 @@ def image_paths(folder: Path, limit: int | None) -> list[Path]:
 
 def read_rgb(path: Path) -> np.ndarray:
     """Return an image as uint8 `[H, W, 3]`; a grey one as three equal planes, for every codec."""
-    image = read_image(path)
+    image = read_opaque_image(path)
     return image if image.ndim == 3 else np.stack([image] * 3, axis=-1)
 
 

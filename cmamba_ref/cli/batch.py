@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,9 @@ from cmamba_ref.errors import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from cmamba_ref.codec.metadata import Metadata
     from cmamba_ref.model import CMamba
 
 # Of a folder, the files with these suffixes are taken; a file that is named is taken as it is.
@@ -51,6 +54,21 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Keep:
+    """What becomes of that in a file which is not pixels.
+
+    Attributes:
+        metadata: for `encode`, keep EXIF, XMP and the ICC profile, with the pixels in its space.
+        time: give the output the input's time of change.
+        background: for `encode`, the colour to lay transparent images onto; None keeps alpha.
+    """
+
+    metadata: bool = False
+    time: bool = False
+    background: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
 class Job:
     """What to do with every file.
 
@@ -61,6 +79,7 @@ class Job:
         max_pixels: as in `cmamba_ref.encode` and `decode`; None for the default.
         max_memory: as in `cmamba_ref.encode` and `decode`, for each process.
         check: for `encode`, decode the file that was written before it gets its name.
+        keep: what the output takes over beside the pixels.
     """
 
     command: str
@@ -69,6 +88,7 @@ class Job:
     max_pixels: int | None
     max_memory: int | None
     check: bool = False
+    keep: Keep = Keep()
 
     def pixel_limit(self) -> int:
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS
@@ -81,7 +101,7 @@ class Outcome:
     """Result for one file: sizes in bytes and pixels, or one line with the reason of a failure.
 
     Attributes:
-        detail: the description that `verify` gives of a good file.
+        detail: the description that `verify` gives of a good file; what `encode` has dropped.
         unchecked: the error is not the file's: its model is not available, or memory is short.
     """
 
@@ -144,8 +164,13 @@ def find_files(inputs: Sequence[Path], command: str) -> list[Task]:
         InvalidArgumentError: there is nothing to do.
         OSError: a folder cannot be read.
     """
+    return [Task(source) for source in find_sources(inputs, command)]
+
+
+def find_sources(inputs: Sequence[Path], command: str) -> list[Path]:
+    """Return the files to read, each once; errors as `find_files`."""
     by_source = {os.path.realpath(source): source for source, _ in _find(inputs, command)}
-    return [Task(source) for source in by_source.values()]
+    return list(by_source.values())
 
 
 def _find(inputs: Sequence[Path], command: str) -> list[tuple[Path, Path]]:
@@ -273,30 +298,59 @@ def _outcome(model: CMamba, job: Job, task: Task) -> Outcome:
 
 def _encode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
     from cmamba_ref.codec import encode
-    from cmamba_ref.codec.images import read_image
     from cmamba_ref.codec.verify import verify_encoded
 
     limits = {"max_pixels": job.pixel_limit(), "max_memory": job.max_memory}
-    image = read_image(source, max_pixels=job.pixel_limit())
-    data = encode(image, model, job.quality, **limits)
+    image, metadata, dropped = parse_source(
+        source.read_bytes(), str(source), job.keep, job.pixel_limit()
+    )
+    data = encode(image, model, job.quality, metadata=metadata, **limits)
 
     def check(written: Path) -> None:
         verify_encoded(written.read_bytes(), data, image, model, **limits)
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, data, check if job.check else None)
+    time_from = source if job.keep.time else None
+    write_atomically(target, data, check if job.check else None, time_from=time_from)
     height, width = image.shape[:2]
-    return Outcome(source, source.stat().st_size, len(data), height * width)
+    size = source.stat().st_size
+    return Outcome(source, size, len(data), height * width, detail=", ".join(dropped))
+
+
+def parse_source(
+    data: bytes, name: str, keep: Keep, max_pixels: int
+) -> tuple[np.ndarray, Metadata, list[str]]:
+    """Parse an image to encode; return it, the metadata to store and the names of what is dropped.
+
+    Raises:
+        ImageError: as `cmamba_ref.codec.images.read_image`.
+    """
+    from cmamba_ref.codec.images import parse_image
+    from cmamba_ref.codec.metadata import NO_METADATA
+
+    image, found = parse_image(
+        data,
+        name,
+        max_pixels=max_pixels,
+        background=keep.background,
+        keep_profile=keep.metadata,
+    )
+    if keep.metadata:
+        return image, found.upright(), []
+    # The profile is not dropped but applied.
+    return image, NO_METADATA, replace(found, icc_profile=None).names()
 
 
 def _decode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
     from cmamba_ref.codec import decode
-    from cmamba_ref.codec.images import write_png
+    from cmamba_ref.codec.container import Container
+    from cmamba_ref.codec.images import png_bytes
 
     data = source.read_bytes()
     image = decode(data, model, max_pixels=job.pixel_limit(), max_memory=job.max_memory)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_png(target, image)
+    png = png_bytes(image, Container.unpack(data).metadata)
+    write_atomically(target, png, time_from=source if job.keep.time else None)
     height, width = image.shape[:2]
     return Outcome(source, len(data), target.stat().st_size, height * width)
 
@@ -345,6 +399,9 @@ class Summary:
         )
         lines.append(f"failed {len(self.failed)}")
         lines += [f"  {outcome.source}" for outcome in sorted(self.failed, key=_by_source)]
+        dropped = sum(1 for outcome in self.done if outcome.detail)
+        if dropped:
+            lines.append(f"dropped the metadata of {dropped}; --keep-metadata keeps it")
         if self.done:
             bytes_in = sum(outcome.bytes_in for outcome in self.done)
             bytes_out = sum(outcome.bytes_out for outcome in self.done)

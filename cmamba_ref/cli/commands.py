@@ -13,8 +13,10 @@ This module imports nothing heavy: torch and Pillow come in with the command tha
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import io
+import json
 import signal
 import sys
 import textwrap
@@ -23,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.cli import stdio
@@ -31,6 +33,7 @@ from cmamba_ref.cli.stdio import STREAM
 from cmamba_ref.errors import BitstreamError, CMambaError, InvalidArgumentError, explain
 
 if TYPE_CHECKING:
+    from cmamba_ref.cli.batch import Keep
     from cmamba_ref.model import CMamba
 
 COUNTING = "cmamba: {n_fmt}/{total_fmt} |{bar}| {elapsed} elapsed, {remaining} left"
@@ -90,10 +93,11 @@ def _encode(args: argparse.Namespace) -> int:
     (source,) = args.inputs
     target = args.output or _default_target(source, ".cmb")
     _check_target(target, source, args.force)
+    _check_time(args, source, target)
     with _stages(4) as begin:
         begin("reading")
+        from cmamba_ref.cli import batch
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS, encode
-        from cmamba_ref.codec.images import parse_image
         from cmamba_ref.codec.verify import verify_encoded
         from cmamba_ref.metrics import bits_per_pixel
 
@@ -101,16 +105,17 @@ def _encode(args: argparse.Namespace) -> int:
             "max_pixels": args.max_pixels or DEFAULT_MAX_PIXELS,
             "max_memory": args.max_memory,
         }
-        image = parse_image(
+        image, metadata, dropped = batch.parse_source(
             stdio.read_input(source),
             stdio.label(source, "input"),
-            max_pixels=limits["max_pixels"],
+            _keep(args),
+            limits["max_pixels"],
         )
         begin("loading the model")
         model = load_model(args.model, args.device)
         begin("encoding")
         start = time.perf_counter()
-        data = encode(image, model, args.quality, **limits)
+        data = encode(image, model, args.quality, metadata=metadata, **limits)
         seconds = time.perf_counter() - start
         begin("writing and verifying" if args.verify else "writing")
 
@@ -119,7 +124,7 @@ def _encode(args: argparse.Namespace) -> int:
                 with _naming(target, "output"):
                     verify_encoded(written, data, image, model, **limits)
 
-        _write(target, data, check)
+        _write(target, data, check, time_from=source if args.keep_time else None)
     height, width = image.shape[:2]
     bpp = bits_per_pixel(len(data), width, height)
     verified = ", verified" if args.verify else ""
@@ -127,6 +132,8 @@ def _encode(args: argparse.Namespace) -> int:
         target,
         f"{len(data)} bytes, {bpp:.3f} bpp, {width}x{height}, encoded in {seconds:.2f} s{verified}",
     )
+    if dropped:
+        _say(target, f"dropped {', '.join(dropped)}; --keep-metadata keeps it")
     return 0
 
 
@@ -142,9 +149,11 @@ def _decode(args: argparse.Namespace) -> int:
             "decode to PNG, which loses nothing, and convert that"
         )
     _check_target(target, source, args.force)
+    _check_time(args, source, target)
     with _stages(4) as begin:
         begin("reading")
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS, decode
+        from cmamba_ref.codec.container import Container
         from cmamba_ref.codec.images import png_bytes
 
         data = stdio.read_input(source)
@@ -157,10 +166,14 @@ def _decode(args: argparse.Namespace) -> int:
             image = decode(data, model, max_pixels=max_pixels, max_memory=args.max_memory)
         seconds = time.perf_counter() - start
         begin("writing")
-        _write(target, png_bytes(image))
+        metadata = Container.unpack(data).metadata
+        png = png_bytes(image, metadata)
+        _write(target, png, time_from=source if args.keep_time else None)
     height, width = image.shape[:2]
-    colours = "grey" if image.ndim == 2 else "RGB"
-    _say(target, f"{width}x{height} {colours}, decoded in {seconds:.2f} s")
+    parts = ["grey" if image.shape[2:] in ((), (2,)) else "RGB"]
+    parts += ["alpha"] if image.shape[2:] in ((2,), (4,)) else []
+    content = ", ".join([" with ".join(parts), *metadata.names()])
+    _say(target, f"{width}x{height} {content}, decoded in {seconds:.2f} s")
     return 0
 
 
@@ -181,6 +194,7 @@ def _many(args: argparse.Namespace, command: str) -> int:
         args.max_pixels,
         args.max_memory,
         getattr(args, "verify", False),
+        _keep(args),
     )
     summary = batch.Summary(command, skipped=len(tasks) - len(waiting))
     with tqdm(total=len(waiting), bar_format=COUNTING, leave=False, disable=None) as bar:
@@ -233,13 +247,22 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     """Describe every file that can be read, also after one that cannot."""
-    worst = 0
-    for path in args.files:
+    from cmamba_ref.cli import batch
+
+    described, worst = [], 0
+    for path in batch.find_sources(args.files, "verify"):
         try:
             with _naming(path, "input"):
-                print(_describe(path))
+                facts = _describe(path)
         except (CMambaError, OSError) as error:
             worst = _fail(error)
+            continue
+        if args.json:
+            described.append(facts)
+        else:
+            print(_as_text(facts))
+    if args.json:
+        print(json.dumps(described, indent=1))
     return worst
 
 
@@ -291,14 +314,34 @@ def _default_target(source: Path, suffix: str) -> Path:
     return STREAM if source == STREAM else source.with_suffix(suffix)
 
 
-def _write(target: Path, data: bytes, check: Callable[[bytes], None] | None = None) -> None:
+def _keep(args: argparse.Namespace) -> Keep:
+    """Return what the options of `encode` or `decode` say about all that is not pixels."""
+    from cmamba_ref.cli.batch import Keep
+
+    metadata, background = (getattr(args, n, None) for n in ("keep_metadata", "background"))
+    return Keep(bool(metadata), args.keep_time, background)
+
+
+def _check_time(args: argparse.Namespace, source: Path, target: Path) -> None:
+    """Refuse `--keep-time` where a stream has no time."""
+    if args.keep_time and STREAM in (source, target):
+        raise InvalidArgumentError("`--keep-time` must have files on both sides, got -; leave it")
+
+
+def _write(
+    target: Path,
+    data: bytes,
+    check: Callable[[bytes], None] | None = None,
+    time_from: Path | None = None,
+) -> None:
     """Write a file, or to stdout; of a file `check` is given what can be read back from it."""
     if target == STREAM:
         if check:
             check(data)
         stdio.write_output(data)
     else:
-        write_atomically(target, data, check and (lambda path: check(path.read_bytes())))
+        of_file = check and (lambda path: check(path.read_bytes()))
+        write_atomically(target, data, of_file, time_from=time_from)
 
 
 def _say(target: Path, message: str) -> None:
@@ -353,9 +396,9 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
         )
 
 
-def _describe(path: Path) -> str:
-    """Return the content of a file's header as lines of text, after checking its checksum."""
-    from cmamba_ref.codec.container import VERSION, Container
+def _describe(path: Path) -> dict[str, object]:
+    """Return the content of a file, as `info --json` prints it, after checking its checksums."""
+    from cmamba_ref.codec.container import Container
     from cmamba_ref.entropy.latent_prefix import QUALITY_UNITS, unpack_latent
     from cmamba_ref.entropy.rans import lane_count
     from cmamba_ref.metrics import bits_per_pixel
@@ -364,21 +407,53 @@ def _describe(path: Path) -> str:
     data = stdio.read_input(path)
     container = Container.unpack(data)
     prefix, y_stream = unpack_latent(container.y)
-    quality = f"{prefix.quality / QUALITY_UNITS:g}" if prefix.quality else "fixed-rate model"
-    colours = "grey" if container.grey else "colour"
-    bpp = bits_per_pixel(len(data), container.width, container.height)
-    model_id = container.model_id.hex()
-    rows = {
-        "format": f"version {VERSION}, checksum correct",
-        "model": f"{model_id} ({name_of(container.model_id) or 'not bundled with this version'})",
-        "image": f"{container.width}x{container.height}, {colours}",
-        "quality": quality,
-        "size": f"{len(data)} bytes, {bpp:.3f} bits per pixel",
-        "y": f"{len(container.y)} bytes, lanes: {lane_count(y_stream)}, shift: {prefix.shift}",
-        "z": f"{len(container.z)} bytes, lanes: {lane_count(container.z)}",
+    metadata = {
+        field.name: len(value)
+        for field in dataclasses.fields(container.metadata)
+        if (value := getattr(container.metadata, field.name)) is not None
     }
-    name = stdio.label(path, "input")
-    return "\n".join([name, *(f"  {row:<8}  {value}" for row, value in rows.items())])
+    return {
+        "file": stdio.label(path, "input"),
+        "format": container.version,
+        "model": container.model_id.hex(),
+        "model_name": name_of(container.model_id),
+        "width": container.width,
+        "height": container.height,
+        "grey": container.grey,
+        "alpha_bytes": None if container.alpha is None else len(container.alpha),
+        "metadata_bytes": metadata,
+        "quality": prefix.quality / QUALITY_UNITS if prefix.quality else None,
+        "bytes": len(data),
+        "bpp": bits_per_pixel(len(data), container.width, container.height),
+        "y": {
+            "bytes": len(container.y),
+            "lanes": lane_count(y_stream),
+            "shift": prefix.shift,
+            "skipped_tables": prefix.skipped,
+        },
+        "z": {"bytes": len(container.z), "lanes": lane_count(container.z)},
+    }
+
+
+def _as_text(facts: dict[str, Any]) -> str:
+    """What `_describe` found, in lines of text."""
+    y, z, metadata = facts["y"], facts["z"], facts["metadata_bytes"]
+    known = facts["model_name"] or "not bundled with this version"
+    alpha = "" if facts["alpha_bytes"] is None else f", alpha ({facts['alpha_bytes']} bytes)"
+    colours = "grey" if facts["grey"] else "colour"
+    rows = {
+        "format": f"version {facts['format']}, checksums correct",
+        "model": f"{facts['model']} ({known})",
+        "image": f"{facts['width']}x{facts['height']}, {colours}{alpha}",
+        "metadata": ", ".join(f"{name} ({size} bytes)" for name, size in metadata.items())
+        or "none",
+        "quality": f"{facts['quality']:g}" if facts["quality"] else "fixed-rate model",
+        "size": f"{facts['bytes']} bytes, {facts['bpp']:.3f} bits per pixel",
+        "y": f"{y['bytes']} bytes, lanes: {y['lanes']}, shift: {y['shift']}, "
+        f"skipped tables: {y['skipped_tables']}",
+        "z": f"{z['bytes']} bytes, lanes: {z['lanes']}",
+    }
+    return "\n".join([facts["file"], *(f"  {row:<8}  {value}" for row, value in rows.items())])
 
 
 @contextmanager
@@ -441,6 +516,18 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="decode each file that was written and check its symbols, before it gets its name",
     )
+    encode.add_argument(
+        "--keep-metadata",
+        action="store_true",
+        help="keep EXIF, XMP and the ICC profile, with the pixels in its colour space (default: "
+        "drop them, and convert to sRGB)",
+    )
+    encode.add_argument(
+        "--background",
+        type=_colour,
+        metavar="COLOUR",
+        help="lay transparent images onto a colour, such as white or #336699 (default: keep alpha)",
+    )
     encode.set_defaults(command=_encode)
 
     decode = commands.add_parser("decode", help=".cmb to PNG", parents=[_model_options()])
@@ -462,14 +549,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_work(verify)
     verify.set_defaults(command=_verify)
 
-    info = commands.add_parser("info", help="describe .cmb files and verify their checksums")
+    info = commands.add_parser("info", help="describe .cmb files and check their checksums")
     info.add_argument(
         "files",
         nargs="+",
         type=stdio.parse_path,
         metavar="FILE",
-        help="a .cmb file; - is standard input",
+        help="a .cmb file, or a folder of them; - is standard input",
     )
+    info.add_argument("--json", action="store_true", help="print a JSON list, one entry per file")
     info.set_defaults(command=_info)
 
     demo = commands.add_parser(
@@ -525,6 +613,9 @@ def _add_files(parser: argparse.ArgumentParser, source: str, suffix: str) -> Non
         action="store_true",
         help="replace OUT if it exists; of several files, those that exist are skipped without it",
     )
+    parser.add_argument(
+        "--keep-time", action="store_true", help="give OUT the time of change of IN"
+    )
     _add_work(parser)
 
 
@@ -563,6 +654,18 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _colour(text: str) -> tuple[int, int, int]:
+    from PIL import ImageColor
+
+    try:
+        red, green, blue, *_ = ImageColor.getrgb(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a colour, such as white or #336699, got {text!r}"
+        ) from None
+    return red, green, blue
 
 
 def _gibibytes(text: str) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cmamba_ref.codec import memory
 from cmamba_ref.codec.container import Container
+from cmamba_ref.codec.metadata import NO_METADATA, Metadata
 from cmamba_ref.entropy.latent_coder import MULTIPLE, hyper_latent_shape
 from cmamba_ref.errors import BitstreamError, InvalidArgumentError, ModelMismatchError
 from cmamba_ref.model import CMamba
@@ -24,6 +25,8 @@ DEFAULT_MODEL = "tiny"
 # counts is the size after padding: a line of 1x100,000 pixels takes the memory of 64x100,032.
 DEFAULT_MAX_PIXELS = 100_000_000
 
+SHAPES = "uint8 [H, W, 3] or [H, W], or with alpha [H, W, 4] or [H, W, 2]"
+CHANNELS = ((), (2,), (3,), (4,))
 
 _loading = threading.Lock()
 
@@ -67,6 +70,7 @@ def encode(
     model: CMamba | None = None,
     quality: float | None = None,
     *,
+    metadata: Metadata = NO_METADATA,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     max_memory: int | None = None,
 ) -> bytes:
@@ -75,10 +79,14 @@ def encode(
     The earlier order, `encode(model, image, ...)`, still works, with a DeprecationWarning.
 
     Args:
-        image: uint8 `[H, W, 3]` in sRGB, or `[H, W]` grey; any size up to `max_pixels`.
+        image: uint8 `[H, W, 3]` in sRGB, or `[H, W]` grey; `[H, W, 4]` or `[H, W, 2]` with an alpha
+            channel, not premultiplied; any size up to `max_pixels`.  Alpha is lossless; what it
+            hides, where it is 0, is not kept.
         model: None for the bundled model "tiny".
         quality: 1 (small) to 8 (good), any number in between in steps of 0.01; None for the
             default of 4, and for a fixed-rate model.
+        metadata: stored as it is; `Metadata.upright` belongs to pixels that were turned.  With an
+            ICC profile, the pixels are in that profile in place of sRGB.
         max_pixels: refuse larger images; sides count as padded to multiples of 64.
         max_memory: refuse images that will take more bytes than this on the CPU; None for what is
             available there, as far as the system tells.
@@ -87,7 +95,7 @@ def encode(
         The bytes of a `.cmb` file, see docs/format.md.
 
     Raises:
-        InvalidArgumentError: wrong type, shape, size or quality.
+        InvalidArgumentError: wrong type, shape, size or quality; more than 16 MiB of metadata.
         MemoryLimitError: more memory is needed than there is or than is allowed.
     """
     if _is_model(image) or (image is None and not (model is None or _is_model(model))):
@@ -107,11 +115,19 @@ def encode(
             f"{MULTIPLE}, got {width}x{height}; raise `max_pixels` if there is the memory"
         )
     _check_memory(model, height, width, max_memory)
-    grey = image.ndim == 2
-    rgb = np.stack([image] * 3, axis=-1) if grey else np.array(image)
+    colours, alpha = _split_alpha(image)
+    packed_alpha = None
+    if alpha is not None:
+        from cmamba_ref.codec.alpha import fill_hidden, pack_alpha
+
+        packed_alpha = pack_alpha(alpha)
+        colours = fill_hidden(colours, alpha)
+    grey = colours.ndim == 2
+    rgb = np.stack([colours] * 3, axis=-1) if grey else np.array(colours)
     x = torch.from_numpy(rgb).permute(2, 0, 1)[None].float() / 255
     (y,), (z,) = model.compress(x, quality)["strings"]
-    return Container(model.model_id, width, height, grey, y, z).pack()
+    file = Container(model.model_id, width, height, grey, y, z, packed_alpha, metadata)
+    return file.pack()
 
 
 def decode(
@@ -130,7 +146,8 @@ def decode(
         max_memory: as in `encode`.
 
     Returns:
-        uint8 `[H, W, 3]`, or `[H, W]` where the encoded image was grey.
+        uint8 `[H, W]`, `[H, W, 2]`, `[H, W, 3]` or `[H, W, 4]`, the shape that was encoded.  Its
+        metadata is in `Container.unpack(data).metadata`, of `cmamba_ref.codec.container`.
 
     Raises:
         InvalidArgumentError: `data` is not bytes, or `model` is no model.
@@ -140,11 +157,13 @@ def decode(
     container = Container.unpack(_as_bytes(data))
     model = _checked_model(model)
     y_bar, quality = _decode_latent(container, model, max_pixels, max_memory)
+    alpha = _unpacked_alpha(container)
     x_hat = model.reconstruct(y_bar, quality)[0, :, : container.height, : container.width]
     rgb = (x_hat.float() * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
-    if container.grey:
-        return np.rint(rgb.mean(axis=2)).astype(np.uint8)
-    return np.ascontiguousarray(rgb)
+    colours = np.rint(rgb.mean(axis=2, keepdims=True)).astype(np.uint8) if container.grey else rgb
+    if alpha is not None:
+        colours = np.concatenate([colours, alpha[..., None]], axis=2)
+    return np.ascontiguousarray(colours).reshape(container.header.shape)
 
 
 def check_symbols(
@@ -154,11 +173,12 @@ def check_symbols(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     max_memory: int | None = None,
 ) -> None:
-    """Decode a file as far as its symbols and check their CRC, without making an image.
+    """Decode a file's alpha channel and its symbols and check their CRC, without making an image.
 
     Limits and errors are those of `decode`.
     """
     _decode_latent(container, model, max_pixels, max_memory)
+    _unpacked_alpha(container)
 
 
 def _is_model(value: object) -> bool:
@@ -180,14 +200,30 @@ def _checked_model(model: CMamba | None) -> CMamba:
 def _check_image(image: np.ndarray) -> None:
     if not isinstance(image, np.ndarray):
         raise InvalidArgumentError(
-            "`image` must be a NumPy array, uint8 [H, W, 3] or [H, W], "
+            f"`image` must be a NumPy array, {SHAPES}, "
             f"got {_described(image)}; {_to_array_hint(image)}"
         )
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in CHANNELS:
         raise InvalidArgumentError(
-            f"`image` must be uint8 [H, W, 3] or [H, W], got {image.dtype}{list(image.shape)}; "
-            "convert it to 8-bit RGB first"
+            f"`image` must be {SHAPES}, got {image.dtype}{list(image.shape)}; "
+            "convert it to 8 bits first"
         )
+
+
+def _split_alpha(image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the colours, `[H, W, 3]` or `[H, W]`, and the alpha channel if there is one."""
+    if image.ndim == 2 or image.shape[2] == 3:
+        return image, None
+    colours = image[..., 0] if image.shape[2] == 2 else image[..., :3]
+    return colours, image[..., -1]
+
+
+def _unpacked_alpha(container: Container) -> np.ndarray | None:
+    if container.alpha is None:
+        return None
+    from cmamba_ref.codec.alpha import unpack_alpha
+
+    return unpack_alpha(container.alpha, container.height, container.width)
 
 
 def _to_array_hint(value: object) -> str:

@@ -1,7 +1,7 @@
 """Image I/O: files to arrays and back; one reader for the codec and for training.
 
-Pillow decodes. What a codec of 8-bit sRGB images cannot keep (transparency, 16 bits, several
-frames, CMYK) is refused with a suggested fix instead of being dropped silently.
+Pillow decodes. What a `.cmb` file cannot hold (16 bits, several frames, CMYK) is refused with a
+suggested fix instead of being dropped silently.
 
 Not applied, as in Pillow itself: the PNG chunks gAMA, cHRM and cICP. AVIF and JPEG 2000 files of
 more than 8 bits arrive here rounded to 8 by Pillow.
@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from cmamba_ref.atomic_write import write_atomically
-from cmamba_ref.codec.image_codec import DEFAULT_MAX_PIXELS
+from cmamba_ref.codec.image_codec import CHANNELS, DEFAULT_MAX_PIXELS, SHAPES
+from cmamba_ref.codec.metadata import EXIF_PREFIX, NO_METADATA, Metadata
 from cmamba_ref.errors import ImageError
 
 GREY_MODES = ("1", "L", "LA", "La")
@@ -51,33 +52,70 @@ BROKEN_EXIF = (SyntaxError, struct.error, OSError, ValueError, TypeError, Lookup
 SRGB_TOLERANCE = 2
 
 
-def read_image(path: str | os.PathLike, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
+def read_image(
+    path: str | os.PathLike,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    background: tuple[int, int, int] | None = None,
+) -> np.ndarray:
     """Return an image as viewers show it: upright, in sRGB.
 
     EXIF rotation and an embedded colour profile are applied; EXIF that cannot be read is ignored,
     as viewers do, a profile that cannot be applied is an error. Of a phone's multi-picture JPEG
-    (MPO) the main image is read. Palettes become RGB.
+    (MPO) the main image is read. Palettes become RGB, their transparency an alpha channel.
 
     Args:
         path: a file in any format that Pillow reads.
         max_pixels: larger images are refused before they are decoded. While this runs, the limit
             is that of Pillow's own, process-wide guard against decompression bombs; threads with
             the same limit read at the same time, others take turns.
+        background: lay transparent images onto this colour, in sRGB.
 
     Returns:
-        uint8 `[H, W, 3]`, or `[H, W]` where the file is grey or black-and-white.
+        uint8 `[H, W, 3]`, or `[H, W]` where the file is grey or black-and-white; with an alpha
+        channel behind, `[H, W, 4]` or `[H, W, 2]`, where a pixel is not opaque.
 
     Raises:
         ImageError: no image, damaged, or of a kind that this codec does not store.
         OSError: the file cannot be read.
     """
-    return parse_image(Path(path).read_bytes(), str(path), max_pixels=max_pixels)
+    data = Path(path).read_bytes()
+    return parse_image(data, str(path), max_pixels=max_pixels, background=background)[0]
 
 
-def parse_image(data: bytes, name: str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
-    """Return the image in `data` as `read_image` does; errors call it `name`."""
+def read_opaque_image(path: str | os.PathLike) -> np.ndarray:
+    """Return an image as `read_image` does, uint8 `[H, W, 3]` or `[H, W]`.
+
+    Raises:
+        ImageError, OSError: as there; also where a pixel is not opaque.
+    """
+    image = read_image(path)
+    if image.shape[2:] in ((2,), (4,)):
+        raise ImageError(
+            f"{path} has transparency; flatten it onto a background first", "transparency"
+        )
+    return image
+
+
+def parse_image(
+    data: bytes,
+    name: str,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    background: tuple[int, int, int] | None = None,
+    keep_profile: bool = False,
+) -> tuple[np.ndarray, Metadata]:
+    """Return the image in `data` as `read_image` does, and its metadata; errors call it `name`.
+
+    Args:
+        keep_profile: leave the pixels in the file's own colour space.
+
+    Returns:
+        the image, and the metadata as the file has it.
+    """
     with _opened(io.BytesIO(data), name, max_pixels) as image:
-        return to_array(image)
+        array = to_array(image, background=background, keep_profile=keep_profile)
+        return array, metadata_of(image)
 
 
 def check_header(
@@ -85,8 +123,7 @@ def check_header(
 ) -> tuple[int, int]:
     """Check a file as far as that needs no pixels, and return the image's width and height.
 
-    `read_image` may still refuse the file, for transparency, damaged data or a profile that cannot
-    be applied.
+    `read_image` may still refuse the file, for damaged data or a profile that cannot be applied.
 
     Returns:
         width and height of the upright image.
@@ -123,29 +160,35 @@ def _opened(source: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Imag
         raise ImageError(f"{name} is {reason}: {error}", reason) from error
 
 
-def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Write uint8 `[H, W, 3]` or `[H, W]` as PNG, atomically.
+def write_png(path: str | os.PathLike, image: np.ndarray, metadata: Metadata = NO_METADATA) -> None:
+    """Write an image as PNG, see `png_bytes`, atomically.
 
     Raises:
         ImageError: another type or shape.
         OSError: the file cannot be written.
     """
-    write_atomically(path, png_bytes(image))
+    write_atomically(path, png_bytes(image, metadata))
 
 
-def png_bytes(image: np.ndarray) -> bytes:
-    """Return a PNG file of uint8 `[H, W, 3]` or `[H, W]`.
+def png_bytes(image: np.ndarray, metadata: Metadata = NO_METADATA) -> bytes:
+    """Return a PNG file of an image of one of the forms that `cmamba_ref.encode` takes.
 
     Raises:
         ImageError: another type or shape.
     """
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in CHANNELS:
         raise ImageError(
-            f"`image` must be uint8 [H, W, 3] or [H, W], got {image.dtype}{list(image.shape)}; "
+            f"`image` must be {SHAPES}, got {image.dtype}{list(image.shape)}; "
             "round, clip and convert it first"
         )
+    texts = PngImagePlugin.PngInfo()
+    if metadata.xmp is not None:
+        # As XMP says: keyword, not compressed, no language, no translation. `add_itxt` takes text
+        # only, which the bytes need not be.
+        texts.add(b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + metadata.xmp)
+    options = {"exif": metadata.exif, "icc_profile": metadata.icc_profile}
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=texts, **options)
     return buffer.getvalue()
 
 
@@ -191,21 +234,70 @@ class _PixelLimit:
 _pixel_limit = _PixelLimit()
 
 
-def to_array(image: Image.Image) -> np.ndarray:
+def to_array(
+    image: Image.Image,
+    *,
+    background: tuple[int, int, int] | None = None,
+    keep_profile: bool = False,
+) -> np.ndarray:
     """Return an image of Pillow's as viewers show it: upright, in sRGB; see `read_image`.
 
-    Returns:
-        uint8 `[H, W, 3]`, or `[H, W]` where it is grey or black-and-white.
+    Args:
+        background: as in `read_image`.
+        keep_profile: leave the pixels in the image's own colour space.
 
     Raises:
         ImageError: of a kind that this codec does not store; the text continues the file's name.
     """
     _refuse_what_would_be_lost(image)
-    icc = image.info.get("icc_profile")
+    _scale_colour_key(image)
+    icc = None if keep_profile else image.info.get("icc_profile")
     upright = _upright(image)
-    _refuse_transparency(upright)
-    plain = upright.convert("L" if upright.mode in GREY_MODES else "RGB")
-    return np.array(_to_srgb(plain, icc) if icc else plain)
+    colour_mode, alpha = "L" if upright.mode in GREY_MODES else "RGB", None
+    if upright.has_transparency_data:
+        upright = upright.convert("LA" if colour_mode == "L" else "RGBA")
+        alpha = np.array(upright.getchannel("A"))
+    plain = upright.convert(colour_mode)
+    colours = np.array(_to_srgb(plain, icc) if icc else plain)
+    if alpha is None or alpha.min(initial=255) == 255:
+        return colours
+    with_alpha = np.dstack([colours, alpha])
+    return with_alpha if background is None else flatten(with_alpha, background)
+
+
+def _scale_colour_key(image: Image.Image) -> None:
+    """Scale the transparent grey of a PNG of 2 or 4 bits to the 256 levels that Pillow reads.
+
+    Pillow leaves it as it is in the file, and would find it nowhere.
+    """
+    key, tiles = image.info.get("transparency"), getattr(image, "tile", ())
+    if image.format == "PNG" and tiles and isinstance(key, int):
+        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(tiles[0][3], 1)
+
+
+def flatten(image: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
+    """Lay an image with alpha, uint8 `[H, W, 4]` or `[H, W, 2]`, onto a colour.
+
+    Returns:
+        uint8 `[H, W]` where image and colour are grey, else `[H, W, 3]`.
+    """
+    colours, alpha = image[..., :-1].astype(np.uint32), image[..., -1:]
+    laid = (colours * alpha + np.array(background, np.uint32) * (255 - alpha) + 127) // 255
+    is_grey = colours.shape[2] == 1 and len(set(background)) == 1
+    return (laid[..., 0] if is_grey else laid).astype(np.uint8)
+
+
+def metadata_of(image: Image.Image) -> Metadata:
+    """Return the metadata of an image of Pillow's that has been loaded, as its file has it.
+
+    Of a TIFF only profile and XMP: its EXIF is not one piece of data but the file itself.
+    """
+    exif, xmp = image.info.get("exif"), image.info.get("xmp")
+    return Metadata(
+        exif=exif.removeprefix(EXIF_PREFIX) if isinstance(exif, bytes) and exif else None,
+        icc_profile=image.info.get("icc_profile") or None,
+        xmp=(xmp.encode() if isinstance(xmp, str) else xmp) or None,
+    )
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -254,15 +346,6 @@ def _loses_bits(image: Image.Image) -> bool:
         if tile[0].startswith("ppm") and args[-1] > 255:  # (mode, largest value)
             return True
     return False
-
-
-def _refuse_transparency(image: Image.Image) -> None:
-    """Refuse alpha, a transparent palette entry and the transparent colour of a PNG, where used."""
-    if not image.has_transparency_data:
-        return
-    lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
-    if lowest != 255:
-        raise ImageError("has transparency; flatten it onto a background first", "transparency")
 
 
 def _to_srgb(image: Image.Image, icc: bytes) -> Image.Image:

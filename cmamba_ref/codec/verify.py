@@ -29,6 +29,7 @@ def verify_file(data: bytes, model: CMamba, *, max_pixels: int, max_memory: int 
     model = image_codec.model_for(container.model_id, [model])
     image_codec.check_symbols(container, model, max_pixels=max_pixels, max_memory=max_memory)
     colours = "grey" if container.grey else "colour"
+    colours += "" if container.alpha is None else " with alpha"
     return f"{container.width}x{container.height}, {colours}, model {model.config.name!r}"
 
 
@@ -44,7 +45,7 @@ def verify_encoded(
     """Check the bytes of a file after `data` was written to it, or bytes that are about to be sent.
 
     Decoding compares the symbols with the check that the encoder computed from its own. The
-    pixels have no other copy to compare with: the encoder makes none.
+    colours have no other copy to compare with: the encoder makes none. Alpha must be the same.
 
     Args:
         stored: the bytes read back.
@@ -60,3 +61,5 @@ def verify_encoded(
         raise BitstreamError(
             f"an image of shape {list(image.shape)} came back as {list(decoded.shape)}"
         )
+    if image.shape[2:] in ((2,), (4,)) and not np.array_equal(decoded[..., -1], image[..., -1]):
+        raise BitstreamError("the alpha channel came back changed")

@@ -6,6 +6,9 @@
 Both directions run h_s and the context model in float64, on the weights as stored, whatever
 precision the transforms have (`cmamba_ref.entropy.precision`), and give the scale of every symbol
 to the same slice loop, `ContextModel.forward`.
+
+Skip mode: where the scale is so small that its table is one of the first `SKIPPED_TABLES`, a symbol
+is nearly always 0; it is taken as 0 and not coded.
 """
 
 from __future__ import annotations
@@ -49,6 +52,10 @@ Y_PER_Z = MULTIPLE // 16
 # Lower bound on stream length relative to the information content of its symbols: where rounding
 # is lucky, rANS undercuts that by about 1 %.
 RANS_SLACK = 0.95
+
+# Tables of y, from that of the smallest scale on, whose symbols are not coded but 0.  Our choice:
+# the most that costs less than 0.1 % BD-rate on Kodak, see docs/benchmarks.md.
+SKIPPED_TABLES = 8
 
 # Threads that share a model wait for the one that copies its coding path, and copy none themselves.
 # Not part of the copies, which could not be pickled or copied with a lock inside.
@@ -203,6 +210,8 @@ class LatentCoder:
             def quantise(i: int, means: Tensor, log_scales: Tensor) -> Tensor:
                 symbols = _to_symbols(y_slices[i] - means, "y")
                 check_finite(log_scales, CMambaError, NOT_FINITE_INPUT)
+                # The shift is not known yet.  Any one can only take scales out of skipped tables.
+                symbols[scale_index(log_scales, shift=0) < SKIPPED_TABLES] = 0
                 y_symbols.append(symbols)
                 all_log_scales.append(log_scales)
                 return symbols + means
@@ -219,6 +228,7 @@ class LatentCoder:
 
         Raises:
             WeightsError: the model has no entropy tables.
+            CMambaError: a symbol of a skipped table is not 0.
         """
         y_tables, z_tables = self.tables()
         batch, _, height, width = symbols.z.shape
@@ -232,10 +242,17 @@ class LatentCoder:
             prefix = LatentPrefix(
                 quality=0 if quality is None else round(quality * QUALITY_UNITS),
                 shift=shift,
+                skipped=SKIPPED_TABLES,
                 crc=symbols_crc([z_block, *y_blocks]),
             )
+            coded_blocks = []
+            for block, index in zip(y_blocks, indexes, strict=True):
+                is_coded = index >= prefix.skipped
+                if block[~is_coded].any():
+                    raise CMambaError("a symbol of a table that is skipped must be 0")
+                coded_blocks.append((block[is_coded], index[is_coded]))
             with stage(ENTROPY_CODER):
-                coded = rans.encode(y_tables, list(zip(y_blocks, indexes, strict=True)))
+                coded = rans.encode(y_tables, coded_blocks)
                 z_strings.append(rans.encode(z_tables, [(z_block, z_index)]))
             y_strings.append(pack_latent(prefix, coded))
         return {"strings": [y_strings, z_strings], "shape": (height, width)}
@@ -269,7 +286,10 @@ class LatentCoder:
         prefixes, coded = zip(*map(unpack_latent, y_strings), strict=True)
         quality = self._stored_quality([prefix.quality for prefix in prefixes])
         y_tables, z_tables = self.tables()
-        self._check_lengths(zip(coded, z_strings, strict=True), y_tables, z_tables, shape)
+        for prefix, *pair in zip(prefixes, coded, z_strings, strict=True):
+            if prefix.skipped > SCALE_LEVELS:
+                raise BitstreamError(f"a y string is malformed: {prefix.skipped} skipped tables")
+            self._check_lengths(prefix.skipped, pair, y_tables, z_tables, shape)
         coding, device = self.float64_modules(), self.device
         z_channels, (height, width) = self.config.hyper_widths[-1], shape
         z_index = self.z_index(shape)
@@ -291,10 +311,13 @@ class LatentCoder:
                 for b, decoder in enumerate(y_decoders):
                     check_finite(log_scales[b], BitstreamError, NOT_FINITE_STRING)
                     index = _flat(scale_index(log_scales[b], prefixes[b].shift))
+                    is_coded = index >= prefixes[b].skipped
+                    symbols = np.zeros_like(index)
                     with stage(ENTROPY_CODER):
-                        seen[b].append(decoder.take(index))
-                symbols = [torch.from_numpy(blocks[-1]).view(means.shape[1:]) for blocks in seen]
-                return torch.stack(symbols).to(device, torch.float64) + means
+                        symbols[is_coded] = decoder.take(index[is_coded])
+                    seen[b].append(symbols)
+                blocks = [torch.from_numpy(of_image[-1]).view(means.shape[1:]) for of_image in seen]
+                return torch.stack(blocks).to(device, torch.float64) + means
 
             y_bar = coding["context"](coding["h_s"](z_symbols + self.medians()), read)
         for prefix, blocks, decoder in zip(prefixes, seen, y_decoders, strict=True):
@@ -308,7 +331,8 @@ class LatentCoder:
 
     def _check_lengths(
         self,
-        strings: Iterable[tuple[bytes, bytes]],
+        skipped: int,
+        strings: Iterable[bytes],
         y_tables: CdfTables,
         z_tables: CdfTables,
         shape: tuple[int, int],
@@ -316,21 +340,20 @@ class LatentCoder:
         """Refuse strings (y, z) too short for latents whose z is of `shape`, before allocating any.
 
         Every symbol takes at least the information of the likeliest entry of its table, but for
-        `RANS_SLACK`.
+        `RANS_SLACK`; skipped ones take nothing.
         """
         positions = shape[0] * shape[1]
         z_bits = positions * z_tables.cheapest_bits().sum()
         y_elements = positions * Y_PER_Z**2 * self.config.latent_channels
-        y_bits = y_elements * y_tables.cheapest_bits().min()
-        for pair in strings:
-            for name, string, bits in zip("yz", pair, (y_bits, z_bits), strict=True):
-                needed = int(RANS_SLACK * bits / 8)
-                if len(string) < needed:
-                    raise BitstreamError(
-                        f"a {name} string of {len(string)} bytes cannot hold an image of "
-                        f"{shape[1] * MULTIPLE}x{shape[0] * MULTIPLE} pixels, which needs at least "
-                        f"{needed}"
-                    )
+        y_bits = 0 if skipped else y_elements * y_tables.cheapest_bits().min()
+        for name, string, bits in zip("yz", strings, (y_bits, z_bits), strict=True):
+            needed = int(RANS_SLACK * bits / 8)
+            if len(string) < needed:
+                raise BitstreamError(
+                    f"a {name} string of {len(string)} bytes cannot hold an image of "
+                    f"{shape[1] * MULTIPLE}x{shape[0] * MULTIPLE} pixels, which needs at least "
+                    f"{needed}"
+                )
 
     def _stored_quality(self, stored: list[int]) -> Tensor | None:
         is_variable, top = self.config.variable_rate, len(self.config.lmbdas) * QUALITY_UNITS

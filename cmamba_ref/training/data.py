@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cmamba_ref.codec.images import check_header, read_image
+from cmamba_ref.codec.images import check_header, read_opaque_image
 from cmamba_ref.errors import ImageError, TrainingError, explain
 from cmamba_ref.training import draws, graphics
 from cmamba_ref.training.schedule import Phase
@@ -58,8 +58,8 @@ def find_images(
 ) -> TrainingImages:
     """Return all images below `folder`, of which every n-th, by path, is held out.
 
-    Files that `read_image` refuses, or that have a side below `smallest_side` pixels, are left out
-    and named in the log with the reason. Of images to train on only the header is checked, because
+    Files that `read_opaque_image` refuses, or with a side below `smallest_side` pixels, are left
+    out and named in the log with the reason. Of images to train on only the header is checked, as
     to decode them all takes long; `CropCache` replaces those whose pixels cannot be used.
 
     Raises:
@@ -113,7 +113,7 @@ def _size(path: Path, smallest_side: int) -> tuple[int, int]:
 
 
 def _decodes(path: Path) -> bool:
-    return read_image(path).size > 0
+    return read_opaque_image(path).size > 0
 
 
 def _result_or_error(read: Callable[..., T], path: Path, *arguments: int) -> T | ImageError:
@@ -144,8 +144,8 @@ def _log_left_out(left_out: Mapping[Path, ImageError], count: int, folder: Path)
 
 
 def read_rgb(path: Path) -> np.ndarray:
-    """Return an image as `read_image` does, grey ones too as uint8 `[H, W, 3]`."""
-    image = read_image(path)
+    """Return an image as `read_opaque_image` does, grey ones too as uint8 `[H, W, 3]`."""
+    image = read_opaque_image(path)
     return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
 
 

@@ -1,0 +1,239 @@
+"""Metadata from image to file to image: kept byte by byte if asked for, else dropped and named."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from codec_helpers import make_image
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, PngImagePlugin
+
+import cmamba_ref
+from cmamba_ref.cli import main
+from cmamba_ref.codec.container import Container
+from cmamba_ref.codec.images import read_image
+from cmamba_ref.codec.metadata import NO_METADATA, Metadata
+
+IMAGE = make_image(40, 60)
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+XMP = '<x:xmpmeta><rdf:Description tiff:Orientation="%d" name="ä"/></x:xmpmeta>'
+
+
+def exif_of(orientation: int) -> bytes:
+    """EXIF data from its TIFF header on: a text, the orientation and a sub-directory."""
+    exif = Image.Exif()
+    exif[0x010E], exif[0x0112] = "title", orientation
+    exif.get_ifd(0x8769)[0x829A] = 0.01
+    return exif.tobytes().removeprefix(b"Exif\0\0")
+
+
+def save(folder: Path, suffix: str, orientation: int) -> Path:
+    """IMAGE in a file that holds it turned, so that it is upright for a viewer."""
+    exif = exif_of(orientation)
+    stored = Image.fromarray(IMAGE)
+    for back in {6: (Image.Transpose.ROTATE_90,), 3: (Image.Transpose.ROTATE_180,)}.get(
+        orientation, ()
+    ):
+        stored = stored.transpose(back)
+    path = folder / f"a{suffix}"
+    xmp = (XMP % orientation).encode()
+    options = {"exif": exif, "icc_profile": PROFILE, "xmp": xmp, "quality": 95, "lossless": True}
+    if suffix == ".png":
+        texts = PngImagePlugin.PngInfo()
+        texts.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        options["pnginfo"] = texts
+    if suffix == ".jpg":  # where Pillow leaves the prefix to its caller
+        options["exif"] = b"Exif\0\0" + exif
+    stored.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_kept_metadata_is_the_same_bytes_but_for_the_orientation(
+    tmp_path: Path, model_dir: str, suffix: str, orientation: int
+) -> None:
+    source = save(tmp_path, suffix, orientation)
+    file, back = tmp_path / "a.cmb", tmp_path / "back.png"
+    use = ["--model", model_dir]
+    assert main(["encode", str(source), "-o", str(file), "--keep-metadata", *use]) == 0
+    metadata = Container.unpack(file.read_bytes()).metadata
+    assert metadata == Metadata(exif_of(1), PROFILE, (XMP % 1).encode())
+    assert main(["decode", str(file), "-o", str(back), *use]) == 0
+    with Image.open(back) as decoded:
+        decoded.load()
+        assert decoded.size == (60, 40)
+        assert decoded.info["exif"].removeprefix(b"Exif\0\0") == metadata.exif
+        assert decoded.info["icc_profile"] == PROFILE and decoded.info["xmp"] == metadata.xmp
+        assert decoded.getexif()[0x0112] == 1
+    np.testing.assert_array_equal(read_image(back).shape, IMAGE.shape)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("keep", [False, True])
+def test_images_are_upright_with_and_without_metadata(
+    tmp_path: Path, model_dir: str, orientation: int, keep: bool
+) -> None:
+    source = tmp_path / "a.png"
+    Image.fromarray(IMAGE).save(source, exif=exif_of(orientation))
+    use = ["--model", model_dir, *(["--keep-metadata"] if keep else [])]
+    assert main(["encode", str(source), "-o", str(tmp_path / "a.cmb"), *use]) == 0
+    args = ["decode", str(tmp_path / "a.cmb"), "-o", str(tmp_path / "b.png"), *use[:2]]
+    assert main(args) == 0
+    model = cmamba_ref.CMamba.from_pretrained(model_dir)
+    expected = cmamba_ref.decode(cmamba_ref.encode(read_image(source), model), model)
+    np.testing.assert_array_equal(read_image(tmp_path / "b.png"), expected)
+
+
+def test_pixels_stay_in_the_profile_that_is_kept(
+    tmp_path: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_images import profile
+
+    linear = profile(1.0)
+    Image.fromarray(IMAGE).save(tmp_path / "a.png", icc_profile=linear)
+    model = cmamba_ref.CMamba.from_pretrained(model_dir)
+    args = ["encode", str(tmp_path / "a.png"), "--model", model_dir, "--force"]
+    assert main([*args, "--keep-metadata"]) == 0
+    kept = (tmp_path / "a.cmb").read_bytes()
+    assert kept == cmamba_ref.encode(IMAGE, model, metadata=Metadata(icc_profile=linear))
+    assert main(args) == 0
+    converted = read_image(tmp_path / "a.png")
+    assert np.abs(converted.astype(int) - IMAGE).max() > 20
+    assert (tmp_path / "a.cmb").read_bytes() == cmamba_ref.encode(converted, model)
+
+
+def test_dropped_metadata_is_named(
+    tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, ".jpg", 1)
+    (tmp_path / "more").mkdir()
+    Image.fromarray(IMAGE).save(tmp_path / "more" / "plain.png")
+    use = ["--model", model_dir, "--force"]
+    assert main(["encode", str(tmp_path / "a.jpg"), *use]) == 0
+    assert "a.cmb: dropped EXIF, XMP; --keep-metadata keeps it\n" in capsys.readouterr().out
+    assert Container.unpack((tmp_path / "a.cmb").read_bytes()).metadata == NO_METADATA
+    assert main(["encode", str(tmp_path / "more" / "plain.png"), *use]) == 0
+    assert "--keep-metadata" not in capsys.readouterr().out
+    assert main(["encode", str(tmp_path), "--jobs", "1", *use]) == 0
+    assert "\ndropped the metadata of 1; --keep-metadata keeps it\n" in capsys.readouterr().out
+    assert main(["encode", str(tmp_path), "--jobs", "1", "--keep-metadata", *use]) == 0
+    assert "--keep-metadata" not in capsys.readouterr().out
+    assert Container.unpack((tmp_path / "a.cmb").read_bytes()).metadata.exif == exif_of(1)
+
+
+def test_the_time_is_kept_where_asked_for(tmp_path: Path, model_dir: str) -> None:
+    then = 1_000_000_000_123_456_789
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.fromarray(IMAGE).save(tmp_path / "in" / name)
+        os.utime(tmp_path / "in" / name, ns=(then, then))
+    use = ["--model", model_dir, "--keep-time"]
+    one, back = tmp_path / "one.cmb", tmp_path / "one.png"
+    assert main(["encode", str(tmp_path / "in" / "a.png"), "-o", str(one), *use]) == 0
+    assert main(["decode", str(one), "-o", str(back), *use]) == 0
+    many = tmp_path / "many"
+    assert main(["encode", str(tmp_path / "in"), "-o", str(many), "--jobs", "1", *use]) == 0
+    for path in (one, back, many / "a.cmb", many / "b.cmb"):
+        assert path.stat().st_mtime_ns == then, path
+    assert (
+        main(["encode", str(tmp_path / "in" / "a.png"), "-o", str(one), *use[:2], "--force"]) == 0
+    )
+    assert one.stat().st_mtime_ns > then
+
+
+def test_a_stream_has_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["encode", "-", "-o", str(tmp_path / "a.cmb"), "--keep-time"]) == 1
+    assert "`--keep-time` must have files on both sides" in capsys.readouterr().err
+
+
+def test_background_and_alpha_on_the_command_line(tmp_path: Path, model_dir: str) -> None:
+    alpha = np.arange(40 * 60).astype(np.uint8).reshape(40, 60)
+    Image.fromarray(np.dstack([IMAGE, alpha])).save(tmp_path / "a.png")
+    use = ["--model", model_dir, "--force", "--verify"]
+    assert main(["encode", str(tmp_path / "a.png"), *use]) == 0
+    back = ["decode", str(tmp_path / "a.cmb"), "-o", str(tmp_path / "b.png"), *use[:3]]
+    assert main(back) == 0
+    np.testing.assert_array_equal(read_image(tmp_path / "b.png")[..., 3], alpha)
+    assert main(["encode", str(tmp_path / "a.png"), "--background", "#102030", *use]) == 0
+    model = cmamba_ref.CMamba.from_pretrained(model_dir)
+    laid = read_image(tmp_path / "a.png", background=(0x10, 0x20, 0x30))
+    assert (tmp_path / "a.cmb").read_bytes() == cmamba_ref.encode(laid, model)
+    with pytest.raises(SystemExit) as caught:
+        main(["encode", str(tmp_path / "a.png"), "--background", "no colour"])
+    assert caught.value.code == 2
+
+
+def test_info_names_all_and_speaks_json(
+    tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = cmamba_ref.CMamba.from_pretrained(model_dir)
+    kept = Metadata(exif_of(1), PROFILE, b"<x/>")
+    image = np.dstack([IMAGE, IMAGE[..., 0]])
+    (tmp_path / "deep").mkdir()
+    full, plain = tmp_path / "deep" / "full.cmb", tmp_path / "plain.cmb"
+    full.write_bytes(cmamba_ref.encode(image, model, 2.5, metadata=kept))
+    plain.write_bytes(cmamba_ref.encode(IMAGE[..., 0], model))
+    assert main(["info", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "60x40, colour, alpha (" in text and "60x40, grey\n" in text
+    assert f"exif ({len(exif_of(1))} bytes), icc_profile ({len(PROFILE)} bytes), xmp (4" in text
+    assert main(["info", "--json", str(plain), str(tmp_path / "deep")]) == 0
+    of_plain, of_full = json.loads(capsys.readouterr().out)
+    assert of_plain["file"] == str(plain) and of_full["file"] == str(full)
+    assert (of_plain["grey"], of_plain["alpha_bytes"], of_plain["metadata_bytes"]) == (
+        True,
+        None,
+        {},
+    )
+    assert of_full["quality"] == 2.5 and of_full["format"] == 1
+    assert of_full["metadata_bytes"]["icc_profile"] == len(PROFILE)
+    assert of_full["bytes"] == full.stat().st_size
+    (tmp_path / "bad.cmb").write_bytes(b"bad")
+    assert main(["info", "--json", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)) == 2 and err.count("\n") == 1
+
+
+# The orientation, in place.
+
+
+@given(st.binary(max_size=60), st.sampled_from([b"", b"II*\0", b"MM\0*"]))
+def test_any_exif_keeps_its_length(noise, start):
+    data = start + noise
+    upright = Metadata(exif=data).upright().exif
+    assert len(upright) == len(data)
+    assert sum(a != b for a, b in zip(upright, data, strict=True)) <= 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_only_the_orientation_changes(orientation, order):
+    exif = Image.Exif()
+    exif.endian = "<" if order == "little" else ">"
+    exif[0x0112], exif[0x0110] = orientation, "a camera"
+    data = exif.tobytes().removeprefix(b"Exif\0\0")
+    after = Metadata(exif=data).upright().exif
+    read = Image.Exif()
+    read.load(after)
+    assert dict(read) == {0x0112: 1, 0x0110: "a camera"}
+    assert sum(a != b for a, b in zip(after, data, strict=True)) == (orientation != 1)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b"tiff:Orientation='8'", b"tiff:Orientation='1'"),
+        (b'tiff:Orientation = "3" x="6"', b'tiff:Orientation = "1" x="6"'),
+        (b"<tiff:Orientation>6</tiff:Orientation>", b"<tiff:Orientation>1</tiff:Orientation>"),
+        (b"tiff:Orientation='66'", b"tiff:Orientation='66'"),
+        (b"\xff\xfe no text", b"\xff\xfe no text"),
+    ],
+)
+def test_the_orientation_in_xmp_becomes_1(before, after):
+    assert Metadata(xmp=before).upright().xmp == after
