@@ -6,7 +6,7 @@ Environment variables:
     HYPOTHESIS_PROFILE: `quick` (default: 15 derandomised examples) or `long` (1000 random ones).
 """
 
-import importlib
+import importlib.util
 import os
 import signal
 from collections.abc import Generator
@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import hypothesis
+import interpreter
 import pytest
 import torch
 
@@ -72,6 +73,13 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _fail_if_skipped_for_triton(report)
     return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> None:
+    """All kernels that are interpreted run in half of the time."""
+    if importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
+        interpreter.patch_once_per_launch()
 
 
 @pytest.fixture(scope="session")

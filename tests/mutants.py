@@ -21,6 +21,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import interpreter  # noqa: E402
 import torch  # noqa: E402
 from scan_helpers import chunks_of  # noqa: E402
 
@@ -116,6 +117,7 @@ def outcome(folder: Path) -> str:
 
 def main() -> int:
     torch.set_num_threads(1)
+    interpreter.patch_once_per_launch()
     if sys.argv[1:]:
         print(check(Path(sys.argv[1])))
         return 0

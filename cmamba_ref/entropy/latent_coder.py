@@ -54,8 +54,8 @@ Y_PER_Z = MULTIPLE // 16
 RANS_SLACK = 0.95
 
 # Tables of y, from that of the smallest scale on, whose symbols are not coded but 0.  Our choice:
-# the most that costs less than 0.1 % BD-rate on Kodak, see docs/benchmarks.md.
-SKIPPED_TABLES = 8
+# what saves rate as well as time, see docs/benchmarks.md.
+SKIPPED_TABLES = 4
 
 # Threads that share a model wait for the one that copies its coding path, and copy none themselves.
 # Not part of the copies, which could not be pickled or copied with a lock inside.
