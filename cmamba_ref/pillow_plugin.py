@@ -2,7 +2,7 @@
 
     import cmamba_ref.pillow_plugin
 
-    with Image.open("photo.cmb") as image:  # reads the header: size and mode
+    with Image.open("photo.cmb") as image:  # size, mode and metadata
         image.load()  # decodes, as does any access to pixels
     image.save("copy.cmb", quality=5)
 
@@ -11,14 +11,15 @@ Options of `save`; others are ignored, as Pillow's own formats do:
     quality: 1 (small) to 8 (good), any number in between; 4 where it is left out. Not 1 to 100.
     model: the name of a bundled model, a directory with one, a repository of the Hugging Face
         Hub, or a `CMamba`; "tiny" where it is left out.
-    exif, icc_profile, xmp: bytes to keep, or an `Image.Exif`; none where they are left out. With a
-        profile, the pixels are taken to be in it; without, that of the image is applied.
+    exif, icc_profile, xmp: bytes to keep, or an `Image.Exif`; none where they are left out. The
+        image is turned by the orientation in `exif`, which becomes 1; by that of its own EXIF data
+        where none is given. With a profile, the pixels are taken to be in it; without, that of the
+        image is applied.
     max_pixels, max_memory: as in `cmamba_ref.encode`.
 
 A .cmb file holds images of the modes L, LA, RGB and RGBA. `save` treats other modes as `cmamba
 encode` treats files (`cmamba_ref.codec.images`): black-and-white becomes L, palettes and YCbCr
-become RGB or RGBA; CMYK, 16 bits and animations are refused. The orientation in the image's EXIF
-data is applied, and the one in kept EXIF data becomes 1. What was kept is in the `info` of an
+become RGB or RGBA; CMYK, 16 bits and animations are refused. What was kept is in the `info` of an
 opened file, under the names of the options; without a profile its pixels are in sRGB.
 
 A file of a model that is not bundled opens, and decodes after `use_model`, or after a `save` with
@@ -26,7 +27,8 @@ that model's name. Pillow's limit on pixels, `Image.MAX_IMAGE_PIXELS`, holds whe
 
 A faulty file or image raises a `PillowError`, which is an `OSError` and has the reason as its
 cause. Pillow empties an existing file before `save` begins, and it is lost if that fails; of
-colours with 16 bits it may keep 8 when it loads them, which cannot be noticed here.
+colours with 16 bits it may keep 8 when it loads them, and of grey with 2 or 4 bits it loses which
+level is transparent; neither can be noticed here.
 
 torch is imported when the first image is decoded or encoded.
 """
@@ -170,25 +172,26 @@ class CMambaImageFile(ImageFile.ImageFile):
 
 def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
     from cmamba_ref.codec import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, encode
-    from cmamba_ref.codec.images import to_array
+    from cmamba_ref.codec.images import check_profile, orientation_in, to_array
     from cmamba_ref.model import CMamba
 
     options = im.encoderinfo
     model = options.get("model") or DEFAULT_MODEL
-    exif = options.get("exif")
-    exif = exif.tobytes() if isinstance(exif, Image.Exif) else exif
-    metadata = Metadata(
-        exif.removeprefix(EXIF_PREFIX) if exif else None,
-        options.get("icc_profile") or None,
-        options.get("xmp") or None,
-    )
+    exif, xmp = options.get("exif"), options.get("xmp")
     with _told_as_pillow_does("cannot save: the image"):
-        image = to_array(im, keep_profile=metadata.icc_profile is not None)
+        given = Metadata(
+            (exif.tobytes() if isinstance(exif, Image.Exif) else exif) or None,
+            options.get("icc_profile") or None,
+            (xmp.encode() if isinstance(xmp, str) else xmp) or None,
+        )
+        orientation = orientation_in(given) if given.exif else None
+        image = to_array(im, keep_profile=bool(given.icc_profile), orientation=orientation)
+        check_profile(image, given.icc_profile)
     data = encode(
         image,
         model if isinstance(model, CMamba) else use_model(model),
         options.get("quality"),
-        metadata=metadata.upright(),
+        metadata=given.upright(),
         max_pixels=options.get("max_pixels") or DEFAULT_MAX_PIXELS,
         max_memory=options.get("max_memory"),
     )

@@ -80,7 +80,7 @@ def make_image(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def load_image(path: Path) -> np.ndarray:
-    """A PNG as a uint8 array `[H, W, 3]` or `[H, W]`."""
+    """A PNG as a uint8 array, with its alpha channel."""
     with Image.open(path) as image:
         return np.asarray(image)
 
@@ -95,9 +95,9 @@ class Recording:
     """All that the coding of one image went through.
 
     Attributes:
-        symbols: all symbols in coding order, z then y.
+        symbols: all symbols in coding order, z then y, but for skipped ones.
         indexes: the table index of each of them.
-        log_scales: of y, float64, in coding order.
+        log_scales: of all of y, float64, in coding order; of an encoder twice.
         y_bar: the input of g_s, float64.
     """
 

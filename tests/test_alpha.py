@@ -2,11 +2,12 @@
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
-from codec_helpers import join_chunks, make_image, random_model, split_chunks
+from codec_helpers import join_chunks, make_image, random_model, split_chunks, with_field
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -88,43 +89,73 @@ def test_the_fill_is_smooth():
 # What else may be in the place of the PNG.
 
 
+def png(*chunks: tuple[bytes, bytes]) -> bytes:
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+HEADER = (b"IHDR", struct.pack(">IIBBBBB", 70, 50, 8, 0, 0, 0, 0))
+ROWS = b"".join(b"\0" + row.tobytes() for row in ALPHA)
+END = (b"IEND", b"")
+
+
 def test_alpha_of_another_form_is_refused():
-    good = pack_alpha(ALPHA)
-    np.testing.assert_array_equal(unpack_alpha(good, 50, 70), ALPHA)
-    end, pixels = good.index(b"IEND") - 4, good.index(b"IDAT") - 4
-    text = struct.pack(">I", 4) + b"tEXtabcd" + struct.pack(">I", zlib.crc32(b"tEXtabcd"))
-    flipped = bytearray(good)
-    flipped[pixels + 30] ^= 1
+    good = png(HEADER, (b"IDAT", zlib.compress(ROWS)), END)
+    for data in (good, pack_alpha(ALPHA)):
+        np.testing.assert_array_equal(unpack_alpha(data, 50, 70), ALPHA)
+    two = zlib.compress(ROWS)[:99], zlib.compress(ROWS)[99:]
+    split = png(HEADER, *((b"IDAT", part) for part in two), END)
+    np.testing.assert_array_equal(unpack_alpha(split, 50, 70), ALPHA)
+
     deep, colour = io.BytesIO(), io.BytesIO()
     Image.fromarray(ALPHA.astype(np.uint16)).save(deep, "PNG")
     Image.fromarray(make_image(50, 70)).save(colour, "PNG")
+    pixels, bad_filter = (b"IDAT", zlib.compress(ROWS)), b"\5" + ROWS[1:]
     for data, reason in (
-        (b"", "must be a PNG of 70x50 pixels"),
+        (b"", "must be a PNG"),
         (deep.getvalue(), "8 bits of grey"),
         (colour.getvalue(), "8 bits of grey"),
         (pack_alpha(ALPHA.T), "of 70x50 pixels"),
-        (good[:end] + text + good[end:], "of the chunks IHDR, IDAT and IEND"),
-        (good[:end], "of the chunks IHDR, IDAT and IEND"),
-        (good + b"\0", "of the chunks IHDR, IDAT and IEND"),
-        (bytes(flipped), "alpha channel is damaged"),
+        (png((b"IHDR", HEADER[1] + b"more"), pixels, END), "of 70x50 pixels"),
+        (png(HEADER, pixels, (b"IEND", b"more")), "of 70x50 pixels"),
+        (png(HEADER, pixels, (b"tEXt", b"abcd"), END), "of the chunks IHDR, IDAT and IEND"),
+        (png(HEADER, pixels), "of the chunks IHDR, IDAT and IEND"),
+        (png(HEADER), "of the chunks IHDR, IDAT and IEND"),
+        (png(), "of the chunks IHDR, IDAT and IEND"),
+        (png(HEADER, END), "damaged: its PNG must hold its rows"),
+        (good + b"\0", "a checksum of its PNG is wrong"),
+        (good[:-1], "a checksum of its PNG is wrong"),
+        (good[:50] + bytes([good[50] ^ 1]) + good[51:], "a checksum of its PNG is wrong"),
+        (png(HEADER, (b"IDAT", b"noise"), END), "alpha channel is damaged"),
+        (png(HEADER, (b"IDAT", zlib.compress(ROWS)[:-1]), END), "must hold its rows, no more"),
+        (png(HEADER, (b"IDAT", zlib.compress(ROWS) + b"1"), END), "must hold its rows, no more"),
+        (png(HEADER, (b"IDAT", zlib.compress(ROWS[:-1])), END), "must hold its rows, no more"),
+        (png(HEADER, (b"IDAT", zlib.compress(ROWS + b"1")), END), "must hold its rows, no more"),
+        (png(HEADER, (b"IDAT", zlib.compress(bad_filter)), END), "must hold its rows, no more"),
     ):
         with pytest.raises(BitstreamError, match=reason):
             unpack_alpha(data, 50, 70)
 
 
-def test_bombs_take_no_memory(model):
-    """Many more pixels than declared behind a right header; and a size that nothing stands for."""
-    header = pack_alpha(ALPHA)[:33]
-    zeros = zlib.compress(bytes(50_000_000), 9)
-    parts = [(b"IDAT", zeros), (b"IEND", b"")]
-    png = header + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in parts
-    )
-    assert (unpack_alpha(png, 50, 70) == 0).all()  # the first rows, as every PNG reader
+def test_what_expands_too_far_is_refused_without_memory(model):
+    """Many more rows than declared; and many rows that header and alpha both declare."""
+    bomb = png(HEADER, (b"IDAT", zlib.compress(bytes(200_000_000), 9)), END)
+    tracemalloc.start()
+    with pytest.raises(BitstreamError, match="must hold its rows, no more"):
+        unpack_alpha(bomb, 50, 70)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+
     image = np.dstack([make_image(50, 70), ALPHA])
-    (_, content), _ = split_chunks(cmamba_ref.encode(image, model))
-    huge = struct.pack(">II", 9_000, 9_000)
-    wide = png[:16] + huge + png[24:]
-    with pytest.raises(BitstreamError, match="must be a PNG of 70x50 pixels"):
-        cmamba_ref.decode(join_chunks([(b"IMAG", content), (b"ALPH", wide)]), model)
+    huge = struct.pack(">IIBBBBB", 9_000, 9_000, 8, 0, 0, 0, 0)
+    alpha = png((b"IHDR", huge), (b"IDAT", zlib.compress(b"")), END)
+    data = with_field(with_field(cmamba_ref.encode(image, model), "width", 9_000), "height", 9_000)
+    chunks = [(kind, alpha if kind == b"ALPH" else content) for kind, content in split_chunks(data)]
+    tracemalloc.start()
+    with pytest.raises(BitstreamError, match="cannot hold an image of"):
+        cmamba_ref.decode(join_chunks(chunks), model)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()

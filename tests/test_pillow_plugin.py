@@ -308,7 +308,8 @@ def test_alpha_is_saved_and_opened(model: CMamba, mode: str) -> None:
 def test_metadata_that_is_given_is_kept(model: CMamba) -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a title"
-    kept = {"icc_profile": b"profile", "xmp": b"<x/>"}
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    kept = {"icc_profile": profile, "xmp": b"<x/>"}
     source, buffer = Image.fromarray(IMAGE), io.BytesIO()
     pillow_plugin.use_model(model)
     source.info["icc_profile"] = b"not applied, as another is given"
@@ -317,9 +318,13 @@ def test_metadata_that_is_given_is_kept(model: CMamba) -> None:
     assert opened.info.pop("exif").startswith(b"Exif\0\0") and opened.info == kept
     opened = Image.open(buffer)
     assert opened.getexif()[0x010E] == "a title" and opened.getexif()[0x0112] == 1
+    assert opened.size == (70, 90)  # turned, as a viewer would turn the same as JPEG
     again = io.BytesIO()
     opened.save(again, "CMAMBA", model=model, exif=opened.info["exif"], **kept)
     assert Image.open(again).info == opened.info
+    text = io.BytesIO()
+    source.save(text, "CMAMBA", model=model, xmp="<x/>", icc_profile=profile)
+    assert Image.open(text).info == {"xmp": b"<x/>", "icc_profile": profile}
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from cmamba_ref import CMamba, MemoryLimitError, cli, codec, pillow_plugin
 from cmamba_ref.cli.demo import DEMO_IMAGE
 from cmamba_ref.codec import container
 from cmamba_ref.codec.alpha import pack_alpha, unpack_alpha
-from cmamba_ref.codec.images import parse_image
+from cmamba_ref.codec.images import parse_image, png_bytes
 from cmamba_ref.entropy import rans
 from cmamba_ref.entropy.gaussian import scale_index
 from cmamba_ref.entropy.latent_coder import SKIPPED_TABLES, LatentSymbols, hyper_latent_shape
@@ -326,29 +326,50 @@ def sound_images() -> list[bytes]:
     """Small images in the formats that people have, some with EXIF and a profile."""
     with Image.open(DEMO_IMAGE) as image:
         colour = image.convert("RGB").crop((200, 150, 233, 170))
+    alpha = Image.linear_gradient("L").resize(colour.size)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExposureTime] = (1, 100)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    xmp = b'<x tiff:Orientation="6"/>'
     # Formats that do not know an option ignore it.
     carried = {"exif": exif, "icc_profile": profile, "compression": "tiff_lzw", "lossless": True}
+    carried["xmp"] = xmp
     files = []
     for kind in ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "PPM"):
         for mode, options in (("RGB", carried), ("L", {"progressive": True}), ("1", {})):
             buffer = io.BytesIO()
             colour.convert(mode).save(buffer, kind, **options)
             files.append(buffer.getvalue())
+    for kind in ("PNG", "WEBP", "TIFF"):
+        for mode in ("RGBA", "LA"):
+            buffer, image = io.BytesIO(), colour.convert(mode)
+            image.putalpha(alpha)
+            image.save(buffer, kind, **carried | ({} if mode == "RGBA" else {"icc_profile": None}))
+            files.append(buffer.getvalue())
+    for mode in ("P", "L"):
+        buffer = io.BytesIO()
+        colour.convert(mode).save(buffer, "PNG", transparency=7)
+        files.append(buffer.getvalue())
     return files
 
 
 def read_image(data: bytes) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about what it repairs
-        image, _ = parse_image(data, "file", max_pixels=MAX_PIXELS)
-    check_image(image, (*image.shape[:2], *image.shape[2:]))
+        image, metadata = parse_image(data, "file", max_pixels=MAX_PIXELS, keep_metadata=True)
+        flat, _ = parse_image(data, "file", max_pixels=MAX_PIXELS, background=(1, 2, 3))
+    kind = {(): "grey", (2,): "grey with alpha", (3,): "colour", (4,): "colour with alpha"}
+    if image.shape[2:] not in kind or image.dtype != np.uint8:
+        raise UnexpectedError(f"{image.dtype}{image.shape}")
     if not 0 < image.shape[0] * image.shape[1] <= MAX_PIXELS:
         raise UnexpectedError(f"{image.shape} where {MAX_PIXELS} pixels are allowed")
-    return "colour" if image.ndim == 3 else "grey"
+    if flat.shape[:2] != image.shape[:2] or flat.shape[2:] not in ((), (3,)):
+        raise UnexpectedError(f"{flat.shape} on a background")
+    again, kept = parse_image(png_bytes(image, metadata), "png", keep_metadata=True)
+    if not np.array_equal(again, image) or kept != metadata:
+        raise UnexpectedError("another image or other metadata after a PNG")
+    return kind[image.shape[2:]]
 
 
 # ---------------------------------------------------------------- all targets

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +38,7 @@ SUFFIXES = {
     ),
     "decode": (".cmb",),
     "verify": (".cmb",),
+    "describe": (".cmb",),
 }
 OUTPUT_SUFFIX = {"encode": ".cmb", "decode": ".png"}
 PROCESS_DIED = "its process died, perhaps out of memory; try a smaller image"
@@ -139,7 +140,7 @@ def find_tasks(inputs: Sequence[Path], output: Path | None, command: str) -> lis
         )
     by_target: dict[str, Task] = {}
     by_source: dict[str, Path] = {}
-    for source, root in _find(inputs, command):
+    for source, root in find(inputs, command):
         path = source if output is None else output / source.relative_to(root)
         target = path.with_suffix(OUTPUT_SUFFIX[command])
         first = by_target.setdefault(os.path.realpath(target), Task(source, target))
@@ -164,17 +165,17 @@ def find_files(inputs: Sequence[Path], command: str) -> list[Task]:
         InvalidArgumentError: there is nothing to do.
         OSError: a folder cannot be read.
     """
-    return [Task(source) for source in find_sources(inputs, command)]
+    by_source = {os.path.realpath(source): source for source, _ in find(inputs, command)}
+    return [Task(source) for source in by_source.values()]
 
 
-def find_sources(inputs: Sequence[Path], command: str) -> list[Path]:
-    """Return the files to read, each once; errors as `find_files`."""
-    by_source = {os.path.realpath(source): source for source, _ in _find(inputs, command)}
-    return list(by_source.values())
+def find(inputs: Sequence[Path], command: str) -> list[tuple[Path, Path]]:
+    """Return every file with the folder in `inputs` below which it was found.
 
-
-def _find(inputs: Sequence[Path], command: str) -> list[tuple[Path, Path]]:
-    """Return every file with the folder in `inputs` below which it was found."""
+    Raises:
+        InvalidArgumentError: there is none.
+        OSError: a folder cannot be read.
+    """
     found = []
     for given in inputs:
         if given.is_dir():
@@ -328,17 +329,14 @@ def parse_source(
     from cmamba_ref.codec.images import parse_image
     from cmamba_ref.codec.metadata import NO_METADATA
 
-    image, found = parse_image(
+    image, metadata = parse_image(
         data,
         name,
         max_pixels=max_pixels,
         background=keep.background,
-        keep_profile=keep.metadata,
+        keep_metadata=keep.metadata,
     )
-    if keep.metadata:
-        return image, found.upright(), []
-    # The profile is not dropped but applied.
-    return image, NO_METADATA, replace(found, icc_profile=None).names()
+    return (image, metadata, []) if keep.metadata else (image, NO_METADATA, metadata.names())
 
 
 def _decode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:

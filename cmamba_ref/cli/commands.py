@@ -250,7 +250,7 @@ def _info(args: argparse.Namespace) -> int:
     from cmamba_ref.cli import batch
 
     described, worst = [], 0
-    for path in batch.find_sources(args.files, "verify"):
+    for path, _ in batch.find(args.inputs, "describe"):
         try:
             with _naming(path, "input"):
                 facts = _describe(path)
@@ -520,7 +520,7 @@ def _parser() -> argparse.ArgumentParser:
         "--keep-metadata",
         action="store_true",
         help="keep EXIF, XMP and the ICC profile, with the pixels in its colour space (default: "
-        "drop them, and convert to sRGB)",
+        "drop them, and convert to sRGB; also with --background)",
     )
     encode.add_argument(
         "--background",
@@ -551,10 +551,10 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="describe .cmb files and check their checksums")
     info.add_argument(
-        "files",
+        "inputs",
         nargs="+",
         type=stdio.parse_path,
-        metavar="FILE",
+        metavar="IN",
         help="a .cmb file, or a folder of them; - is standard input",
     )
     info.add_argument("--json", action="store_true", help="print a JSON list, one entry per file")
@@ -660,8 +660,8 @@ def _colour(text: str) -> tuple[int, int, int]:
     from PIL import ImageColor
 
     try:
-        red, green, blue, *_ = ImageColor.getrgb(text)
-    except ValueError:
+        red, green, blue = ImageColor.getrgb(text)
+    except ValueError:  # also for the four values of a colour with alpha
         raise argparse.ArgumentTypeError(
             f"must be a colour, such as white or #336699, got {text!r}"
         ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CHUNK = struct.Struct(">I4s")
 # Of IHDR: 8 bits of grey, deflate, adaptive filters, not interlaced.
 _FORM = bytes([8, 0, 0, 0, 0])
+_MAX_FILTER = 4
 
 
 def pack_alpha(alpha: np.ndarray) -> bytes:
@@ -37,6 +39,8 @@ def unpack_alpha(data: bytes, height: int, width: int) -> np.ndarray:
         # Not Image.open, whose guard against large images is the process's, and adds nothing here.
         with PngImagePlugin.PngImageFile(io.BytesIO(data)) as image:
             return np.array(image)
+    except MemoryError:
+        raise
     # On damaged data Pillow raises a dozen types.
     except Exception as error:
         raise BitstreamError(f"the alpha channel is damaged: {error}") from error
@@ -79,16 +83,27 @@ def _fill(sums: Tensor, weight: Tensor) -> Tensor:
 
 def _check_chunks(data: bytes, height: int, width: int) -> None:
     """Refuse what `pack_alpha` never writes, before anything is allocated for it."""
-    expected = struct.pack(">II", width, height) + _FORM
-    if data[:8] != _SIGNATURE or data[16:29] != expected:
+    if data[: len(_SIGNATURE)] != _SIGNATURE:
+        raise BitstreamError("the alpha channel must be a PNG")
+    position, chunks = len(_SIGNATURE), []
+    while position < len(data):
+        length, kind = _CHUNK.unpack_from(data.ljust(position + 8, b"\0"), position)
+        end = position + 8 + length
+        if data[end : end + 4] != struct.pack(">I", zlib.crc32(data[position + 4 : end])):
+            raise BitstreamError("the alpha channel is damaged: a checksum of its PNG is wrong")
+        chunks.append((kind, data[position + 8 : end]))
+        position = end + 4
+    if [kind for kind, _ in chunks] != [b"IHDR", *[b"IDAT"] * (len(chunks) - 2), b"IEND"]:
+        raise BitstreamError("the alpha channel must be a PNG of the chunks IHDR, IDAT and IEND")
+    if chunks[0][1] != struct.pack(">II", width, height) + _FORM or chunks[-1][1]:
         raise BitstreamError(
             f"the alpha channel must be a PNG of {width}x{height} pixels, 8 bits of grey"
         )
-    position, kinds = len(_SIGNATURE), []
-    while position + 12 <= len(data):
-        length, kind = _CHUNK.unpack_from(data, position)
-        kinds.append(kind)
-        position += 12 + length
-    wanted = [b"IHDR", *[b"IDAT"] * (len(kinds) - 2), b"IEND"]
-    if position != len(data) or kinds != wanted:
-        raise BitstreamError("the alpha channel must be a PNG of the chunks IHDR, IDAT and IEND")
+    stream, size = zlib.decompressobj(), height * (width + 1)
+    try:
+        rows = stream.decompress(b"".join(content for _, content in chunks[1:-1]), size + 1)
+    except zlib.error as error:
+        raise BitstreamError(f"the alpha channel is damaged: {error}") from error
+    filters = rows[:: width + 1]
+    if len(rows) != size or not stream.eof or stream.unused_data or max(filters) > _MAX_FILTER:
+        raise BitstreamError("the alpha channel is damaged: its PNG must hold its rows, no more")

@@ -23,9 +23,9 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cmamba_ref.codec.metadata import NO_METADATA, Metadata
+from cmamba_ref.codec.metadata import LIMITS, NO_METADATA, Metadata
 from cmamba_ref.entropy.latent_prefix import PREFIX_BYTES_0, upgrade_latent
-from cmamba_ref.errors import BitstreamError, InvalidArgumentError
+from cmamba_ref.errors import BitstreamError
 
 MAGIC = b"\x8fCMB"
 VERSION = 1
@@ -33,8 +33,6 @@ FLAG_GREY, FLAG_ALPHA = 1, 2
 
 IMAGE, ALPHA, END = b"IMAG", b"ALPH", b"IEND"
 METADATA_TYPES = {"exif": b"exif", "icc_profile": b"iccp", "xmp": b"xmpd"}
-# Metadata of one kind, inflated; a decoder takes no more memory for it.
-MAX_METADATA_BYTES = 16 * 2**20
 
 _CHUNK = struct.Struct("<4sI")
 _IMAGE = struct.Struct("<B8sII")
@@ -117,11 +115,7 @@ class Container:
     version: int = VERSION
 
     def pack(self) -> bytes:
-        """Return the bytes of the file.
-
-        Raises:
-            InvalidArgumentError: metadata of one kind has more than `MAX_METADATA_BYTES`.
-        """
+        """Return the bytes of the file."""
         flags = (FLAG_GREY if self.grey else 0) | (FLAG_ALPHA if self.alpha is not None else 0)
         header = _IMAGE.pack(flags, self.model_id, self.width, self.height)
         image = header + _pack_length(len(self.z)) + self.z + self.y
@@ -131,7 +125,7 @@ class Container:
         for name, kind in METADATA_TYPES.items():
             value = getattr(self.metadata, name)
             if value is not None:
-                chunks.append(_chunk(kind, _deflate(name, value)))
+                chunks.append(_chunk(kind, zlib.compress(value, 9)))
         start = MAGIC + bytes([VERSION])
         chunks.append(_chunk(END, _CRC.pack(zlib.crc32(start + b"".join(chunks)))))
         return start + b"".join(chunk + _CRC.pack(zlib.crc32(chunk)) for chunk in chunks)
@@ -164,7 +158,7 @@ class Container:
                 f"the header is malformed: z string of {z_length} in a payload of {len(z)} bytes"
             )
         metadata = {
-            name: _inflate(kind, chunks[kind])
+            name: _inflate(kind, chunks[kind], LIMITS[name])
             for name, kind in METADATA_TYPES.items()
             if kind in chunks
         }
@@ -211,6 +205,8 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             raise BitstreamError(
                 f"the file is damaged: the checksum of {_named(kind)} does not match"
             )
+        if not (kind.isascii() and kind.isalpha()):
+            raise BitstreamError("the file is malformed: a chunk's type must be four letters")
         if (position == len(MAGIC) + 1) != (kind == IMAGE):
             raise BitstreamError("the file is malformed: its image must be its first chunk")
         if kind == END:
@@ -253,22 +249,14 @@ def _unpack_length(data: bytes, position: int) -> tuple[int, int]:
     raise BitstreamError("the header is malformed: the length of its z string is no LEB128 number")
 
 
-def _deflate(name: str, value: bytes) -> bytes:
-    if len(value) > MAX_METADATA_BYTES:
-        raise InvalidArgumentError(
-            f"`{name}` must have at most {MAX_METADATA_BYTES} bytes, got {len(value)}; leave it out"
-        )
-    return zlib.compress(value, 9)
-
-
-def _inflate(kind: bytes, content: bytes) -> bytes:
+def _inflate(kind: bytes, content: bytes, limit: int) -> bytes:
     stream = zlib.decompressobj()
     try:
-        value = stream.decompress(content, MAX_METADATA_BYTES + 1)
+        value = stream.decompress(content, limit + 1)
     except zlib.error as error:
         raise BitstreamError(f"{_named(kind)} is malformed: {error}") from error
-    if len(value) > MAX_METADATA_BYTES:
-        raise BitstreamError(f"{_named(kind)} expands to more than {MAX_METADATA_BYTES} bytes")
+    if len(value) > limit:
+        raise BitstreamError(f"{_named(kind)} expands to more than {limit} bytes")
     if not stream.eof or stream.unused_data:
         raise BitstreamError(f"{_named(kind)} is malformed: its data must be one zlib stream")
     return value

@@ -85,8 +85,8 @@ def encode(
         model: None for the bundled model "tiny".
         quality: 1 (small) to 8 (good), any number in between in steps of 0.01; None for the
             default of 4, and for a fixed-rate model.
-        metadata: stored as it is; `Metadata.upright` belongs to pixels that were turned.  With an
-            ICC profile, the pixels are in that profile in place of sRGB.
+        metadata: stored as it is: use `Metadata.upright` where pixels were turned.  With an ICC
+            profile, the pixels are in that profile in place of sRGB.
         max_pixels: refuse larger images; sides count as padded to multiples of 64.
         max_memory: refuse images that will take more bytes than this on the CPU; None for what is
             available there, as far as the system tells.
@@ -95,7 +95,7 @@ def encode(
         The bytes of a `.cmb` file, see docs/format.md.
 
     Raises:
-        InvalidArgumentError: wrong type, shape, size or quality; more than 16 MiB of metadata.
+        InvalidArgumentError: wrong type, shape, size or quality.
         MemoryLimitError: more memory is needed than there is or than is allowed.
     """
     if _is_model(image) or (image is None and not (model is None or _is_model(model))):
@@ -106,6 +106,8 @@ def encode(
         )
         image, model = model, image  # type: ignore[assignment]
     _check_image(image)
+    if not isinstance(metadata, Metadata):
+        raise InvalidArgumentError(f"`metadata` must be a Metadata, got {_described(metadata)}")
     model = _checked_model(model)
     height, width = image.shape[:2]
     rows, columns = hyper_latent_shape(height, width)

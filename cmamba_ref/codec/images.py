@@ -15,7 +15,8 @@ import struct
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,7 +25,7 @@ from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageErro
 
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.codec.image_codec import CHANNELS, DEFAULT_MAX_PIXELS, SHAPES
-from cmamba_ref.codec.metadata import EXIF_PREFIX, NO_METADATA, Metadata
+from cmamba_ref.codec.metadata import NO_METADATA, Metadata
 from cmamba_ref.errors import ImageError
 
 GREY_MODES = ("1", "L", "LA", "La")
@@ -103,19 +104,26 @@ def parse_image(
     *,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     background: tuple[int, int, int] | None = None,
-    keep_profile: bool = False,
+    keep_metadata: bool = False,
 ) -> tuple[np.ndarray, Metadata]:
     """Return the image in `data` as `read_image` does, and its metadata; errors call it `name`.
 
     Args:
-        keep_profile: leave the pixels in the file's own colour space.
+        keep_metadata: leave the pixels in the file's own colour space, except with a background.
 
     Returns:
-        the image, and the metadata as the file has it.
+        the image, and the metadata that describes it; without `keep_metadata`, what of it is lost
+        if it is not stored. The orientation in it is 1, as that of the image.
     """
     with _opened(io.BytesIO(data), name, max_pixels) as image:
+        keep_profile = keep_metadata and background is None
         array = to_array(image, background=background, keep_profile=keep_profile)
-        return array, metadata_of(image)
+        if keep_profile:
+            check_profile(array, image.info.get("icc_profile"))
+        metadata = metadata_of(image).upright()
+    if orientation_in(metadata) in UPRIGHT_BY:  # it could not be set, where Pillow reads it
+        metadata = NO_METADATA
+    return array, metadata if keep_profile else replace(metadata, icc_profile=None)
 
 
 def check_header(
@@ -239,30 +247,37 @@ def to_array(
     *,
     background: tuple[int, int, int] | None = None,
     keep_profile: bool = False,
+    orientation: int | None = None,
 ) -> np.ndarray:
     """Return an image of Pillow's as viewers show it: upright, in sRGB; see `read_image`.
 
     Args:
         background: as in `read_image`.
         keep_profile: leave the pixels in the image's own colour space.
+        orientation: to turn the image by, 1...8; None for that in its EXIF data.
 
     Raises:
         ImageError: of a kind that this codec does not store; the text continues the file's name.
     """
     _refuse_what_would_be_lost(image)
     _scale_colour_key(image)
-    icc = None if keep_profile else image.info.get("icc_profile")
-    upright = _upright(image)
-    colour_mode, alpha = "L" if upright.mode in GREY_MODES else "RGB", None
+    icc = image.info.get("icc_profile")
+    upright = _upright(image, orientation)
+    mode, alpha = "L" if upright.mode in GREY_MODES else "RGB", None
     if upright.has_transparency_data:
-        upright = upright.convert("LA" if colour_mode == "L" else "RGBA")
-        alpha = np.array(upright.getchannel("A"))
-    plain = upright.convert(colour_mode)
-    colours = np.array(_to_srgb(plain, icc) if icc else plain)
-    if alpha is None or alpha.min(initial=255) == 255:
-        return colours
-    with_alpha = np.dstack([colours, alpha])
-    return with_alpha if background is None else flatten(with_alpha, background)
+        upright = upright.convert("LA" if mode == "L" else "RGBA")
+        alpha = upright.getchannel("A")
+    colours = upright.convert(mode)
+    if icc and not keep_profile:
+        colours = _to_srgb(colours, icc)
+    if alpha is None or alpha.getextrema()[0] == 255:
+        return np.array(colours)
+    if background is None:
+        return np.dstack([np.array(colours), np.array(alpha)])
+    if len(set(background)) > 1:
+        colours = colours.convert("RGB")
+    colour = background if colours.mode == "RGB" else background[0]
+    return np.array(Image.composite(colours, Image.new(colours.mode, colours.size, colour), alpha))
 
 
 def _scale_colour_key(image: Image.Image) -> None:
@@ -275,39 +290,35 @@ def _scale_colour_key(image: Image.Image) -> None:
         image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(tiles[0][3], 1)
 
 
-def flatten(image: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
-    """Lay an image with alpha, uint8 `[H, W, 4]` or `[H, W, 2]`, onto a colour.
-
-    Returns:
-        uint8 `[H, W]` where image and colour are grey, else `[H, W, 3]`.
-    """
-    colours, alpha = image[..., :-1].astype(np.uint32), image[..., -1:]
-    laid = (colours * alpha + np.array(background, np.uint32) * (255 - alpha) + 127) // 255
-    is_grey = colours.shape[2] == 1 and len(set(background)) == 1
-    return (laid[..., 0] if is_grey else laid).astype(np.uint8)
-
-
 def metadata_of(image: Image.Image) -> Metadata:
     """Return the metadata of an image of Pillow's that has been loaded, as its file has it.
 
     Of a TIFF only profile and XMP: its EXIF is not one piece of data but the file itself.
     """
     exif, xmp = image.info.get("exif"), image.info.get("xmp")
-    return Metadata(
-        exif=exif.removeprefix(EXIF_PREFIX) if isinstance(exif, bytes) and exif else None,
-        icc_profile=image.info.get("icc_profile") or None,
-        xmp=(xmp.encode() if isinstance(xmp, str) else xmp) or None,
-    )
+    raw = image.info.get("Raw profile type exif")  # in PNG, by older programs
+    if not exif and isinstance(raw, str):
+        with suppress(ValueError):
+            exif = bytes.fromhex("".join(raw.split("\n")[3:]))
+    found = {"exif": exif, "icc_profile": image.info.get("icc_profile"), "xmp": xmp}
+    return Metadata(**{k: v for k, v in found.items() if isinstance(v, bytes) and v})
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def orientation_in(metadata: Metadata) -> int:
+    """Return the orientation that Pillow would turn an image with this metadata by."""
+    image = Image.new("L", (1, 1))
+    image.info |= {"exif": metadata.exif or b"", "xmp": metadata.xmp or b""}
+    return _orientation(image)
+
+
+def _upright(image: Image.Image, orientation: int | None) -> Image.Image:
     """Return the image turned as its EXIF says, or as it is stored where that cannot be read.
 
     Not `ImageOps.exif_transpose`: it writes all of the EXIF again, and one wrong tag in it,
     whatever it is about, makes that fail.
     """
     image.load()  # an EXIF chunk may follow the pixels
-    turn = UPRIGHT_BY.get(_orientation(image))
+    turn = UPRIGHT_BY.get(_orientation(image) if orientation is None else orientation)
     return image if turn is None else image.transpose(turn)
 
 
@@ -348,23 +359,38 @@ def _loses_bits(image: Image.Image) -> bool:
     return False
 
 
-def _to_srgb(image: Image.Image, icc: bytes) -> Image.Image:
-    """Apply an embedded profile to an RGB or grey image."""
+def _transform(image: Image.Image, icc: bytes) -> ImageCms.ImageCmsTransform:
+    """Return the transform from an embedded profile to sRGB, of an RGB or grey image."""
     try:
-        transform = ImageCms.buildTransform(
+        return ImageCms.buildTransform(
             ImageCms.ImageCmsProfile(io.BytesIO(icc)),
             ImageCms.createProfile("sRGB"),
             image.mode,
             "RGB",
         )
-    # ImportError: a Pillow that was built without LittleCMS.
-    except (ImageCms.PyCMSError, OSError, ImportError) as error:
+    # TypeError: a TIFF whose profile is no bytes.  ImportError: a Pillow without LittleCMS.
+    except (ImageCms.PyCMSError, OSError, TypeError, ImportError) as error:
         reason = "colour profile that cannot be applied"
         raise ImageError(
             f"has a {reason} ({error}); "
             "convert it to sRGB first, or remove the profile if its colours are sRGB anyway",
             reason,
         ) from error
+
+
+def check_profile(image: np.ndarray, icc: bytes | None) -> None:
+    """Refuse a profile that cannot be applied to an image, so that no file gets one.
+
+    Raises:
+        ImageError: the text continues the image's name.
+    """
+    if icc:
+        _transform(Image.new("L" if image.shape[2:] in ((), (2,)) else "RGB", (1, 1)), icc)
+
+
+def _to_srgb(image: Image.Image, icc: bytes) -> Image.Image:
+    """Apply an embedded profile to an RGB or grey image."""
+    transform = _transform(image, icc)
 
     def apply(to: Image.Image) -> Image.Image:
         done = transform.apply(to)
