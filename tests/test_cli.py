@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 
 import cmamba_ref
 from cmamba_ref import CMamba, atomic_write, codec, model_id
-from cmamba_ref.cli import demo, main
+from cmamba_ref.cli import commands, demo, main, threads
 from cmamba_ref.codec.images import read_image
 from cmamba_ref.config import TINY
 from cmamba_ref.metrics import psnr
@@ -565,3 +566,39 @@ def test_help_states_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert f"(default: {codec.DEFAULT_MODEL}, which is bundled)" in text
     assert f"(default: {codec.DEFAULT_MAX_PIXELS // 1_000_000} million)" in text
+
+
+# ---------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize(
+    ("switches", "chosen", "expected"),
+    [(12, None, 2), (310, None, 1), (310, "2", 2), (99, None, 2), (101, None, 1)],
+)
+def test_busy_cores_leave_one_thread(
+    monkeypatch: pytest.MonkeyPatch,
+    model_dir: str,
+    switches: int,
+    chosen: str | None,
+    expected: int,
+) -> None:
+    """After two seconds of CPU time, by the involuntary context switches until then."""
+    usage = SimpleNamespace(ru_utime=1.5, ru_stime=0.5, ru_nivcsw=switches)
+    monkeypatch.setattr(
+        threads, "resource", SimpleNamespace(getrusage=lambda _: usage, RUSAGE_SELF=0)
+    )
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if chosen:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        commands.load_model(model_dir, "cpu")
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_where_nobody_can_tell_all_threads_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "resource", None)
+    assert not threads.cores_are_busy()

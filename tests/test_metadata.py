@@ -170,9 +170,10 @@ def test_background_and_alpha_on_the_command_line(tmp_path: Path, model_dir: str
     model = cmamba_ref.CMamba.from_pretrained(model_dir)
     laid = read_image(tmp_path / "a.png", background=(0x10, 0x20, 0x30))
     assert (tmp_path / "a.cmb").read_bytes() == cmamba_ref.encode(laid, model)
-    with pytest.raises(SystemExit) as caught:
-        main(["encode", str(tmp_path / "a.png"), "--background", "no colour"])
-    assert caught.value.code == 2
+    for wrong in ("no colour", "#10203040"):
+        with pytest.raises(SystemExit) as caught:
+            main(["encode", str(tmp_path / "a.png"), "--background", wrong])
+        assert caught.value.code == 2
 
 
 def test_info_names_all_and_speaks_json(

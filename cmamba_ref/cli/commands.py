@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.cli import stdio
 from cmamba_ref.cli.stdio import STREAM
+from cmamba_ref.cli.threads import use_one_thread_if_busy
 from cmamba_ref.errors import BitstreamError, CMambaError, InvalidArgumentError, explain
 
 if TYPE_CHECKING:
@@ -288,11 +289,15 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def load_model(name: str | None, device: str) -> CMamba:
-    """Load the model of `--model` on the device of `--device`; for None the bundled "tiny"."""
+    """Load the model of `--model` on the device of `--device`; for None the bundled "tiny".
+
+    By now torch is imported, which shows whether the cores are busy.
+    """
     from cmamba_ref.codec import DEFAULT_MODEL
     from cmamba_ref.model import CMamba
 
     _check_device(device)
+    use_one_thread_if_busy()
     return CMamba.from_pretrained(name or DEFAULT_MODEL, device)
 
 
@@ -660,12 +665,14 @@ def _colour(text: str) -> tuple[int, int, int]:
     from PIL import ImageColor
 
     try:
-        red, green, blue = ImageColor.getrgb(text)
-    except ValueError:  # also for the four values of a colour with alpha
+        colour = ImageColor.getrgb(text)
+    except ValueError:
+        colour = ()
+    if len(colour) != 3:  # nor one with alpha
         raise argparse.ArgumentTypeError(
             f"must be a colour, such as white or #336699, got {text!r}"
-        ) from None
-    return red, green, blue
+        )
+    return colour
 
 
 def _gibibytes(text: str) -> int:
