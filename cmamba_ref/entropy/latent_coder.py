@@ -55,7 +55,7 @@ RANS_SLACK = 0.95
 
 # Tables of y, from that of the smallest scale on, whose symbols are not coded but 0.  Our choice:
 # what saves rate as well as time, see docs/benchmarks.md.
-SKIPPED_TABLES = 4
+SKIPPED_TABLES = 6
 
 # Threads that share a model wait for the one that copies its coding path, and copy none themselves.
 # Not part of the copies, which could not be pickled or copied with a lock inside.
