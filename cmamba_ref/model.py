@@ -21,10 +21,11 @@ from cmamba_ref import weights
 from cmamba_ref.config import CONFIGS, CMambaConfig
 from cmamba_ref.entropy.bounds import ste_round
 from cmamba_ref.entropy.factorized import FactorizedPrior
-from cmamba_ref.entropy.gaussian import GaussianConditional
+from cmamba_ref.entropy.gaussian import GaussianConditional, is_skipped
 from cmamba_ref.entropy.latent_coder import (
     MULTIPLE,
     NOT_FINITE_STRING,
+    SKIPPED_TABLES,
     Y_PER_Z,
     CompressOutput,
     Float64Path,
@@ -93,7 +94,8 @@ class CMamba(nn.Module):
         """Reconstruct images and compute the likelihoods of their latents.
 
         In training mode the rate is that of latents with uniform noise, and quantisation is
-        straight-through everywhere else; in eval mode latents are rounded for both.
+        straight-through everywhere else; in eval mode latents are rounded for both, and symbols
+        skipped as the encoder skips them.
 
         Args:
             x: images `[B, 3, H, W]` in 0...1, any H, W >= 1; padded inside, by replication, to a
@@ -128,6 +130,8 @@ class CMamba(nn.Module):
 
             def quantise(i: int, means: Tensor, log_scales: Tensor) -> Tensor:
                 y_hat = ste_round(y_slices[i] - means) + means
+                if not self.training:
+                    y_hat = torch.where(is_skipped(log_scales, SKIPPED_TABLES), means, y_hat)
                 seen = _noisy(y_slices[i], y_noise[i]) if self.training else y_hat
                 y_likelihoods.append(self.gaussian_conditional.likelihood(seen, means, log_scales))
                 return y_hat

@@ -95,9 +95,9 @@ class Recording:
     """All that the coding of one image went through.
 
     Attributes:
-        symbols: all symbols in coding order, z then y, but for skipped ones.
+        symbols: all symbols in coding order, z then y, skipped ones as 0.
         indexes: the table index of each of them.
-        log_scales: of all of y, float64, in coding order; of an encoder twice.
+        log_scales: of all of y, float64, in coding order.
         y_bar: the input of g_s, float64.
     """
 
@@ -111,24 +111,31 @@ class Recording:
 def recording() -> Iterator[list[Recording]]:
     """Watch the coding (either way) of one image; the list holds the recording afterwards."""
     seen: list[Recording] = []
-    blocks: list[tuple[np.ndarray, np.ndarray]] = []
+    symbols: list[np.ndarray] = []
+    z_indexes: list[np.ndarray] = []
+    y_indexes: list[np.ndarray] = []
     log_scales: list[np.ndarray] = []
     y_bars: list[np.ndarray] = []
     encode, take = rans.encode, rans.Decoder.take
-    scale_index = latent_coder.scale_index
+    scale_index, symbols_crc = latent_coder.scale_index, latent_coder.symbols_crc
 
-    def seen_encode(tables, new, lanes=None):
-        blocks[:0] = new  # y is coded before z, and decoded after it
-        return encode(tables, new, lanes)
+    def seen_encode(tables, blocks, lanes=None):
+        z_indexes[:] = [blocks[0][1]]  # y is coded before z, and decoded after it
+        return encode(tables, blocks, lanes)
 
     def seen_take(decoder, index):
-        symbols = take(decoder, index)
-        blocks.append((symbols, index))
-        return symbols
+        z_indexes[:] = z_indexes or [index]
+        return take(decoder, index)
 
     def seen_index(scales, shift):
+        index = scale_index(scales, shift)
         log_scales.append(scales.flatten().cpu().numpy())
-        return scale_index(scales, shift)
+        y_indexes.append(index.flatten().cpu().numpy())
+        return index
+
+    def seen_crc(blocks):
+        symbols[:] = blocks
+        return symbols_crc(blocks)
 
     def seen_module(module, args, output):
         if isinstance(module, ContextModel):
@@ -140,15 +147,15 @@ def recording() -> Iterator[list[Recording]]:
             mock.patch.object(rans, "encode", seen_encode),
             mock.patch.object(rans.Decoder, "take", seen_take),
             mock.patch.object(latent_coder, "scale_index", seen_index),
+            mock.patch.object(latent_coder, "symbols_crc", seen_crc),
         ):
             yield seen
     finally:
         hook.remove()
     (y_bar,) = y_bars
-    symbols, indexes = (
-        np.concatenate([b.ravel() for b in part]) for part in zip(*blocks, strict=True)
-    )
-    seen.append(Recording(symbols.astype(np.int32), indexes, np.concatenate(log_scales), y_bar))
+    all_symbols = np.concatenate([block.ravel() for block in symbols]).astype(np.int32)
+    indexes = np.concatenate([z_indexes[0].ravel(), *y_indexes])
+    seen.append(Recording(all_symbols, indexes, np.concatenate(log_scales), y_bar))
 
 
 def assert_same_coding(decoded: Recording, encoded: Recording) -> None:

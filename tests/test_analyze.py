@@ -14,6 +14,7 @@ from codec_helpers import ONE_RATE, SMALL, as_input, make_image, random_model, r
 from PIL import Image
 
 import cmamba_ref
+from cmamba_ref.entropy.latent_coder import SKIPPED_TABLES
 from cmamba_ref.model import pad
 from cmamba_ref.nn.blocks import CASSM
 
@@ -48,6 +49,7 @@ def test_the_latent_and_its_bits_are_those_of_the_codec(model):
     scales = np.exp(np.clip(coding.log_scales, np.log(0.11), np.log(256)))
     symbols = coding.symbols[-scales.size :]  # after those of z, slice by slice as in y
     rounded = np.rint(seen.normalised.ravel() * scales)
+    rounded[coding.indexes[-scales.size :] < SKIPPED_TABLES] = 0
     # The codec computes in float64, so a value in the middle may be rounded the other way.
     assert np.mean(rounded == symbols) > 0.999
     assert np.any(symbols != 0)

@@ -454,7 +454,7 @@ def test_info_continues_after_a_bad_file(
     assert main(["info", str(bad), str(missing), str(encoded)]) == 1
     out, err = capsys.readouterr()
     assert err.splitlines() == [
-        f"cmamba: error: {bad}: the file is truncated: it has only 1228 bytes",
+        f"cmamba: error: {bad}: the file is truncated: it has only {bad.stat().st_size} bytes",
         f"cmamba: error: {missing}: No such file or directory",
     ]
     assert out.startswith(str(encoded))

@@ -32,7 +32,7 @@ from cmamba_ref.codec import container
 from cmamba_ref.codec.alpha import pack_alpha, unpack_alpha
 from cmamba_ref.codec.images import parse_image, png_bytes
 from cmamba_ref.entropy import rans
-from cmamba_ref.entropy.gaussian import scale_index
+from cmamba_ref.entropy.gaussian import is_skipped
 from cmamba_ref.entropy.latent_coder import SKIPPED_TABLES, LatentSymbols, hyper_latent_shape
 from cmamba_ref.entropy.tables import gaussian_tables, tables_from_pmfs
 from cmamba_ref.errors import BitstreamError, CMambaError, ImageError, PillowError, WeightsError
@@ -225,7 +225,7 @@ def decode_forged(data: bytes) -> str:
         if not scales_of_slice.isfinite().all():
             raise BitstreamError("the scales are not finite")
         y.append(draw(means.shape))
-        y[-1][scale_index(scales_of_slice, 0) < SKIPPED_TABLES] = 0
+        y[-1][is_skipped(scales_of_slice, SKIPPED_TABLES)] = 0
         log_scales.append(scales_of_slice)
         return y[-1] + means
 

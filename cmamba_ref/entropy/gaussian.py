@@ -73,6 +73,14 @@ def scale_index(log_scales: Tensor, shift: int) -> Tensor:
     return torch.floor(level + (0.5 + shift * SHIFT)).clamp(0, SCALE_LEVELS - 1).long()
 
 
+def is_skipped(log_scales: Tensor, tables: int) -> Tensor:
+    """Where an encoder makes symbols 0: wherever some shift lets a decoder skip the first `tables`.
+
+    An encoder does not know the shift yet; a larger one only takes scales out of those tables.
+    """
+    return scale_index(log_scales, shift=0) < tables
+
+
 def choose_shift(log_scales: Tensor) -> int:
     """The first shift for which no log-scale is within MARGIN of a decision boundary.
 

@@ -29,6 +29,7 @@ from cmamba_ref.entropy.gaussian import (
     SCALE_LEVELS,
     GaussianConditional,
     choose_shift,
+    is_skipped,
     scale_index,
 )
 from cmamba_ref.entropy.latent_prefix import (
@@ -210,8 +211,7 @@ class LatentCoder:
             def quantise(i: int, means: Tensor, log_scales: Tensor) -> Tensor:
                 symbols = _to_symbols(y_slices[i] - means, "y")
                 check_finite(log_scales, CMambaError, NOT_FINITE_INPUT)
-                # The shift is not known yet.  Any one can only take scales out of skipped tables.
-                symbols[scale_index(log_scales, shift=0) < SKIPPED_TABLES] = 0
+                symbols[is_skipped(log_scales, SKIPPED_TABLES)] = 0
                 y_symbols.append(symbols)
                 all_log_scales.append(log_scales)
                 return symbols + means
