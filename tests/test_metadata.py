@@ -289,6 +289,18 @@ def test_a_profile_that_cannot_be_applied_is_not_kept(tmp_path: Path) -> None:
             parse_image(path.read_bytes(), path.name, keep_metadata=True)
 
 
+def test_a_profile_too_large_to_keep_is_applied_all_the_same(tmp_path: Path) -> None:
+    """Room behind the tags of a profile, as large tables take it."""
+    icc = PROFILE + bytes(2**20)
+    icc = struct.pack(">I", len(icc)) + icc[4:]
+    Image.fromarray(IMAGE).save(tmp_path / "a.jpg", icc_profile=icc, quality=95)
+    data = (tmp_path / "a.jpg").read_bytes()
+    image, metadata = parse_image(data, "a")
+    assert image.shape == IMAGE.shape and metadata == NO_METADATA
+    with pytest.raises(ImageError, match="more metadata than a file can hold: `icc_profile` must"):
+        parse_image(data, "a", keep_metadata=True)
+
+
 def test_a_background_is_laid_in_srgb_and_no_profile_kept(tmp_path: Path) -> None:
     from test_images import profile
 

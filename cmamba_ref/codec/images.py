@@ -16,7 +16,6 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +25,7 @@ from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageErro
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.codec.image_codec import CHANNELS, DEFAULT_MAX_PIXELS, SHAPES
 from cmamba_ref.codec.metadata import NO_METADATA, Metadata
-from cmamba_ref.errors import ImageError
+from cmamba_ref.errors import ImageError, InvalidArgumentError
 
 GREY_MODES = ("1", "L", "LA", "La")
 COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")
@@ -120,10 +119,16 @@ def parse_image(
         array = to_array(image, background=background, keep_profile=keep_profile)
         if keep_profile:
             check_profile(array, image.info.get("icc_profile"))
-        metadata = metadata_of(image).upright()
+        try:
+            metadata = metadata_of(image, with_profile=keep_profile).upright()
+        except InvalidArgumentError as error:  # too much of it, which is no reason not to drop it
+            if keep_metadata:
+                reason = "more metadata than a file can hold"
+                raise ImageError(f"has {reason}: {error}", reason) from error
+            metadata = NO_METADATA
     if orientation_in(metadata) in UPRIGHT_BY:  # it could not be set, where Pillow reads it
         metadata = NO_METADATA
-    return array, metadata if keep_profile else replace(metadata, icc_profile=None)
+    return array, metadata
 
 
 def check_header(
@@ -290,17 +295,21 @@ def _scale_colour_key(image: Image.Image) -> None:
         image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(tiles[0][3], 1)
 
 
-def metadata_of(image: Image.Image) -> Metadata:
+def metadata_of(image: Image.Image, *, with_profile: bool) -> Metadata:
     """Return the metadata of an image of Pillow's that has been loaded, as its file has it.
 
     Of a TIFF only profile and XMP: its EXIF is not one piece of data but the file itself.
+
+    Raises:
+        InvalidArgumentError: more than a file can hold.
     """
     exif, xmp = image.info.get("exif"), image.info.get("xmp")
     raw = image.info.get("Raw profile type exif")  # in PNG, by older programs
     if not exif and isinstance(raw, str):
         with suppress(ValueError):
             exif = bytes.fromhex("".join(raw.split("\n")[3:]))
-    found = {"exif": exif, "icc_profile": image.info.get("icc_profile"), "xmp": xmp}
+    icc = image.info.get("icc_profile") if with_profile else None
+    found = {"exif": exif, "icc_profile": icc, "xmp": xmp}
     return Metadata(**{k: v for k, v in found.items() if isinstance(v, bytes) and v})
 
 
