@@ -84,11 +84,10 @@ def use_model(model: str | os.PathLike | CMamba) -> CMamba:
         return _models[name]
 
 
-def _model_of(data: bytes) -> CMamba:
-    """Return the model that made a file, from those in use or the bundled ones."""
+def _model_of(model_id: bytes) -> CMamba:
+    """Return the model of an id, from those in use or the bundled ones."""
     from cmamba_ref.codec import model_for
 
-    model_id = Container.unpack(data).model_id
     with _models_guard:
         model = model_for(model_id, _models.values())
         _models[model_id] = model
@@ -113,11 +112,9 @@ class CMambaImageFile(ImageFile.ImageFile):
         # Damage is reported by `load`: Pillow takes an error here for another program's file.
         with suppress(BitstreamError):
             metadata = Container.unpack(self.fp.read()).metadata
-            prefixes = {"exif": EXIF_PREFIX, "icc_profile": b"", "xmp": b""}
-            for name, prefix in prefixes.items():
-                value = getattr(metadata, name)
-                if value is not None:
-                    self.info[name] = prefix + value
+            self.info |= metadata.present()
+            if metadata.exif is not None:
+                self.info["exif"] = EXIF_PREFIX + metadata.exif
         self.tile = []  # `load` leaves Pillow nothing to decode
         self._is_decoded = False
 
@@ -155,15 +152,16 @@ class CMambaImageFile(ImageFile.ImageFile):
 
     def _decoded(self) -> Image.Image:
         """Return the image, in memory that may be written to."""
-        from cmamba_ref.codec import DEFAULT_MAX_PIXELS, decode
+        from cmamba_ref.codec import DEFAULT_MAX_PIXELS, decode_container
 
         assert self.fp is not None  # for the type checker
         self.fp.seek(0)
         # Pillow has refused what has more than twice as many pixels as its limit.
         allowed = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else sys.maxsize
         with _told_as_pillow_does("cannot decode:"):
-            data = self.fp.read()
-            pixels = decode(data, _model_of(data), max_pixels=max(DEFAULT_MAX_PIXELS, allowed))
+            file = Container.unpack(self.fp.read())
+            model, most = _model_of(file.model_id), max(DEFAULT_MAX_PIXELS, allowed)
+            pixels = decode_container(file, model, max_pixels=most)
         channels = () if self.mode == "L" else (len(self.mode),)
         if pixels.shape != (*self.size[::-1], *channels):
             raise PillowError("cannot decode: the file has changed since it was opened")

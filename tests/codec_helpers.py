@@ -274,6 +274,14 @@ def with_field(data: bytes, name: str, value) -> bytes:
     return join_chunks([(kind, join_image(*parts)), *others])
 
 
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG, with its checksum."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def run_elsewhere(function: str, *arguments: Path) -> None:
     """Call a function of a test module, "module.function", with paths in a process of its own."""
     module, name = function.split(".")

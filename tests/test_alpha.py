@@ -7,7 +7,15 @@ import zlib
 
 import numpy as np
 import pytest
-from codec_helpers import join_chunks, make_image, random_model, split_chunks, with_field
+from codec_helpers import (
+    PNG_SIGNATURE,
+    join_chunks,
+    make_image,
+    png_chunk,
+    random_model,
+    split_chunks,
+    with_field,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -90,11 +98,7 @@ def test_the_fill_is_smooth():
 
 
 def png(*chunks: tuple[bytes, bytes]) -> bytes:
-    parts = [
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    return PNG_SIGNATURE + b"".join(png_chunk(*chunk) for chunk in chunks)
 
 
 HEADER = (b"IHDR", struct.pack(">IIBBBBB", 70, 50, 8, 0, 0, 0, 0))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from codec_helpers import PNG_SIGNATURE, png_chunk
 from PIL import Image, ImageCms
 
 from cmamba_ref import ImageError, atomic_write
@@ -43,14 +44,10 @@ def refusal(path: Path, **options: int) -> str:
     return message.removeprefix(str(path)).strip()
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
 def png(width: int, height: int, depth: int, colour_type: int, *chunks: bytes) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
-    return b"".join(
-        [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *chunks, chunk(b"IEND", b"")],
+    return PNG_SIGNATURE + b"".join(
+        [png_chunk(b"IHDR", header), *chunks, png_chunk(b"IEND", b"")],
     )
 
 
@@ -254,8 +251,8 @@ def test_a_colour_key_of_few_bits_is_kept(tmp_path: Path, depth: int) -> None:
     rows = np.packbits(bits.reshape(3, -1), axis=1)
     pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
     path = tmp_path / "key.png"
-    key = chunk(b"tRNS", struct.pack(">H", 1))
-    path.write_bytes(png(8, 3, depth, 0, key, chunk(b"IDAT", pixels)))
+    key = png_chunk(b"tRNS", struct.pack(">H", 1))
+    path.write_bytes(png(8, 3, depth, 0, key, png_chunk(b"IDAT", pixels)))
     expected = np.dstack([levels * 255 // top, np.where(levels == 1, 0, 255)])
     np.testing.assert_array_equal(read_image(path), expected)
 
@@ -290,7 +287,7 @@ def test_more_than_8_bits_are_refused(tmp_path: Path, rgb: np.ndarray) -> None:
     deep = rgb[..., 0].astype(np.uint16) * 257
     rows = b"".join(b"\0" + row.tobytes() for row in (rgb.astype(">u2") * 257))
     (tmp_path / "rgb.png").write_bytes(
-        png(WIDTH, HEIGHT, 16, 2, chunk(b"IDAT", zlib.compress(rows)))
+        png(WIDTH, HEIGHT, 16, 2, png_chunk(b"IDAT", zlib.compress(rows)))
     )
     (tmp_path / "rgb.ppm").write_bytes(
         b"P6 %d %d 65535\n" % (WIDTH, HEIGHT) + (rgb.astype(">u2") * 257).tobytes()
@@ -377,7 +374,7 @@ def test_pixel_limit(tmp_path: Path, rgb: np.ndarray) -> None:
 def test_decompression_bomb_is_refused(tmp_path: Path) -> None:
     """A hundred bytes that declare 2.5 gigapixels."""
     path = tmp_path / "bomb.png"
-    path.write_bytes(png(50_000, 50_000, 8, 2, chunk(b"IDAT", zlib.compress(b"\0"))))
+    path.write_bytes(png(50_000, 50_000, 8, 2, png_chunk(b"IDAT", zlib.compress(b"\0"))))
     assert refusal(path).startswith("has more than 100000000 pixels")
 
 

@@ -3,12 +3,11 @@
 import json
 import os
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from codec_helpers import make_image
+from codec_helpers import make_image, png_chunk
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
@@ -261,8 +260,7 @@ def test_no_image_is_turned_twice(tmp_path: Path, start: bytes, prefix: bytes, k
     exif = start + struct.pack(order + "IH", 8, 1) + entry + bytes(4)
     Image.fromarray(IMAGE).save(tmp_path / "plain.png")
     data = (tmp_path / "plain.png").read_bytes()
-    chunk = b"eXIf" + prefix + exif
-    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    chunk = png_chunk(b"eXIf", prefix + exif)
     image, metadata = parse_image(data[:33] + chunk + data[33:], "a.png", keep_metadata=True)
     is_turned = kind in (3, 4, 8) and start != b"II+\0" and prefix.count(b"Exif") < 2
     assert image.shape[:2] == ((60, 40) if is_turned else (40, 60))

@@ -170,10 +170,9 @@ def show_info(data: bytes) -> str:
 def open_with_pillow(data: bytes) -> str:
     pillow_plugin.use_model(golden_model())
     with Image.open(io.BytesIO(data), formats=[pillow_plugin.FORMAT]) as opened:
-        width, height = opened.size
         opened.load()
         image = np.asarray(opened)
-    return check_image(image, (height, width, *image.shape[2:]))
+    return check_image(image, container.Header.unpack(data).shape)
 
 
 # ---------------------------------------------------------------- symbols

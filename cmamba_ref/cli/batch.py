@@ -340,14 +340,15 @@ def parse_source(
 
 
 def _decode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
-    from cmamba_ref.codec import decode
+    from cmamba_ref.codec import decode_container
     from cmamba_ref.codec.container import Container
     from cmamba_ref.codec.images import png_bytes
 
     data = source.read_bytes()
-    image = decode(data, model, max_pixels=job.pixel_limit(), max_memory=job.max_memory)
+    file = Container.unpack(data)
+    image = decode_container(file, model, max_pixels=job.pixel_limit(), max_memory=job.max_memory)
     target.parent.mkdir(parents=True, exist_ok=True)
-    png = png_bytes(image, Container.unpack(data).metadata)
+    png = png_bytes(image, file.metadata)
     write_atomically(target, png, time_from=source if job.keep.time else None)
     height, width = image.shape[:2]
     return Outcome(source, len(data), target.stat().st_size, height * width)

@@ -13,7 +13,6 @@ This module imports nothing heavy: torch and Pillow come in with the command tha
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import io
 import json
@@ -153,7 +152,7 @@ def _decode(args: argparse.Namespace) -> int:
     _check_time(args, source, target)
     with _stages(4) as begin:
         begin("reading")
-        from cmamba_ref.codec import DEFAULT_MAX_PIXELS, decode
+        from cmamba_ref.codec import DEFAULT_MAX_PIXELS, decode_container
         from cmamba_ref.codec.container import Container
         from cmamba_ref.codec.images import png_bytes
 
@@ -164,16 +163,15 @@ def _decode(args: argparse.Namespace) -> int:
         start = time.perf_counter()
         with _naming(source, "input"):
             max_pixels = args.max_pixels or DEFAULT_MAX_PIXELS
-            image = decode(data, model, max_pixels=max_pixels, max_memory=args.max_memory)
+            file = Container.unpack(data)
+            image = decode_container(file, model, max_pixels=max_pixels, max_memory=args.max_memory)
         seconds = time.perf_counter() - start
         begin("writing")
-        metadata = Container.unpack(data).metadata
-        png = png_bytes(image, metadata)
+        png = png_bytes(image, file.metadata)
         _write(target, png, time_from=source if args.keep_time else None)
     height, width = image.shape[:2]
-    parts = ["grey" if image.shape[2:] in ((), (2,)) else "RGB"]
-    parts += ["alpha"] if image.shape[2:] in ((2,), (4,)) else []
-    content = ", ".join([" with ".join(parts), *metadata.names()])
+    colours = ("grey" if file.grey else "RGB") + ("" if file.alpha is None else " with alpha")
+    content = ", ".join([colours, *file.metadata.names()])
     _say(target, f"{width}x{height} {content}, decoded in {seconds:.2f} s")
     return 0
 
@@ -412,11 +410,6 @@ def _describe(path: Path) -> dict[str, object]:
     data = stdio.read_input(path)
     container = Container.unpack(data)
     prefix, y_stream = unpack_latent(container.y)
-    metadata = {
-        field.name: len(value)
-        for field in dataclasses.fields(container.metadata)
-        if (value := getattr(container.metadata, field.name)) is not None
-    }
     return {
         "file": stdio.label(path, "input"),
         "format": container.version,
@@ -426,7 +419,7 @@ def _describe(path: Path) -> dict[str, object]:
         "height": container.height,
         "grey": container.grey,
         "alpha_bytes": None if container.alpha is None else len(container.alpha),
-        "metadata_bytes": metadata,
+        "metadata_bytes": {k: len(v) for k, v in container.metadata.present().items()},
         "quality": prefix.quality / QUALITY_UNITS if prefix.quality else None,
         "bytes": len(data),
         "bpp": bits_per_pixel(len(data), container.width, container.height),

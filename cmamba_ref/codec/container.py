@@ -122,10 +122,8 @@ class Container:
         chunks = [_chunk(IMAGE, image)]
         if self.alpha is not None:
             chunks.append(_chunk(ALPHA, self.alpha))
-        for name, kind in METADATA_TYPES.items():
-            value = getattr(self.metadata, name)
-            if value is not None:
-                chunks.append(_chunk(kind, zlib.compress(value, 9)))
+        for name, value in self.metadata.present().items():
+            chunks.append(_chunk(METADATA_TYPES[name], zlib.compress(value, 9)))
         start = MAGIC + bytes([VERSION])
         chunks.append(_chunk(END, _CRC.pack(zlib.crc32(start + b"".join(chunks)))))
         return start + b"".join(chunk + _CRC.pack(zlib.crc32(chunk)) for chunk in chunks)
@@ -152,11 +150,7 @@ class Container:
                 f"{'none' if header.alpha else 'one'}"
             )
         z_length, start = _unpack_length(chunks[IMAGE], _IMAGE.size)
-        z, y = chunks[IMAGE][start:][:z_length], chunks[IMAGE][start + z_length :]
-        if len(z) < z_length:
-            raise BitstreamError(
-                f"the header is malformed: z string of {z_length} in a payload of {len(z)} bytes"
-            )
+        z, y = _split_strings(chunks[IMAGE][start:], z_length)
         metadata = {
             name: _inflate(kind, chunks[kind], LIMITS[name])
             for name, kind in METADATA_TYPES.items()
@@ -273,17 +267,20 @@ def _unpack_version_0(data: bytes) -> Container:
         raise BitstreamError("the file is damaged or truncated: its checksum does not match")
     header = Header.unpack(data)
     *_, z_length = _HEADER_0.unpack_from(data)
-    payload = data[_HEADER_0.size : -_CRC.size]
+    z, y = _split_strings(data[_HEADER_0.size : -_CRC.size], z_length)
+    return Container(
+        *(header.model_id, header.width, header.height, header.grey, upgrade_latent(y), z),
+        version=0,
+    )
+
+
+def _split_strings(payload: bytes, z_length: int) -> tuple[bytes, bytes]:
+    """Return the z string and the y string."""
     if z_length > len(payload):
         raise BitstreamError(
             f"the header is malformed: z string of {z_length} in a payload of {len(payload)} bytes"
         )
-    return Container(
-        *(header.model_id, header.width, header.height, header.grey),
-        y=upgrade_latent(payload[z_length:]),
-        z=payload[:z_length],
-        version=0,
-    )
+    return payload[:z_length], payload[z_length:]
 
 
 def _version(data: bytes) -> int:

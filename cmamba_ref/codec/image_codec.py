@@ -26,7 +26,7 @@ DEFAULT_MODEL = "tiny"
 DEFAULT_MAX_PIXELS = 100_000_000
 
 SHAPES = "uint8 [H, W, 3] or [H, W], or with alpha [H, W, 4] or [H, W, 2]"
-CHANNELS = ((), (2,), (3,), (4,))
+_CHANNELS = ((), (2,), (3,), (4,))
 
 _loading = threading.Lock()
 
@@ -157,6 +157,20 @@ def decode(
         MemoryLimitError: more memory is needed than there is or than is allowed.
     """
     container = Container.unpack(_as_bytes(data))
+    return decode_container(container, model, max_pixels=max_pixels, max_memory=max_memory)
+
+
+def decode_container(
+    container: Container,
+    model: CMamba | None = None,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_memory: int | None = None,
+) -> np.ndarray:
+    """Decode the image of a file that is unpacked already, for callers that need its metadata too.
+
+    Arguments, result and errors are those of `decode`.
+    """
     model = _checked_model(model)
     y_bar, quality = _decode_latent(container, model, max_pixels, max_memory)
     alpha = _unpacked_alpha(container)
@@ -183,6 +197,21 @@ def check_symbols(
     _unpacked_alpha(container)
 
 
+def is_grey(image: np.ndarray) -> bool:
+    """Return whether an image of one of the forms that `encode` takes has no colours."""
+    return image.shape[2:] in ((), (2,))
+
+
+def has_alpha(image: np.ndarray) -> bool:
+    """Return whether an image of one of the forms that `encode` takes has an alpha channel."""
+    return image.shape[2:] in ((2,), (4,))
+
+
+def is_image(array: np.ndarray) -> bool:
+    """Return whether an array has one of the forms that `encode` takes, `SHAPES`."""
+    return array.dtype == np.uint8 and array.ndim in (2, 3) and array.shape[2:] in _CHANNELS
+
+
 def _is_model(value: object) -> bool:
     # `torch.compile` wraps a model in a module that passes its methods through.
     return isinstance(getattr(value, "_orig_mod", value), CMamba)
@@ -205,7 +234,7 @@ def _check_image(image: np.ndarray) -> None:
             f"`image` must be a NumPy array, {SHAPES}, "
             f"got {_described(image)}; {_to_array_hint(image)}"
         )
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in CHANNELS:
+    if not is_image(image):
         raise InvalidArgumentError(
             f"`image` must be {SHAPES}, got {image.dtype}{list(image.shape)}; "
             "convert it to 8 bits first"
@@ -214,10 +243,9 @@ def _check_image(image: np.ndarray) -> None:
 
 def _split_alpha(image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the colours, `[H, W, 3]` or `[H, W]`, and the alpha channel if there is one."""
-    if image.ndim == 2 or image.shape[2] == 3:
+    if not has_alpha(image):
         return image, None
-    colours = image[..., 0] if image.shape[2] == 2 else image[..., :3]
-    return colours, image[..., -1]
+    return image[..., 0] if is_grey(image) else image[..., :3], image[..., -1]
 
 
 def _unpacked_alpha(container: Container) -> np.ndarray | None:

@@ -23,7 +23,13 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from cmamba_ref.atomic_write import write_atomically
-from cmamba_ref.codec.image_codec import CHANNELS, DEFAULT_MAX_PIXELS, SHAPES
+from cmamba_ref.codec.image_codec import (
+    DEFAULT_MAX_PIXELS,
+    SHAPES,
+    has_alpha,
+    is_grey,
+    is_image,
+)
 from cmamba_ref.codec.metadata import NO_METADATA, Metadata
 from cmamba_ref.errors import ImageError, InvalidArgumentError
 
@@ -79,8 +85,8 @@ def read_image(
         ImageError: no image, damaged, or of a kind that this codec does not store.
         OSError: the file cannot be read.
     """
-    data = Path(path).read_bytes()
-    return parse_image(data, str(path), max_pixels=max_pixels, background=background)[0]
+    with _opened(io.BytesIO(Path(path).read_bytes()), str(path), max_pixels) as image:
+        return to_array(image, background=background)
 
 
 def read_opaque_image(path: str | os.PathLike) -> np.ndarray:
@@ -90,7 +96,7 @@ def read_opaque_image(path: str | os.PathLike) -> np.ndarray:
         ImageError, OSError: as there; also where a pixel is not opaque.
     """
     image = read_image(path)
-    if image.shape[2:] in ((2,), (4,)):
+    if has_alpha(image):
         raise ImageError(
             f"{path} has transparency; flatten it onto a background first", "transparency"
         )
@@ -189,7 +195,7 @@ def png_bytes(image: np.ndarray, metadata: Metadata = NO_METADATA) -> bytes:
     Raises:
         ImageError: another type or shape.
     """
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in CHANNELS:
+    if not is_image(image):
         raise ImageError(
             f"`image` must be {SHAPES}, got {image.dtype}{list(image.shape)}; "
             "round, clip and convert it first"
@@ -394,7 +400,7 @@ def check_profile(image: np.ndarray, icc: bytes | None) -> None:
         ImageError: the text continues the image's name.
     """
     if icc:
-        _transform(Image.new("L" if image.shape[2:] in ((), (2,)) else "RGB", (1, 1)), icc)
+        _transform(Image.new("L" if is_grey(image) else "RGB", (1, 1)), icc)
 
 
 def _to_srgb(image: Image.Image, icc: bytes) -> Image.Image:

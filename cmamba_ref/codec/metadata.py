@@ -56,10 +56,15 @@ class Metadata:
             exif = exif.removeprefix(EXIF_PREFIX) or None
         object.__setattr__(self, "exif", exif)
 
+    def present(self) -> dict[str, bytes]:
+        """Return what there is, by its attribute's name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
     def names(self) -> list[str]:
         """Return what there is, in words."""
         words = {"exif": "EXIF", "icc_profile": "ICC profile", "xmp": "XMP"}
-        return [words[f.name] for f in fields(self) if getattr(self, f.name) is not None]
+        return [words[name] for name in self.present()]
 
     def upright(self) -> Metadata:
         """Return the same with an orientation of 1, for pixels that have been turned upright.

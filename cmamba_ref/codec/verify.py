@@ -61,5 +61,5 @@ def verify_encoded(
         raise BitstreamError(
             f"an image of shape {list(image.shape)} came back as {list(decoded.shape)}"
         )
-    if image.shape[2:] in ((2,), (4,)) and not np.array_equal(decoded[..., -1], image[..., -1]):
+    if image_codec.has_alpha(image) and not np.array_equal(decoded[..., -1], image[..., -1]):
         raise BitstreamError("the alpha channel came back changed")
