@@ -344,7 +344,7 @@ def test_ctrl_c_leaves_complete_files_and_no_process(tmp_path: Path, model_dir: 
         start_new_session=True,
     )
     try:
-        while not out.is_dir() and process.poll() is None:
+        while not any(out.glob("*.cmb")) and process.poll() is None:
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)
         printed = process.communicate(timeout=60)
