@@ -161,7 +161,7 @@ def scalar_decode(tables: CdfTables, data: bytes, blocks: list[np.ndarray]) -> l
     return decoded
 
 
-@pytest.mark.parametrize("lanes", [None, 1, 2, 255, 256])
+@pytest.mark.parametrize("lanes", [None, 1, 2, rans.SERIAL_LANES, rans.SERIAL_LANES + 1, 255, 256])
 def test_independent_scalar_decoder_agrees(lanes):
     blocks = latent(4000, blocks=3)
     blocks[1][0][::50] += 4000  # escapes
@@ -311,11 +311,11 @@ def test_speed(count, least_bytes, goal):
 # Damage.
 
 
-@pytest.fixture(scope="module")
-def intact() -> tuple[list[Block], bytes]:
+@pytest.fixture(scope="module", params=[5, rans.SERIAL_LANES + 4], ids=["serial", "rows"])
+def intact(request: pytest.FixtureRequest) -> tuple[list[Block], bytes]:
     blocks = latent(3000, blocks=3)
     blocks[0][0][::100] -= 3000  # escapes
-    return blocks, rans.encode(GAUSSIANS, blocks, lanes=5)
+    return blocks, rans.encode(GAUSSIANS, blocks, lanes=request.param)
 
 
 def decode_damaged(data: bytes, blocks: list[Block]) -> bool:
@@ -454,7 +454,7 @@ def test_threads_may_share_tables():
     rng = np.random.default_rng(3)
     indexes = rng.integers(0, 5, 5000)
     block = (rng.integers(-3, 4, 5000), indexes)
-    data = rans.encode(tables, [block])
+    data = rans.encode(tables, [block], lanes=rans.SERIAL_LANES + 1)
     results: list[bool] = []
 
     def work() -> None:
@@ -471,9 +471,10 @@ def test_threads_may_share_tables():
 def test_a_lookup_holds_only_the_tables_in_use():
     """A table takes memory once it is used: 4096 of them would take 256 MiB."""
     tables = tables_from_pmfs([(0, [1, 1], 0)] * 3)
-    rans.Decoder(tables, rans.encode(tables, [])).take(np.array([], np.int64))
+    lanes = rans.SERIAL_LANES + 1  # fewer need no lookup
+    rans.Decoder(tables, rans.encode(tables, [], lanes)).take(np.array([], np.int64))
     blocks = [(np.array([0, 1]), np.array([1, 1]))]
-    decode(tables, rans.encode(tables, blocks), blocks)
+    decode(tables, rans.encode(tables, blocks, lanes), blocks)
     entry, is_filled = rans._lookups[tables]
     assert is_filled.tolist() == [False, True, False]
     assert not entry[:TOTAL].any() and entry[TOTAL : 2 * TOTAL].any()
@@ -481,7 +482,7 @@ def test_a_lookup_holds_only_the_tables_in_use():
 
 def test_used_tables_can_be_copied_and_pickled():
     blocks = latent(500)
-    data = assert_round_trip(GAUSSIANS, blocks)
+    data = assert_round_trip(GAUSSIANS, blocks, lanes=rans.SERIAL_LANES + 1)
     for other in (copy.deepcopy(GAUSSIANS), pickle.loads(pickle.dumps(GAUSSIANS))):
         assert np.array_equal(decode(other, data, blocks)[0], blocks[0][0])
 
@@ -493,4 +494,5 @@ def test_tables_of_every_width():
         tables = CdfTables(cdf, np.array([0, len(cdf)], np.int32), np.array([-1], np.int32))
         tables.validate()
         symbols = np.array([-2, -1, count - 3, count - 2, count - 1, count])
-        assert_round_trip(tables, [(symbols, np.zeros(6, np.int64))])
+        for lanes in (1, rans.SERIAL_LANES + 1):
+            assert_round_trip(tables, [(symbols, np.zeros(6, np.int64))], lanes)

@@ -11,8 +11,8 @@ From the paper's symbols to names here:
     LRP             `context.LRP`: latent residual prediction, y_bar = y_hat + LRP
 
 Not in the paper: `gain` (one model for all qualities), `hadamard_init` (initial weights), `bypass`
-(a linear path), `ablations` (blocks to compare the paper's with), `conv3x3` (3x3 convolutions that
-are fast in float64) and `tiled` (the same modules on large maps in bounded memory).
+(a linear path), `ablations` (blocks to compare the paper's with), `float64_layers` (layers that
+are also fast in float64) and `tiled` (the same modules on large maps in bounded memory).
 
 Shapes are `[B, C, H, W]`; inside SS2D and CAE channels come last, `[B, H, W, C]`.
 """

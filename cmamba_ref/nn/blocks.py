@@ -37,7 +37,7 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.act = nn.LeakyReLU()
+        self.act = nn.LeakyReLU(inplace=True)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         # With F_cnn = x, a fresh block is the identity.
         nn.init.zeros_(self.conv2.weight)

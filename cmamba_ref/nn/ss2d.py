@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmamba_ref.errors import InvalidArgumentError
+from cmamba_ref.nn.float64_layers import DepthwiseConv3x3
 from cmamba_ref.ops import selective_scan_2d
 
 DIRECTIONS = 4
@@ -58,7 +59,7 @@ class SS2D(nn.Module):
             )
         dt_rank = math.ceil(channels / 16)
         self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
-        self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.conv = DepthwiseConv3x3(inner)
         self.x_proj = nn.Linear(inner, DIRECTIONS * (dt_rank + 2 * d_state), bias=False)
         self.dt_weight = nn.Parameter(torch.empty(DIRECTIONS, inner, dt_rank))
         self.dt_bias = nn.Parameter(torch.empty(DIRECTIONS, inner))
