@@ -1,4 +1,4 @@
-"""Triton kernels, imported as `cmamba_ref.kernels`; they need only torch and triton.
+"""The Triton backend, imported as `cmamba_ref.kernels`; the kernels need only torch and triton.
 
 The directory lies at the top of the repository and is installed inside the package; no top-level
 module `kernels` is ever installed. Importing this package does not import triton; its module

@@ -7,7 +7,9 @@ not copied; a 1-D scan of `[B, D, L]` that is contiguous in L is turned around o
 import torch
 from torch import Tensor
 
-from .op import triton_scan
+from cmamba_ref.ops.function import is_plain
+
+from .op import eager_scan, triton_scan
 
 
 def _sequence(x: Tensor) -> Tensor:
@@ -39,7 +41,8 @@ def selective_scan(
     """Output `[B, D, L]` in u's type and last state `[B, D, N]` in the compute type."""
     groups = max(x.shape[1] if x.dim() == 4 else 1 for x in (B, C))
     zeros = A.new_zeros(len(A))
-    y, last_state, _ = triton_scan(
+    run = eager_scan if is_plain(u) else triton_scan
+    y, last_state, _ = run(
         _sequence(u),
         _sequence(delta),
         _operand(B, groups),
@@ -61,7 +64,6 @@ def selective_scan_2d(
 ) -> Tensor:
     """Sum of the four directions `[B, H, W, D]` in x's type."""
     skip = torch.zeros_like(dt_bias[0]) if D is None else D.sum(0)
-    y, _, _ = triton_scan(
-        x, proj, None, None, None, A.mT, dt_weight.mT, dt_bias, skip, None, True, 1
-    )
+    run = eager_scan if is_plain(x) else triton_scan
+    y, _, _ = run(x, proj, None, None, None, A.mT, dt_weight.mT, dt_bias, skip, None, True, 1)
     return y

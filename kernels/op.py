@@ -1,15 +1,19 @@
 """The operator `cmamba::triton_scan`: registration with torch.library, autograd, fake tensors.
 
-A compiler or an exporter sees a scan as one opaque operator. Besides its arguments it keeps for the
-backward only the state before each chunk.
+A compiler or an exporter sees a scan as one opaque operator; eager code calls the same as an
+`autograd.Function`. Besides its arguments a scan keeps for the backward only the state before each
+chunk.
 """
 
 import contextlib
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from cmamba_ref.ops.function import as_function
 
 from .launch import Scan, backward, forward
 from .tiling import plan
@@ -40,8 +44,7 @@ def _states(of_sequence: Tensor | None, A: Tensor, images: int) -> Tensor:
     return of_sequence.unsqueeze(1).clone(memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("cmamba::triton_scan", mutates_args=())
-def triton_scan(
+def scan_forward(
     x: Tensor,
     dt: Tensor,
     B: Tensor | None,
@@ -72,8 +75,7 @@ def triton_scan(
         return forward(scan, _states(first, A, len(x)))
 
 
-@torch.library.custom_op("cmamba::triton_scan_backward", mutates_args=())
-def triton_scan_backward(
+def scan_backward(
     grad_y: Tensor,
     grad_last: Tensor | None,
     x: Tensor,
@@ -98,6 +100,12 @@ def triton_scan_backward(
     with torch.autocast(x.device.type, enabled=False), _device_of(x):
         gradients = backward(scan, starts, _prepared(grad_y), _states(grad_last, A, len(x)))
     return [grad for grad in gradients if grad is not None]
+
+
+triton_scan = torch.library.custom_op("cmamba::triton_scan", scan_forward, mutates_args=())
+triton_scan_backward = torch.library.custom_op(
+    "cmamba::triton_scan_backward", scan_backward, mutates_args=()
+)
 
 
 def _results(
@@ -145,13 +153,13 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, starts)
 
 
-def _differentiate(ctx, grad_y, grad_last, _):
+def _differentiate(run_backward, ctx, grad_y, grad_last, _):
     tensors = ctx.saved_tensors
     if grad_y is None and grad_last is None:
         return (None,) * (len(tensors) + 2)
     if grad_y is None:
         grad_y = torch.zeros_like(tensors[0])
-    gradients = iter(triton_scan_backward(grad_y, grad_last, *tensors, ctx.softplus, ctx.groups))
+    gradients = iter(run_backward(grad_y, grad_last, *tensors, ctx.softplus, ctx.groups))
     of_arguments = [None if x is None else next(gradients) for x in tensors[:-1]]
     of_first = next(gradients) if ctx.has_first else None
     return *of_arguments, of_first, None, None
@@ -163,5 +171,10 @@ def _refuse_second_derivative(ctx, *grads):
     )
 
 
-triton_scan.register_autograd(_differentiate, setup_context=_save)
+triton_scan.register_autograd(partial(_differentiate, triton_scan_backward), setup_context=_save)
 triton_scan_backward.register_autograd(_refuse_second_derivative)
+
+eager_scan_backward = as_function("TritonScanBackward", scan_backward, _refuse_second_derivative)
+eager_scan = as_function(
+    "TritonScan", scan_forward, partial(_differentiate, eager_scan_backward), _save
+)

@@ -790,21 +790,20 @@ def test_exports_the_1d_scan():
 
 def operator_calls(monkeypatch, arguments):
     """Arguments of `triton_scan` and of `triton_scan_backward` when these arguments are scanned."""
-    calls = {}
+    calls = []
 
-    def recorded(name, operator):
-        def call(*args):
-            calls[name] = args
-            return operator(*args)
-
-        return call
+    def recorded(*args):
+        calls.append(args)
+        return op.eager_scan(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(backend, "triton_scan", recorded("forward", op.triton_scan))
-        backward = recorded("backward", op.triton_scan_backward)
-        patch.setattr(op, "triton_scan_backward", backward)
+        patch.setattr(backend, "eager_scan", recorded)
         evaluate(arguments, "triton")
-    return calls["forward"], calls["backward"]
+    *tensors, _, softplus, groups = forward = calls[0]
+    y, last, starts = op.triton_scan(*forward)
+    is_sequence = starts.shape[1] == 1
+    gradients = torch.randn_like(y), torch.randn_like(last) if is_sequence else None
+    return forward, (*gradients, *tensors, starts, softplus, groups)
 
 
 def leaves(args, requires_grad):

@@ -325,13 +325,13 @@ def test_bf16_is_for_the_transforms_alone(folder):
     with pytest.MonkeyPatch.context() as patch:
         from cmamba_ref.ops.chunked import op
 
-        forward = op.chunked_scan_2d
+        forward = op._scan_2d
 
         def watched(x, *args):
             scanned.append(x.dtype)
             return forward(x, *args)
 
-        patch.setattr(op, "chunked_scan_2d", watched)
+        patch.setattr(op, "_scan_2d", watched)
         record = run.train_step()
     assert seen["g_a"][1] == torch.bfloat16
     assert seen["h_s"][0] == seen["context"][0] == seen["context"][1] == torch.float32

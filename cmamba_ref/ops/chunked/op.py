@@ -1,8 +1,9 @@
 """The backend `chunked`: public shapes in and out, around operators registered with torch.library.
 
-A compiler or an exporter sees each scan as one opaque operator; all else here is ordinary
-differentiable PyTorch. Both operators also return the state before each segment, which their
-backward needs; without gradients nobody does, and they return none.
+A compiler or an exporter sees each scan as one opaque operator; eager code calls the same as an
+`autograd.Function`, see `function.py`. All else here is ordinary differentiable PyTorch. Both scans
+also return the state before each segment, which their backward needs; without gradients nobody
+does, and they return none.
 """
 
 from collections.abc import Sequence
@@ -10,10 +11,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmamba_ref.ops.chunked import scan
 from cmamba_ref.ops.chunked.recurrence import count_of, segment_length
+from cmamba_ref.ops.function import as_function, is_plain
 from cmamba_ref.ops.reference import compute_dtype
 from cmamba_ref.ops.validation import Scan2dInputs, ScanInputs
 
@@ -67,16 +69,16 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:5], starts)
 
 
-def _differentiate(ctx, grad_y, grad_last, _):
-    u, *_, starts = ctx.saved_tensors
+def _differentiate(backward, ctx, grad_y, grad_last, _):
     if grad_y is None and grad_last is None:
         return (None,) * 7
+    saved = ctx.saved_tensors  # once: hooks may allow no more
+    u, *_, starts = saved
     if grad_y is None:
         grad_y = u.new_zeros(u.shape)
     if grad_last is None:
         grad_last = starts.new_zeros(starts.shape[1:])
-    grads = chunked_scan_backward(grad_y, grad_last, *ctx.saved_tensors)
-    return *grads, None
+    return *backward(grad_y, grad_last, *saved), None
 
 
 def _save_2d(ctx, inputs, output):
@@ -86,10 +88,10 @@ def _save_2d(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:6], starts)
 
 
-def _differentiate_2d(ctx, grad_y, _):
+def _differentiate_2d(backward, ctx, grad_y, _):
     if grad_y is None:
         return (None,) * 7
-    *grads, grad_skip = chunked_scan_2d_backward(grad_y, *ctx.saved_tensors)
+    *grads, grad_skip = backward(grad_y, *ctx.saved_tensors)
     has_skip = ctx.needs_input_grad[5]
     return *grads, grad_skip if has_skip else None, None
 
@@ -100,8 +102,10 @@ def _refuse_second_derivative(ctx, *grads):
     )
 
 
-chunked_scan.register_autograd(_differentiate, setup_context=_save)
-chunked_scan_2d.register_autograd(_differentiate_2d, setup_context=_save_2d)
+chunked_scan.register_autograd(partial(_differentiate, chunked_scan_backward), setup_context=_save)
+chunked_scan_2d.register_autograd(
+    partial(_differentiate_2d, chunked_scan_2d_backward), setup_context=_save_2d
+)
 for _op in (chunked_scan_backward, chunked_scan_2d_backward):
     _op.register_autograd(_refuse_second_derivative)
 
@@ -109,6 +113,17 @@ for _op in (chunked_scan_backward, chunked_scan_2d_backward):
 for _op in (chunked_scan, chunked_scan_backward, chunked_scan_2d, chunked_scan_2d_backward):
     for _device in ("cpu", "cuda"):
         _op.register_autocast(_device, torch.float32)
+
+_scan_backward = as_function("ChunkedScanBackward", scan.scan_backward, _refuse_second_derivative)
+_scan_2d_backward = as_function(
+    "ChunkedScan2dBackward", scan.scan_2d_backward, _refuse_second_derivative
+)
+_scan = as_function(
+    "ChunkedScan", scan.scan_forward, partial(_differentiate, _scan_backward), _save
+)
+_scan_2d = as_function(
+    "ChunkedScan2d", scan.scan_2d_forward, partial(_differentiate_2d, _scan_2d_backward), _save_2d
+)
 
 
 # ---------------------------------------------------------------- the backend
@@ -130,20 +145,6 @@ def _group_count(B: Tensor, C: Tensor) -> int:
     return max(B.shape[1] if B.dim() == 4 else 1, C.shape[1] if C.dim() == 4 else 1)
 
 
-def _can_skip_op(x: Tensor) -> bool:
-    """Whether a scan of x may do without its operator: no gradient, no compiler, no exporter.
-
-    The first call of an operator imports torch._dynamo, which takes longer than to encode an
-    image. On the CPU only, where a command is short enough for it to matter.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and x.device.type == "cpu"
-        and type(x) in (Tensor, nn.Parameter)  # not a fake tensor, for instance
-    )
-
-
 def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """Output `[B, D, L]` in u's type and last state `[B, D, N]` in the compute type."""
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state = inputs
@@ -163,7 +164,8 @@ def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     else:
         state = initial_state.to(dtype).unflatten(1, per_group).mT
 
-    y, last_state, _ = chunked_scan(
+    run = _scan if is_plain(u) else chunked_scan
+    y, last_state, _ = run(
         u_.unflatten(2, per_group),
         dt.unflatten(2, per_group),
         A.unflatten(0, per_group).mT,
@@ -185,7 +187,7 @@ def selective_scan_2d(inputs: Scan2dInputs) -> Tensor:
     """Sum of the four directions `[B, H, W, D]` in x's type."""
     x, proj, A, dt_weight, dt_bias, D = inputs
     dtype = compute_dtype(x.dtype)
-    run = scan.scan_2d_forward if _can_skip_op(x) else chunked_scan_2d
+    run = _scan_2d if is_plain(x) else chunked_scan_2d
     skip = None if D is None else D.sum(0)
     keep_starts = torch.is_grad_enabled()
     y, _ = run(x.to(dtype), proj.to(dtype), A, dt_weight, dt_bias, skip, keep_starts)
