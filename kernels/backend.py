@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cmamba_ref.ops.function import is_plain
+from cmamba_ref.ops.validation import sequence_begins
 
 from .op import eager_scan, triton_scan
 
@@ -37,6 +38,7 @@ def selective_scan(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     initial_state: Tensor | None,
+    seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, D, L]` in u's type and last state `[B, D, N]` in the compute type."""
     groups = max(x.shape[1] if x.dim() == 4 else 1 for x in (B, C))
@@ -53,6 +55,7 @@ def selective_scan(
         (zeros if delta_bias is None else delta_bias).unsqueeze(0),
         zeros if D is None else D,
         None if initial_state is None else initial_state.mT,
+        None if seq_idx is None else sequence_begins(seq_idx).to(torch.int8),
         delta_softplus,
         groups,
     )
@@ -65,5 +68,5 @@ def selective_scan_2d(
     """Sum of the four directions `[B, H, W, D]` in x's type."""
     skip = torch.zeros_like(dt_bias[0]) if D is None else D.sum(0)
     run = eager_scan if is_plain(x) else triton_scan
-    y, _, _ = run(x, proj, None, None, None, A.mT, dt_weight.mT, dt_bias, skip, None, True, 1)
+    y, _, _ = run(x, proj, None, None, None, A.mT, dt_weight.mT, dt_bias, skip, None, None, True, 1)
     return y

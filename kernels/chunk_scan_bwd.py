@@ -21,6 +21,8 @@ from .chunk_scan_fwd import SIZES
 from .primitives import (
     LN_2,
     channels_of,
+    decay_of,
+    infinite_at_begin,
     load_channels,
     load_dt_raw,
     load_parameters,
@@ -44,6 +46,7 @@ def chunk_state_bwd(
     A_ptr,  # [directions, N, D]
     weight_ptr,  # [directions, RANK, D]
     bias_ptr,  # [directions, D]
+    begins_ptr,  # [images, H, W], not 0 where another sequence begins, read with PACKED
     ends_ptr,  # out: [images, directions, chunks, N, D]
     sums_ptr,  # out: [images, directions, chunks, D]
     H,
@@ -60,6 +63,7 @@ def chunk_state_bwd(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    PACKED: tl.constexpr,
     GATE: tl.constexpr,
     C_CONSTANT: tl.constexpr,
 ):
@@ -95,8 +99,8 @@ def chunk_state_bwd(
             C = load_projection(
                 C_ptr, row, direction, group, groups, RANK + N, RANK, N, BLOCK_N, acc_dtype
             )[:, None]
-        g = tl.exp2(dt[None, :] * A) * (g + dy[None, :] * C)
-        total += dt
+        g = decay_of(dt, A, begins_ptr, row, PACKED) * (g + dy[None, :] * C)
+        total += infinite_at_begin(dt, begins_ptr, row, PACKED)
         position, left = walk(position, left, H, W, direction, True)
 
     index = image_direction * chunks + chunk
@@ -115,6 +119,7 @@ def chunk_scan_bwd(
     A_ptr,  # [directions, N, D]
     weight_ptr,  # [directions, RANK, D]
     bias_ptr,  # [directions, D]
+    begins_ptr,  # [images, H, W], not 0 where another sequence begins, read with PACKED
     skip_ptr,  # [D]
     starts_ptr,  # [images, directions, chunks, N, D]
     checkpoints_ptr,  # scratch [images, chunks, windows, N, D]
@@ -146,6 +151,7 @@ def chunk_scan_bwd(
     BLOCK_D: tl.constexpr,
     RECOMPUTE_STEPS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    PACKED: tl.constexpr,
     GATE: tl.constexpr,
     B_CONSTANT: tl.constexpr,
     C_CONSTANT: tl.constexpr,
@@ -201,7 +207,7 @@ def chunk_scan_bwd(
                     B = load_projection(
                         B_ptr, row, direction, group, groups, RANK, RANK, N, BLOCK_N, acc_dtype
                     )[:, None]
-                h = tl.exp2(dt[None, :] * A) * h + (dt * x)[None, :] * B
+                h = decay_of(dt, A, begins_ptr, row, PACKED) * h + (dt * x)[None, :] * B
                 position, left = walk(position, left, H, W, direction, False)
 
         # What follows reads what other lanes may have written: these results, and sums of dx.
@@ -243,7 +249,7 @@ def chunk_scan_bwd(
                         B = load_projection(
                             B_ptr, row, direction, group, groups, RANK, RANK, N, BLOCK_N, acc_dtype
                         )[:, None]
-                    h = tl.exp2(dt[None, :] * A) * h + (dt * x)[None, :] * B
+                    h = decay_of(dt, A, begins_ptr, row, PACKED) * h + (dt * x)[None, :] * B
                     next_position, next_left = walk(position, left, H, W, direction, False)
                     goes_on = window * RECOMPUTE_STEPS + j + 1 < steps
                     position = tl.where(goes_on, next_position, position)
@@ -263,7 +269,9 @@ def chunk_scan_bwd(
                     C = load_projection(
                         C_ptr, row, direction, group, groups, RANK + N, RANK, N, BLOCK_N, acc_dtype
                     )[:, None]
-                decay = tl.exp2(dt[None, :] * A)
+                decay = decay_of(dt, A, begins_ptr, row, PACKED)
+                if PACKED:  # a step beyond the end hands the adjoint on
+                    decay = tl.where(inside, decay, 1.0)
                 decayed = decay * states[j]
                 input = dt * x
                 h = decayed + input[None, :] * B

@@ -14,6 +14,8 @@ import triton.language as tl
 from .primitives import (
     LOG2_E,
     channels_of,
+    decay_of,
+    infinite_at_begin,
     load_channels,
     load_dt_raw,
     load_parameters,
@@ -38,6 +40,7 @@ def chunk_state_fwd(
     A_ptr,  # [directions, N, D]
     weight_ptr,  # [directions, RANK, D]
     bias_ptr,  # [directions, D]
+    begins_ptr,  # [images, H, W], not 0 where another sequence begins, read with PACKED
     ends_ptr,  # out: [images, directions, chunks, N, D]
     sums_ptr,  # out: [images, directions, chunks, D]
     H,
@@ -54,6 +57,7 @@ def chunk_state_fwd(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    PACKED: tl.constexpr,
     B_CONSTANT: tl.constexpr,
 ):
     """The state that each chunk reaches from zero, and the sum of its time steps."""
@@ -84,8 +88,8 @@ def chunk_state_fwd(
             B = load_projection(
                 B_ptr, row, direction, group, groups, RANK, RANK, N, BLOCK_N, acc_dtype
             )[:, None]
-        h = tl.exp2(dt[None, :] * A) * h + (dt * x)[None, :] * B
-        total += dt
+        h = decay_of(dt, A, begins_ptr, row, PACKED) * h + (dt * x)[None, :] * B
+        total += infinite_at_begin(dt, begins_ptr, row, PACKED)
         position, left = walk(position, left, H, W, direction, False)
 
     index = image_direction * chunks + chunk
@@ -113,13 +117,15 @@ def state_passing(
     N: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PACKED: tl.constexpr,
     ADJOINT: tl.constexpr,
 ):
     """The state that enters each chunk, from the one that enters the first.
 
-    A chunk's decay needs no product over its steps: it is exp(A times the sum of dt). N and D are
-    one axis of features here, of which BLOCK_D make a program; CHUNKS chunks are scanned together.
-    With ADJOINT the states are adjoints, which enter a chunk where its direction leaves it.
+    A chunk's decay needs no product over its steps: it is exp(A times the sum of dt), or 0 where
+    that sum is infinite (see `infinite_at_begin`). N and D are one axis of features here, of which
+    BLOCK_D make a program; CHUNKS chunks are scanned together. With ADJOINT the states are
+    adjoints, which enter a chunk where its direction leaves it.
     """
     image_direction = tl.program_id(0) // blocks
     direction = image_direction % directions
@@ -141,7 +147,10 @@ def state_passing(
         both = (rank < chunks)[:, None] & mask[None, :]
         sums = tl.load(sums_ptr + chunk[:, None] * D + (feature % D)[None, :], mask=both, other=0.0)
         ends = tl.load(ends_ptr + chunk[:, None] * (N * D) + feature[None, :], mask=both, other=0.0)
-        decay, added = tl.associative_scan((tl.exp2(A[None, :] * sums), ends), 0, _after_both)
+        decay = tl.exp2(A[None, :] * sums)
+        if PACKED:
+            decay = tl.where(sums == float("inf"), 0.0, decay)
+        decay, added = tl.associative_scan((decay, ends), 0, _after_both)
         after = decay * state[None, :] + added
 
         # What leaves one chunk enters the next one, so the results go one place further.
@@ -161,6 +170,7 @@ def chunk_scan_fwd(
     A_ptr,  # [directions, N, D]
     weight_ptr,  # [directions, RANK, D]
     bias_ptr,  # [directions, D]
+    begins_ptr,  # [images, H, W], not 0 where another sequence begins, read with PACKED
     skip_ptr,  # [D]
     starts_ptr,  # [images, directions, chunks, N, D]
     sum_ptr,  # in and out: sum over directions [images, H, W, D] in A's type
@@ -181,6 +191,7 @@ def chunk_scan_fwd(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    PACKED: tl.constexpr,
     GATE: tl.constexpr,
     B_CONSTANT: tl.constexpr,
     C_CONSTANT: tl.constexpr,
@@ -228,7 +239,7 @@ def chunk_scan_fwd(
                 C = load_projection(
                     C_ptr, row, direction, group, groups, RANK + N, RANK, N, BLOCK_N, acc_dtype
                 )[:, None]
-            h = tl.exp2(dt[None, :] * A) * h + (dt * x)[None, :] * B
+            h = decay_of(dt, A, begins_ptr, row, PACKED) * h + (dt * x)[None, :] * B
             y = tl.sum(h * C, 0) + skip_now * x
             y += load_channels(sum_ptr, row, channels, mask & (direction > 0), D, acc_dtype)
             tl.store(sum_ptr + row * D + channels, y, mask=mask & (direction < directions - 1))

@@ -35,6 +35,7 @@ class Scan(NamedTuple):
     dt_weight: Tensor | None  # [K, R, D] (C), or None where delta is given
     dt_bias: Tensor  # [K, D] (C)
     skip: Tensor  # sum over directions [D] (C)
+    begins: Tensor | None  # int8 [B, L], 1 where another sequence begins, of a sequence only
     softplus: bool
     groups: int
 
@@ -113,6 +114,7 @@ def _arguments(scan: Scan, plan: Plan, block: int) -> dict[str, Any]:
         "A_ptr": scan.A,
         "weight_ptr": scan.dt_bias if scan.dt_weight is None else scan.dt_weight,
         "bias_ptr": scan.dt_bias,
+        **_packing(scan),
         "H": height,
         "W": width,
         "per_group": per_group,
@@ -139,6 +141,11 @@ def _gate(scan: Scan) -> dict[str, Any]:
     return {"z_ptr": scan.x if scan.z is None else scan.z, "GATE": scan.z is not None}
 
 
+def _packing(scan: Scan) -> dict[str, Any]:
+    is_packed = scan.begins is not None
+    return {"begins_ptr": scan.begins if is_packed else scan.A, "PACKED": is_packed}
+
+
 def _constant(matrix: Tensor) -> bool:
     return matrix.dim() == 2
 
@@ -153,7 +160,9 @@ def _per_chunk(of_image: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def _carried(ends: Tensor, sums: Tensor, A: Tensor, first: Tensor, adjoint: bool) -> Tensor:
+def _carried(
+    ends: Tensor, sums: Tensor, A: Tensor, first: Tensor, *, adjoint: bool, packed: bool
+) -> Tensor:
     """State or adjoint that enters each chunk `[B, K, chunks, N, D]`, from those of `first`."""
     images, directions, chunks, n, channels = ends.shape
     starts = torch.empty_like(ends)
@@ -173,6 +182,7 @@ def _carried(ends: Tensor, sums: Tensor, A: Tensor, first: Tensor, adjoint: bool
         N=n,
         CHUNKS=constants().carry_chunks,
         BLOCK_D=CARRY_BLOCK,
+        PACKED=packed,
         ADJOINT=adjoint,
         **LAUNCH_OPTIONS,
     )
@@ -207,7 +217,7 @@ def forward(scan: Scan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             **inputs,
             **arguments,
         )
-        starts = _carried(ends, sums, scan.A, first, adjoint=False)
+        starts = _carried(ends, sums, scan.A, first, adjoint=False, packed=scan.begins is not None)
 
     y = torch.empty_like(scan.x)
     total = y if y.dtype == acc_dtype else torch.empty_like(y, dtype=acc_dtype)
@@ -250,7 +260,7 @@ def _entering_adjoints(scan: Scan, plan: Plan, grad_y: Tensor, grad_last: Tensor
         **_gate(scan),
         **arguments,
     )
-    return _carried(ends, sums, scan.A, grad_last, adjoint=True)
+    return _carried(ends, sums, scan.A, grad_last, adjoint=True, packed=scan.begins is not None)
 
 
 def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> Gradients:

@@ -26,7 +26,7 @@ def _prepared(x: Tensor) -> Tensor:
 
 
 def _scan(*tensors: Tensor | None, softplus: bool, groups: int) -> Scan:
-    """The tensors of the operator from x to skip, without `first`, as the kernels take them."""
+    """The tensors of the operator from x to begins, without `first`, as the kernels take them."""
     x, dt, B, C, *others = (None if t is None else _prepared(t) for t in tensors)
     fields: Any = (x, dt, dt if B is None else B, dt if C is None else C, *others)
     return Scan(*fields, softplus=softplus, groups=groups)
@@ -55,13 +55,15 @@ def scan_forward(
     dt_bias: Tensor,
     skip: Tensor,
     first: Tensor | None,
+    begins: Tensor | None,
     softplus: bool,
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A scan of a map in four directions, or of a sequence in one; `launch.Scan` has the shapes.
 
-    B and C are None where they lie in the projections. `first` is the state before the first
-    position `[B, N, D]`, only for a sequence.
+    B and C are None where they lie in the projections. Only for a sequence: `first`, the state
+    before the first position `[B, N, D]`, and `begins`, which tells where another sequence begins,
+    int8 `[B, L]`.
 
     Returns:
         y `[B, H, W, D]`; last state `[B, N, D]`, of a map zero; state before each chunk
@@ -69,7 +71,7 @@ def scan_forward(
     """
     if len(x) == 0:
         return _results(x, A, dt_weight, groups)
-    tensors = (x, dt, B, C, z, A, dt_weight, dt_bias, skip)
+    tensors = (x, dt, B, C, z, A, dt_weight, dt_bias, skip, begins)
     scan = _scan(*tensors, softplus=softplus, groups=groups)
     with _device_of(x):
         return forward(scan, _states(first, A, len(x)))
@@ -87,6 +89,7 @@ def scan_backward(
     dt_weight: Tensor | None,
     dt_bias: Tensor,
     skip: Tensor,
+    begins: Tensor | None,
     starts: Tensor,
     softplus: bool,
     groups: int,
@@ -95,7 +98,7 @@ def scan_backward(
     tensors = (x, dt, B, C, z, A, dt_weight, dt_bias, skip)
     if len(x) == 0:
         return [torch.zeros_like(like) for like in _gradients(*tensors)]
-    scan = _scan(*tensors, softplus=softplus, groups=groups)
+    scan = _scan(*tensors, begins, softplus=softplus, groups=groups)
     # Autocast would run the products around the kernels in 16 bits.
     with torch.autocast(x.device.type, enabled=False), _device_of(x):
         gradients = backward(scan, starts, _prepared(grad_y), _states(grad_last, A, len(x)))
@@ -132,17 +135,17 @@ def _gradients(x: Tensor, *others: Tensor | None) -> list[Tensor]:
 
 
 @triton_scan.register_fake
-def _(x, dt, B, C, z, A, dt_weight, dt_bias, skip, first, softplus, groups):
+def _(x, dt, B, C, z, A, dt_weight, dt_bias, skip, first, begins, softplus, groups):
     return _results(x, A, dt_weight, groups)
 
 
 @triton_scan_backward.register_fake
-def _(grad_y, grad_last, x, dt, B, C, z, A, dt_weight, dt_bias, skip, starts, softplus, groups):
+def _(grad_y, grad_last, x, dt, B, C, z, A, dt_weight, dt_bias, skip, *others):
     return _gradients(x, dt, B, C, z, A, dt_weight, dt_bias, skip)
 
 
 def _save(ctx, inputs, output):
-    *tensors, first, softplus, groups = inputs
+    *tensors, first, begins, softplus, groups = inputs
     ctx.softplus, ctx.groups = softplus, groups
     ctx.has_first = first is not None
     _, last, starts = output
@@ -150,19 +153,20 @@ def _save(ctx, inputs, output):
     of_map = starts.shape[1] > 1
     ctx.mark_non_differentiable(*((last, starts) if of_map else (starts,)))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, starts)
+    ctx.save_for_backward(*tensors, begins, starts)
 
 
 def _differentiate(run_backward, ctx, grad_y, grad_last, _):
-    tensors = ctx.saved_tensors
+    *tensors, begins, starts = ctx.saved_tensors
     if grad_y is None and grad_last is None:
-        return (None,) * (len(tensors) + 2)
+        return (None,) * (len(tensors) + 4)
     if grad_y is None:
         grad_y = torch.zeros_like(tensors[0])
-    gradients = iter(run_backward(grad_y, grad_last, *tensors, ctx.softplus, ctx.groups))
-    of_arguments = [None if x is None else next(gradients) for x in tensors[:-1]]
+    others = (begins, starts, ctx.softplus, ctx.groups)
+    gradients = iter(run_backward(grad_y, grad_last, *tensors, *others))
+    of_arguments = [None if x is None else next(gradients) for x in tensors]
     of_first = next(gradients) if ctx.has_first else None
-    return *of_arguments, of_first, None, None
+    return *of_arguments, of_first, None, None, None
 
 
 def _refuse_second_derivative(ctx, *grads):

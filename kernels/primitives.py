@@ -219,6 +219,23 @@ def load_dt_raw(
 
 
 @triton.jit
+def decay_of(dt, A, begins_ptr, row, PACKED: tl.constexpr):
+    """exp(dt A) `[BLOCK_N, BLOCK_D]`; with PACKED, 0 where another sequence begins."""
+    decay = tl.exp2(dt[None, :] * A)
+    if PACKED:
+        decay = tl.where(tl.load(begins_ptr + row) != 0, 0.0, decay)
+    return decay
+
+
+@triton.jit
+def infinite_at_begin(dt, begins_ptr, row, PACKED: tl.constexpr):
+    """dt, with PACKED infinite where another sequence begins: a sum then tells of any."""
+    if PACKED:
+        dt = tl.where(tl.load(begins_ptr + row) != 0, float("inf"), dt)
+    return dt
+
+
+@triton.jit
 def time_step(dt_raw, SOFTPLUS: tl.constexpr):
     """dt from `dt_raw`."""
     if SOFTPLUS:

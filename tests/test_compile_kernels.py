@@ -46,6 +46,7 @@ QUICK_SCANS = [
     Scan(Shape(1, 128, 128, 192, 16, 12)),
     Scan(Shape(1, 128, 128, 100, 3, 20), "bf16"),
     Scan(sequence(40, 8), gate=True, softplus=False, c_constant=True),
+    Scan(sequence(40, 8), packed=True),
 ]
 
 

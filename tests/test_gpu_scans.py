@@ -799,16 +799,19 @@ def operator_calls(monkeypatch, arguments):
     with monkeypatch.context() as patch:
         patch.setattr(backend, "eager_scan", recorded)
         evaluate(arguments, "triton")
-    *tensors, _, softplus, groups = forward = calls[0]
+    *tensors, _, begins, softplus, groups = forward = calls[0]
     y, last, starts = op.triton_scan(*forward)
     is_sequence = starts.shape[1] == 1
     gradients = torch.randn_like(y), torch.randn_like(last) if is_sequence else None
-    return forward, (*gradients, *tensors, starts, softplus, groups)
+    return forward, (*gradients, *tensors, begins, starts, softplus, groups)
 
 
 def leaves(args, requires_grad):
     return tuple(
-        x.detach().requires_grad_(requires_grad) if isinstance(x, torch.Tensor) else x for x in args
+        x.detach().requires_grad_(requires_grad and x.is_floating_point())
+        if isinstance(x, torch.Tensor)
+        else x
+        for x in args
     )
 
 

@@ -74,7 +74,7 @@ def maps(draw):
 
 
 @st.composite
-def sequences(draw):
+def sequences(draw, packed=False):
     """Arguments of `selective_scan`: every form of every argument."""
     batch = draw(batches)
     groups = draw(st.sampled_from((1, 1, 2, 3)))
@@ -93,6 +93,7 @@ def sequences(draw):
         bias=draw(st.booleans()),
         softplus=draw(st.booleans()),
         initial_state=draw(st.booleans()),
+        packed=packed,
         dtype=draw(single_or_double),
     )
 
@@ -107,6 +108,13 @@ def test_scan_2d_is_as_accurate_as_the_reference(arguments, chunk, together):
 def test_scan_is_as_accurate_as_the_reference(arguments, chunk, together):
     with poisoned(), chunks_of(chunk, together):
         assert_accurate("triton", guarded(arguments))
+
+
+@given(sequences(packed=True), chunk_lengths, carried_together)
+def test_scan_of_packed_sequences_is_as_accurate_as_the_reference(arguments, chunk, together):
+    # A short sequence sums few terms, and now and then the reference rounds hardly at all.
+    with poisoned(), chunks_of(chunk, together):
+        assert_accurate("triton", guarded(arguments), allowance=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -134,8 +142,9 @@ def test_one_pass_and_many_chunks_agree():
                 torch.testing.assert_close(x, whole[name], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("adjoint", [False, True])
-def test_carry_over_many_chunks(adjoint):
+def test_carry_over_many_chunks(adjoint, packed):
     generator = torch.Generator().manual_seed(0)
     images, directions, chunks, n, channels = 2, 4, 2 * tiling.FIXED.carry_chunks + 5, 3, 7
     shape = (images, directions, chunks, n, channels)
@@ -143,8 +152,10 @@ def test_carry_over_many_chunks(adjoint):
     sums = torch.rand(images, directions, chunks, channels, generator=generator).double()
     A = -torch.rand(directions, n, channels, generator=generator).double()
     first = torch.randn(images, directions, n, channels, generator=generator).double()
+    if packed:
+        sums[:, :, 3::10] = torch.inf  # a sequence begins in these chunks
     with poisoned():
-        starts = launch._carried(ends, sums, A, first, adjoint)
+        starts = launch._carried(ends, sums, A, first, adjoint=adjoint, packed=packed)
     for direction in range(directions):
         order = range(chunks)
         if (direction >= 2) != adjoint:

@@ -254,10 +254,12 @@ def wrong(name, change, message):
         wrong("D", lambda x: x[:, None], r"`D` must be \[D\] = \[6\]"),
         wrong("delta_bias", lambda x: x.bfloat16(), "`delta_bias` must be torch.float32"),
         wrong("initial_state", lambda x: x.mT, r"`initial_state` must be \[B, D, N\]"),
+        wrong("seq_idx", lambda x: x[:, 1:], r"`seq_idx` must be \[B, L\] = \[2, 17\]"),
+        wrong("seq_idx", lambda x: x.float(), "`seq_idx` must be integers"),
     ],
 )
 def test_wrong_arguments_of_the_scan(name, change, message):
-    a = scan_arguments(dtype=torch.float32)
+    a = scan_arguments(dtype=torch.float32, packed=True)
     with pytest.raises(InvalidArgumentError, match=message):
         selective_scan(**{**a, name: change(a[name])})
 

@@ -12,12 +12,16 @@ from cmamba_ref.ops.chunked import op, scan
 from cmamba_ref.testing import assert_accurate, evaluate, scan_2d_arguments, scan_arguments, worst
 
 
-def numpy_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state):
+def numpy_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx=None):
     """The scan in closed form, without a recurrence: the tests' own oracle.
 
-    h_t = exp(A sum of dt up to t) h_0 + sum over s <= t of exp(A sum of dt in (s, t]) dt_s B_s u_s
+    h_t = exp(A sum of dt up to t) h_0 + sum over s <= t of exp(A sum of dt in (s, t]) dt_s B_s u_s,
+    of packed sequences without h_0 but in the first, and with s from the sequence of t.
     """
     batch, channels, length = u.shape
+    number = np.zeros((batch, length), int)  # of the sequence in its row
+    if seq_idx is not None:
+        number[:, 1:] = np.cumsum(np.diff(seq_idx) != 0, axis=1)
     y, last = np.zeros(u.shape), np.zeros((batch, *A.shape))
     for b in range(batch):
         for d in range(channels):
@@ -36,9 +40,9 @@ def numpy_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_stat
 
                 for t in range(length):
                     h = 0.0
-                    if initial_state is not None:
+                    if initial_state is not None and number[b, t] == 0:
                         h = math.exp(A[d, n] * elapsed[t]) * initial_state[b, d, n]
-                    for s in range(t + 1):
+                    for s in np.flatnonzero(number[b, : t + 1] == number[b, t]):
                         decay = math.exp(A[d, n] * (elapsed[t] - elapsed[s]))
                         h += decay * dt[s] * at(B, s) * u[b, d, s]
                     y[b, d, t] += at(C, t) * h
@@ -65,6 +69,7 @@ FORMS = [
     {"b_form": "grouped", "c_form": "grouped", "groups": 3, "bias": False},
     {"b_form": "grouped", "c_form": "varying", "groups": 2, "initial_state": False},
     {"b_form": "constant", "c_form": "grouped", "groups": 6, "bias": False, "softplus": False},
+    {"b_form": "varying", "c_form": "varying", "packed": True},
 ]
 
 
@@ -305,6 +310,7 @@ def operator_arguments(batch, strided):
         torch.randn(length, batch, groups, n, 1, generator=generator),
         torch.randn(1, 1, groups, n, channels, generator=generator),
         torch.randn(batch, groups, n, channels, generator=generator),
+        torch.rand(length, batch, generator=generator) < 0.2,
     )
     *of_scan_2d, D = (
         x.detach() for x in scan_2d_arguments(batch=batch, dtype=torch.float32).values()
@@ -317,7 +323,7 @@ def operator_arguments(batch, strided):
         if strided:
             backwards = [x.permute(*reversed(range(x.dim()))) for x in arguments]
             arguments = [x.contiguous().permute(*reversed(range(x.dim()))) for x in backwards]
-        yield operator, (*(x.requires_grad_() for x in arguments), True)
+        yield operator, (*(x.requires_grad_(x.is_floating_point()) for x in arguments), True)
 
 
 @pytest.mark.parametrize("make", [scan_arguments, scan_2d_arguments])
@@ -346,7 +352,7 @@ def test_operators_return_the_declared_strides(batch):
     with torch.no_grad():
         y, last, starts = scan(*of_scan)
         y_2d, starts_2d = scan_2d(*of_scan_2d)
-        grads = op.chunked_scan_backward(y, last, *of_scan[:5], starts)
+        grads = op.chunked_scan_backward(y, last, *of_scan[:5], of_scan[6], starts)
         grads_2d = op.chunked_scan_2d_backward(y_2d, *of_scan_2d[:6], starts_2d)
     for x in (y, last, starts, y_2d, starts_2d, *grads, *grads_2d):
         assert x.is_contiguous()

@@ -55,7 +55,7 @@ from torch import Tensor
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.nn.ss2d import DIRECTIONS
 
-TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int8: "i8"}
 WARP = 32
 
 
@@ -88,6 +88,7 @@ class Scan:
     softplus: bool = True
     b_constant: bool = False
     c_constant: bool = False
+    packed: bool = False
 
     def prepared(self) -> Any:
         """Return the `launch.Scan` of this scan, on the meta device."""
@@ -114,6 +115,7 @@ class Scan:
             dt_weight=real(directions, s.rank, s.channels) if s.rank else None,
             dt_bias=real(directions, s.channels),
             skip=real(s.channels),
+            begins=new(s.batch, s.width, dtype=torch.int8) if self.packed else None,
             softplus=self.softplus,
             groups=self.groups,
         )

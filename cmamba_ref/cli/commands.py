@@ -466,6 +466,9 @@ def _naming(path: Path, stream: str) -> Iterator[None]:
 @contextmanager
 def _stages(count: int) -> Iterator[Callable[[str], None]]:
     """A line on stderr, if that is a terminal, that names the stage at work; gone at the end."""
+    if not sys.stderr.isatty():  # to import tqdm takes a tenth of decoding an image
+        yield lambda stage: None
+        return
     from tqdm import tqdm
 
     form = "cmamba: {desc} (stage {n} of {total})"

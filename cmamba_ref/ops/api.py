@@ -37,6 +37,7 @@ def selective_scan(
     return_last_state: Literal[False] = False,
     *,
     initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor: ...
 
@@ -55,6 +56,7 @@ def selective_scan(
     *,
     return_last_state: Literal[True],
     initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -73,6 +75,7 @@ def selective_scan(
     return_last_state: bool = False,
     *,
     initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
@@ -90,6 +93,7 @@ def selective_scan(
     return_last_state: bool = False,
     *,
     initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective state-space scan along one axis (Gu and Dao 2023, arXiv:2312.00752, eq. 2).
@@ -116,6 +120,10 @@ def selective_scan(
         return_last_state: also return the state after the last position; its gradient flows.
         initial_state: state before the first position `[B, D, N]` in A's type; zero when
             None. Our extension: a sequence may be scanned in segments.
+        seq_idx: integers `[B, L]`: which sequence a position belongs to, where several are packed
+            into one row. Wherever it changes along L, the state begins at zero again;
+            `initial_state` belongs to the first sequence of a row, the last state to the last. As
+            in Mamba-2. None: one sequence.
         backend: `auto`, `reference`, `chunked`, `triton` or a registered one; see `scan_backend`.
 
     Returns:
@@ -126,7 +134,7 @@ def selective_scan(
         InvalidArgumentError: a shape, type, device or backend name is wrong.
         BackendUnavailableError: the backend asked for by name cannot run here.
     """
-    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx)
     check_scan(inputs)
     name = dispatch.choose(backend, u.device.type, A.shape[1])
     with without_autocast(u.device):

@@ -30,7 +30,7 @@ def _per_channel(x: Tensor, channels: int) -> Tensor:
 
 def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """Output `[B, D, L]` in u's type and last state `[B, D, N]` in the compute type."""
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state = inputs
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx = inputs
     dtype = compute_dtype(u.dtype)
     batch, channels, length = u.shape
     io_dtype = u.dtype
@@ -49,6 +49,9 @@ def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     outputs = []
     for t in range(length):
         dt_t, u_t = dt[:, :, t, None], u[:, :, t, None]
+        if seq_idx is not None and t > 0:
+            goes_on = seq_idx[:, t] == seq_idx[:, t - 1]
+            state = torch.where(goes_on[:, None, None], state, 0)
         state = torch.exp(dt_t * A) * state + dt_t * B[..., t] * u_t
         outputs.append((C[..., t] * state).sum(-1))
     y = torch.stack(outputs, dim=-1)

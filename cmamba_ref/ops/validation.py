@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cmamba_ref.errors import InvalidArgumentError
 
@@ -23,6 +24,7 @@ class ScanInputs(NamedTuple):
     delta_bias: Tensor | None
     delta_softplus: bool
     initial_state: Tensor | None
+    seq_idx: Tensor | None = None
 
 
 class Scan2dInputs(NamedTuple):
@@ -34,6 +36,11 @@ class Scan2dInputs(NamedTuple):
     dt_weight: Tensor
     dt_bias: Tensor
     D: Tensor | None
+
+
+def sequence_begins(seq_idx: Tensor) -> Tensor:
+    """Where another sequence than the one before begins, bool `[B, L]`; not at the first place."""
+    return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
 
 
 def _fail(name: str, rule: str, value: object, fix: str) -> None:
@@ -104,11 +111,17 @@ def _check_projection(name: str, x: Tensor, u: Tensor, A: Tensor) -> None:
 
 def check_scan(inputs: ScanInputs) -> None:
     """Raise InvalidArgumentError unless these are arguments of `selective_scan`."""
-    u, delta, A, B, C, D, z, delta_bias, _, initial_state = inputs
+    u, delta, A, B, C, D, z, delta_bias, _, initial_state, seq_idx = inputs
     _check_tensor("u", u)
     _check_io_dtype("u", u)
     _check_rank("u", u, "[B, D, L]", 3, first_positive=1)
-    optional = {"D": D, "z": z, "delta_bias": delta_bias, "initial_state": initial_state}
+    optional = {
+        "D": D,
+        "z": z,
+        "delta_bias": delta_bias,
+        "initial_state": initial_state,
+        "seq_idx": seq_idx,
+    }
     given = {name: x for name, x in optional.items() if x is not None}
     for name, x in {"delta": delta, "A": A, "B": B, "C": C, **given}.items():
         _check_tensor(name, x, u.device)
@@ -133,6 +146,10 @@ def check_scan(inputs: ScanInputs) -> None:
     if initial_state is not None:
         _check_dtype("initial_state", initial_state, parameter_dtype, "like `A`")
         _check_shape("initial_state", initial_state, "[B, D, N]", (batch, channels, A.shape[1]))
+    if seq_idx is not None:
+        if seq_idx.is_floating_point() or seq_idx.is_complex():
+            _fail("seq_idx", "integers", seq_idx.dtype, "convert it with .int()")
+        _check_shape("seq_idx", seq_idx, "[B, L]", (batch, u.shape[2]))
 
 
 def check_scan_2d(inputs: Scan2dInputs) -> None:

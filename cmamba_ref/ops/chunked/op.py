@@ -17,7 +17,7 @@ from cmamba_ref.ops.chunked import scan
 from cmamba_ref.ops.chunked.recurrence import count_of, segment_length
 from cmamba_ref.ops.function import as_function, is_plain
 from cmamba_ref.ops.reference import compute_dtype
-from cmamba_ref.ops.validation import Scan2dInputs, ScanInputs
+from cmamba_ref.ops.validation import Scan2dInputs, ScanInputs, sequence_begins
 
 # ---------------------------------------------------------------- operators
 
@@ -40,13 +40,13 @@ def _starts(length: int, state: Sequence[int], keep_starts: bool) -> tuple[int, 
 
 
 @chunked_scan.register_fake
-def _(u, dt, A, B, C, initial_state, keep_starts):
+def _(u, dt, A, B, C, initial_state, begins, keep_starts):
     starts = _starts(u.shape[0], initial_state.shape, keep_starts)
     return *_like(u, initial_state), u.new_empty(starts)
 
 
 @chunked_scan_backward.register_fake
-def _(grad_y, grad_last, u, dt, A, B, C, starts):
+def _(grad_y, grad_last, u, dt, A, B, C, begins, starts):
     return _like(u, dt, A, B, C, grad_last)
 
 
@@ -63,22 +63,23 @@ def _(grad_y, x, proj, A, dt_weight, dt_bias, skip, starts):
 
 
 def _save(ctx, inputs, output):
+    *tensors, _, begins, _ = inputs
     starts = output[2]
     ctx.mark_non_differentiable(starts)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:5], starts)
+    ctx.save_for_backward(*tensors, begins, starts)
 
 
 def _differentiate(backward, ctx, grad_y, grad_last, _):
     if grad_y is None and grad_last is None:
-        return (None,) * 7
+        return (None,) * 8
     saved = ctx.saved_tensors  # once: hooks may allow no more
     u, *_, starts = saved
     if grad_y is None:
         grad_y = u.new_zeros(u.shape)
     if grad_last is None:
         grad_last = starts.new_zeros(starts.shape[1:])
-    return *backward(grad_y, grad_last, *saved), None
+    return *backward(grad_y, grad_last, *saved), None, None
 
 
 def _save_2d(ctx, inputs, output):
@@ -147,7 +148,7 @@ def _group_count(B: Tensor, C: Tensor) -> int:
 
 def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """Output `[B, D, L]` in u's type and last state `[B, D, N]` in the compute type."""
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state = inputs
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx = inputs
     dtype = compute_dtype(u.dtype)
     batch, channels, length = u.shape
     n, groups = A.shape[1], _group_count(B, C)
@@ -172,6 +173,7 @@ def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
         _operand(B.to(dtype), groups),
         _operand(C.to(dtype), groups),
         state,
+        None if seq_idx is None else sequence_begins(seq_idx).mT,
         torch.is_grad_enabled(),
     )
     y = y.flatten(2)

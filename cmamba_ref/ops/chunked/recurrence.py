@@ -73,6 +73,16 @@ def _chunk_count(length: int, state_floats: int) -> int:
     return max(wanted, 1)
 
 
+class Operands(NamedTuple):
+    """What a scan reads, in the axes of the blocks."""
+
+    u: Tensor  # [L, S, G, 1, D]
+    dt: Tensor  # [L, S, G, 1, D]
+    B: Tensor  # [L, S, G, N, 1] or constant [1, 1, G, N, D]
+    C: Tensor  # likewise
+    begins: Tensor | None = None  # where another sequence begins [L, S, 1, 1, 1]
+
+
 class Block(NamedTuple):
     """Where a block lies: positions start to stop, seen as chunks * steps."""
 
@@ -86,6 +96,12 @@ class Block(NamedTuple):
         if x.shape[0] == 1:
             return x.unsqueeze(1)
         return x[self.start : self.stop].unflatten(0, (self.chunks, self.steps)).transpose(0, 1)
+
+    def of(self, operands: Operands) -> Operands:
+        """This block of each operand."""
+        u, dt, B, C = map(self.view, operands[:4])
+        begins = operands.begins
+        return Operands(u, dt, B, C, None if begins is None else self.view(begins))
 
 
 class Buffer(NamedTuple):
@@ -150,13 +166,21 @@ def _carry(first: Tensor, ends: Tensor, decay: Tensor) -> Tensor:
     return starts
 
 
-def _chunk_decay(dt: Tensor, A2: Tensor) -> Tensor:
+def _chunk_decay(dt: Tensor, A2: Tensor, begins: Tensor | None) -> Tensor:
     """Product of the decays of each chunk [chunks, S, G, N, D], as the exponential of a sum."""
-    return torch.exp2(dt.sum(0) * A2)
+    decay = torch.exp2(dt.sum(0) * A2)
+    return decay if begins is None else decay.masked_fill_(begins.any(0), 0)
 
 
 def run_states(
-    dt: Tensor, dtu: Tensor, A2: Tensor, B: Tensor, first: Tensor, decay: Buffer, states: Buffer
+    dt: Tensor,
+    dtu: Tensor,
+    A2: Tensor,
+    B: Tensor,
+    begins: Tensor | None,
+    first: Tensor,
+    decay: Buffer,
+    states: Buffer,
 ) -> Tensor:
     """Fill the buffers decay and states of a block.
 
@@ -164,6 +188,7 @@ def run_states(
         dt, dtu: time steps and time steps times inputs, `[steps, chunks, S, G, 1, D]`.
         A2: A times log2 e, `[G, N, D]`.
         B: `[steps, chunks, S, G, N, 1]` or constant.
+        begins: where another sequence begins `[steps, chunks, S, 1, 1, 1]`, or None.
         first: state before the block `[S, G, N, D]`.
 
     Returns:
@@ -171,6 +196,8 @@ def run_states(
     """
     torch.mul(dt, A2, out=decay.whole)
     torch.exp2(decay.whole, out=decay.whole)
+    if begins is not None:
+        decay.whole.masked_fill_(begins, 0)
     torch.mul(dtu, B, out=states.whole)
 
     if len(states.at[0]) == 1:
@@ -179,21 +206,12 @@ def run_states(
         ends = states.at[0].clone()
         for a, bu in zip(decay.at[1:], states.at[1:], strict=True):
             torch.addcmul(bu, a, ends, out=ends)
-        starts = _carry(first, ends, _chunk_decay(dt, A2))
+        starts = _carry(first, ends, _chunk_decay(dt, A2, begins))
 
     state = starts
     for a, bu in zip(decay.at, states.at, strict=True):
         state = bu.addcmul_(a, state)
     return starts
-
-
-class Operands(NamedTuple):
-    """What a scan reads, in the axes of the blocks."""
-
-    u: Tensor  # [L, S, G, 1, D]
-    dt: Tensor  # [L, S, G, 1, D]
-    B: Tensor  # [L, S, G, N, 1] or constant [1, 1, G, N, D]
-    C: Tensor  # likewise
 
 
 class Gradients(NamedTuple):
@@ -238,10 +256,10 @@ class Blocks:
     ) -> Tensor:
         """Fill y `[L, S, G, 1, D]` from start to stop; first state to last `[S, G, N, D]`."""
         block, (decay, states) = self._prepare(start, stop, 2)
-        u, dt, B, C = map(block.view, operands)
+        u, dt, B, C, begins = block.of(operands)
         if self._softplus:
             dt = F.softplus(dt)
-        run_states(dt, dt * u, self._A2, B, first, decay, states)
+        run_states(dt, dt * u, self._A2, B, begins, first, decay, states)
         block.view(y).copy_(_sum_over_states(states.whole, C))
         return states.at[-1][-1].clone()
 
@@ -269,8 +287,8 @@ class Blocks:
 
     def _last_state(self, start: int, stop: int, operands: Operands, first: Tensor) -> Tensor:
         block, (decay, states, _) = self._prepare(start, stop, 3)
-        u, dt, B, _ = map(block.view, operands)
-        run_states(dt, dt * u, self._A2, B, first, decay, states)
+        u, dt, B, _, begins = block.of(operands)
+        run_states(dt, dt * u, self._A2, B, begins, first, decay, states)
         return states.at[-1][-1].clone()
 
     def _backward_of_block(
@@ -290,10 +308,10 @@ class Blocks:
         g_t dt_t u_t, and that of the exponent dt_t A is w_t = g_t a_t h_{t-1}.
         """
         block, (decay, states, grads) = self._prepare(start, stop, 3)
-        u, dt, B, C = map(block.view, operands)
+        u, dt, B, C, begins = block.of(operands)
         grad_y = block.view(grad_y)
         dtu = dt * u
-        starts = run_states(dt, dtu, self._A2, B, first, decay, states)
+        starts = run_states(dt, dtu, self._A2, B, begins, first, decay, states)
 
         torch.mul(grad_y, C, out=grads.whole)
         last, earlier = grads.at[-1], grads.at[-2::-1]
@@ -306,7 +324,7 @@ class Blocks:
                 torch.addcmul(g, a, ends, out=ends)
             ends *= decay.at[0]
             # The same carry as in the forward, from the last chunk to the first.
-            chunk_decay = _chunk_decay(dt, self._A2)
+            chunk_decay = _chunk_decay(dt, self._A2, begins)
             last.add_(_carry(grad_last, ends.flip(0), chunk_decay.flip(0)).flip(0))
         grad = last
         for g, a in zip(earlier, decay_after, strict=True):

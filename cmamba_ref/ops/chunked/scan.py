@@ -45,6 +45,7 @@ def scan_forward(
     B: Tensor,
     C: Tensor,
     initial_state: Tensor,
+    begins: Tensor | None,
     keep_starts: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence without skip, gate and bias.
@@ -54,13 +55,14 @@ def scan_forward(
         A: `[G, N, D]`.
         B, C: `[L, S, G, N, 1]` varying or `[1, 1, G, N, D]` constant.
         initial_state: `[S, G, N, D]`.
+        begins: where another sequence begins, bool `[L, S]`; None: nowhere.
         keep_starts: whether to keep what the backward needs.
 
     Returns:
         y `[L, S, G, D]`, last state `[S, G, N, D]` and, if kept, the state before each segment
         `[segments, S, G, N, D]`.
     """
-    operands = _operands(u, dt, B, C)
+    operands = _operands(u, dt, B, C, begins)
     y = torch.empty_like(operands.u)
     blocks = Blocks(A, initial_state, len(u))
     starts = _alloc_starts(len(u), initial_state, keep_starts)
@@ -77,10 +79,11 @@ def scan_backward(
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    begins: Tensor | None,
     starts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B, C and initial_state of `scan_forward`."""
-    operands = _operands(u, dt, B, C)
+    operands = _operands(u, dt, B, C, begins)
     gradients = Gradients(
         *(torch.empty_like(operands.u), torch.empty_like(operands.dt)),
         # Not zeros_like: results are contiguous whatever the strides of the arguments.
@@ -96,8 +99,10 @@ def scan_backward(
     )
 
 
-def _operands(u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Operands:
-    return Operands(u.contiguous().unsqueeze(3), dt.contiguous().unsqueeze(3), B, C)
+def _operands(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, begins: Tensor | None) -> Operands:
+    if begins is not None:
+        begins = begins[:, :, None, None, None]
+    return Operands(u.contiguous().unsqueeze(3), dt.contiguous().unsqueeze(3), B, C, begins)
 
 
 def _alloc_starts(length: int, state: Tensor, keep: bool) -> Tensor:
