@@ -35,8 +35,8 @@ MUTATIONS = {
     "nothing": ("tiling.py", "min_chunk", "min_chunk"),
     "sign of the decay": (
         "chunk_scan_fwd.py",
-        "tl.exp2(dt[None, :] * A) * h",
-        "tl.exp2(-dt[None, :] * A) * h",
+        "decay_of(dt, A, begins_ptr, row, PACKED) * h",
+        "decay_of(-dt, A, begins_ptr, row, PACKED) * h",
     ),
     "chunk one position short": (
         "chunk_scan_fwd.py",

@@ -84,7 +84,8 @@ def _part(event: FunctionEvent, in_entropy: set[int]) -> str:
     is_backward = root.name.startswith("autograd::engine")
     if ENTROPY in names or (is_backward and root.sequence_nr in in_entropy):
         return ENTROPY
-    if any("cmamba" in name for name in names):
+    # The operators `cmamba::...`, and the functions that eager code calls in their place.
+    if any("cmamba" in name or "Scan" in name for name in names):
         return "scan"
     if any("convolution" in name or "Convolution" in name for name in names):
         return "convolution"
