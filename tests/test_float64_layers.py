@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from cmamba_ref.nn.float64_layers import GELU, Conv3x3, DepthwiseConv3x3
+from cmamba_ref.nn.float64_layers import Conv3x3, DepthwiseConv3x3
 
 # Each with the class of PyTorch that it stands for.
 LAYERS = {
     "Conv3x3": (lambda: Conv3x3(5, 4), nn.Conv2d),
     "DepthwiseConv3x3": (lambda: DepthwiseConv3x3(5), nn.Conv2d),
-    "GELU": (GELU, nn.GELU),
 }
 layers = pytest.mark.parametrize(("make", "base"), LAYERS.values(), ids=LAYERS)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.entropy.precision import StoredPrecision
 from cmamba_ref.nn.ablations import Hyperprior
-from cmamba_ref.nn.float64_layers import GELU, Conv3x3
+from cmamba_ref.nn.float64_layers import Conv3x3
 from cmamba_ref.nn.ss2d import SS2D
 
 # (slice number, means, log-scales) -> y_hat of the slice, all `[B, slice's width, h, w]`
@@ -47,7 +47,9 @@ class CAE(nn.Module):
             self.norm1 = nn.LayerNorm(width)
             self.ss2d = SS2D(width, d_state=config.d_state, ssm_ratio=config.ssm_ratio)
         self.norm2 = nn.LayerNorm(width)
-        self.w_ffn = nn.Sequential(nn.Linear(width, 4 * width), GELU(), nn.Linear(4 * width, width))
+        self.w_ffn = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
         literal = config.cae_width is None
         self.head = nn.Identity() if literal else nn.Linear(width, out_channels)
 
@@ -68,9 +70,9 @@ class LRP(nn.Module):
         hidden1, hidden2 = config.lrp_widths
         self.layers = nn.Sequential(
             Conv3x3(context_channels, hidden1),
-            GELU(),
+            nn.GELU(),
             Conv3x3(hidden1, hidden2),
-            GELU(),
+            nn.GELU(),
             Conv3x3(hidden2, slice_width),
         )
 

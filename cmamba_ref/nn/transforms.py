@@ -16,7 +16,7 @@ from cmamba_ref.errors import InvalidArgumentError
 from cmamba_ref.nn import ablations as ablations  # registers its blocks
 from cmamba_ref.nn import hadamard_init
 from cmamba_ref.nn.blocks import BLOCKS
-from cmamba_ref.nn.float64_layers import GELU, Conv3x3
+from cmamba_ref.nn.float64_layers import Conv3x3
 
 
 def downsample(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
@@ -128,9 +128,9 @@ class HyperSynthesis(StoredPrecision):
         hidden, z_channels = config.hyper_widths
         return nn.Sequential(
             upsample(z_channels, z_channels),
-            GELU(),
+            nn.GELU(),
             upsample(z_channels, hidden),
-            GELU(),
+            nn.GELU(),
             Conv3x3(hidden, config.latent_channels),
         )
 
