@@ -44,6 +44,10 @@ class Scan(NamedTuple):
         return 0 if self.dt_weight is None else self.dt_weight.shape[1]
 
     @property
+    def is_packed(self) -> bool:
+        return self.begins is not None
+
+    @property
     def pairs(self) -> int:
         """Launches of a kernel that does a direction and its reverse."""
         return (self.A.shape[0] + 1) // 2
@@ -114,7 +118,8 @@ def _arguments(scan: Scan, plan: Plan, block: int) -> dict[str, Any]:
         "A_ptr": scan.A,
         "weight_ptr": scan.dt_bias if scan.dt_weight is None else scan.dt_weight,
         "bias_ptr": scan.dt_bias,
-        **_packing(scan),
+        "begins_ptr": scan.begins if scan.is_packed else scan.A,
+        "PACKED": scan.is_packed,
         "H": height,
         "W": width,
         "per_group": per_group,
@@ -139,11 +144,6 @@ LAUNCH_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
 def _gate(scan: Scan) -> dict[str, Any]:
     return {"z_ptr": scan.x if scan.z is None else scan.z, "GATE": scan.z is not None}
-
-
-def _packing(scan: Scan) -> dict[str, Any]:
-    is_packed = scan.begins is not None
-    return {"begins_ptr": scan.begins if is_packed else scan.A, "PACKED": is_packed}
 
 
 def _constant(matrix: Tensor) -> bool:
@@ -217,7 +217,7 @@ def forward(scan: Scan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             **inputs,
             **arguments,
         )
-        starts = _carried(ends, sums, scan.A, first, adjoint=False, packed=scan.begins is not None)
+        starts = _carried(ends, sums, scan.A, first, adjoint=False, packed=scan.is_packed)
 
     y = torch.empty_like(scan.x)
     total = y if y.dtype == acc_dtype else torch.empty_like(y, dtype=acc_dtype)
@@ -260,7 +260,7 @@ def _entering_adjoints(scan: Scan, plan: Plan, grad_y: Tensor, grad_last: Tensor
         **_gate(scan),
         **arguments,
     )
-    return _carried(ends, sums, scan.A, grad_last, adjoint=True, packed=scan.begins is not None)
+    return _carried(ends, sums, scan.A, grad_last, adjoint=True, packed=scan.is_packed)
 
 
 def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> Gradients:

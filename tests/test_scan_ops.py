@@ -331,12 +331,15 @@ def test_the_operator_and_the_function_give_the_same_bits(make, monkeypatch):
     """Compilers see the one, eager code calls the other."""
     scan = selective_scan if make is scan_arguments else selective_scan_2d
     arguments = make(dtype=torch.float32)
-    of_function = evaluate(arguments, "chunked")
-    monkeypatch.setattr(op, "is_plain", lambda x: False)
-    of_operator = evaluate(arguments, "chunked")
+    with_gradients, without = [], []
+    for is_plain in (True, False):
+        monkeypatch.setattr(op, "is_plain", lambda x, answer=is_plain: answer)
+        with_gradients.append(evaluate(arguments, "chunked"))
+        with torch.no_grad():
+            without.append(scan(**arguments, backend="chunked"))
+    of_function, of_operator = with_gradients
     assert all(torch.equal(of_operator[name], x) for name, x in of_function.items())
-    with torch.no_grad():
-        scan(**arguments, backend="chunked")
+    assert all(torch.equal(y, of_function["y"]) for y in without)
 
 
 @pytest.mark.parametrize("strided", [False, True])
