@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .chunk_scan_bwd import chunk_scan_bwd, chunk_state_bwd
+from .chunk_scan_bwd import chunk_scan_bwd, chunk_state_bwd, window_state_fwd
 from .chunk_scan_fwd import chunk_scan_fwd, chunk_state_fwd, state_passing
 from .tiling import CARRY_BLOCK, Plan, block_count, constants, plan
 
@@ -116,7 +116,6 @@ def _arguments(scan: Scan, plan: Plan, block: int) -> dict[str, Any]:
     return {
         "dt_ptr": scan.dt_or_proj,
         "A_ptr": scan.A,
-        "weight_ptr": scan.dt_bias if scan.dt_weight is None else scan.dt_weight,
         "bias_ptr": scan.dt_bias,
         "begins_ptr": scan.begins if scan.is_packed else scan.A,
         "PACKED": scan.is_packed,
@@ -131,7 +130,6 @@ def _arguments(scan: Scan, plan: Plan, block: int) -> dict[str, Any]:
         "N": scan.A.shape[1],
         "BLOCK_N": plan.states,
         "RANK": scan.rank,
-        "BLOCK_R": plan.ranks,
         "BLOCK_D": block,
         "SOFTPLUS": scan.softplus,
         **LAUNCH_OPTIONS,
@@ -140,6 +138,17 @@ def _arguments(scan: Scan, plan: Plan, block: int) -> dict[str, Any]:
 
 # One warp per program, so that a lane keeps its channels; products are added in one rounding.
 LAUNCH_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
+
+
+def _dt_weight(scan: Scan, plan: Plan) -> dict[str, Any]:
+    """For the kernels that form dt from projections; one that is not read stands for it."""
+    weight = scan.dt_bias if scan.dt_weight is None else scan.dt_weight
+    return {"weight_ptr": weight, "BLOCK_R": plan.ranks}
+
+
+def _register_limit() -> dict[str, int]:
+    """The option of the compiler for chunk_scan_bwd; AMD's does not have it."""
+    return {} if torch.version.hip else {"maxnreg": constants().backward_registers}
 
 
 def _gate(scan: Scan) -> dict[str, Any]:
@@ -205,6 +214,7 @@ def forward(scan: Scan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     arguments = _arguments(scan, plan, plan.block)
     programs = images * plan.chunks * scan.groups * arguments["blocks"]
     inputs = {"x_ptr": scan.x, "B_ptr": scan.B, "B_CONSTANT": _constant(scan.B)}
+    inputs |= _dt_weight(scan, plan)
 
     starts = first.unsqueeze(2)
     if plan.chunks > 1:
@@ -258,6 +268,7 @@ def _entering_adjoints(scan: Scan, plan: Plan, grad_y: Tensor, grad_last: Tensor
         ends_ptr=ends,
         sums_ptr=sums,
         **_gate(scan),
+        **_dt_weight(scan, plan),
         **arguments,
     )
     return _carried(ends, sums, scan.A, grad_last, adjoint=True, packed=scan.is_packed)
@@ -274,6 +285,7 @@ def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> G
     images, height, width, channels = scan.x.shape
     directions, n = scan.A.shape[:2]
     acc_dtype, plan = scan.A.dtype, scan.plan()
+    of_windows = _arguments(scan, plan, plan.block)
     arguments = _arguments(scan, plan, plan.backward_block)
     blocks, position = arguments["blocks"], (images, height, width)
     in_pair = (directions + 1) // 2
@@ -298,37 +310,51 @@ def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> G
     grad_weight = None if scan.dt_weight is None else torch.empty_like(scan.dt_weight)
 
     adjoints = _entering_adjoints(scan, plan, grad_y, grad_last)
+    programs = images * plan.chunks * scan.groups
     for first_direction in range(scan.pairs):
-        _launch(
-            chunk_scan_bwd,
-            images * plan.chunks * scan.groups * blocks,
-            x_ptr=scan.x,
-            B_ptr=scan.B,
-            C_ptr=scan.C,
-            dy_ptr=grad_y,
-            skip_ptr=scan.skip,
-            starts_ptr=starts,
-            checkpoints_ptr=checkpoints,
-            adjoints_ptr=adjoints,
-            sum_ptr=total,
-            dx_ptr=grad_x,
-            ddt_raw_ptr=grad_dt_raw,
-            dB_ptr=grad_B,
-            dC_ptr=grad_C,
-            dz_ptr=scan.x if grad_z is None else grad_z,
-            dA_ptr=A_per_chunk,
-            dbias_ptr=bias_per_chunk,
-            dskip_ptr=skip_per_chunk,
-            dfirst_ptr=grad_first,
-            first_direction=first_direction,
-            images=images,
-            B_CONSTANT=_constant(scan.B),
-            C_CONSTANT=_constant(scan.C),
-            RECOMPUTE_STEPS=recompute_steps,
-            ALIGNED=plan.aligned,
-            **_gate(scan),
-            **arguments,
-        )
+        for direction in range(first_direction, directions, 2):
+            shared = {
+                "x_ptr": scan.x,
+                "B_ptr": scan.B,
+                "checkpoints_ptr": checkpoints,
+                "direction": direction,
+                "images": images,
+                "B_CONSTANT": _constant(scan.B),
+                "RECOMPUTE_STEPS": recompute_steps,
+            }
+            _launch(
+                window_state_fwd,
+                programs * of_windows["blocks"],
+                starts_ptr=starts,
+                time_steps_ptr=grad_dt_raw,
+                **shared,
+                **_dt_weight(scan, plan),
+                **of_windows,
+            )
+            _launch(
+                chunk_scan_bwd,
+                programs * blocks,
+                C_ptr=scan.C,
+                dy_ptr=grad_y,
+                skip_ptr=scan.skip,
+                adjoints_ptr=adjoints,
+                sum_ptr=total,
+                dx_ptr=grad_x,
+                ddt_raw_ptr=grad_dt_raw,
+                dB_ptr=grad_B,
+                dC_ptr=grad_C,
+                dz_ptr=scan.x if grad_z is None else grad_z,
+                dA_ptr=A_per_chunk,
+                dbias_ptr=bias_per_chunk,
+                dskip_ptr=skip_per_chunk,
+                dfirst_ptr=grad_first,
+                C_CONSTANT=_constant(scan.C),
+                ALIGNED=plan.aligned,
+                **_gate(scan),
+                **shared,
+                **arguments,
+                **_register_limit(),
+            )
         if grad_weight is not None:
             pair = slice(first_direction, None, 2)
             grad_dt[:, :, :, pair], grad_weight[pair] = _projection_gradients(

@@ -31,11 +31,14 @@ class Constants(NamedTuple):
     # pass does a little more than half of the work of two.
     programs: int = 4096
     # A chunk shorter than this would cost more in carries than it gives in parallelism.
-    min_chunk: int = 32
+    min_chunk: int = 16
     # 32-bit registers per lane for state, A and dt_weight in the forward; about half of all.
     forward_registers: int = 128
     # States times channels of a program in the backward, which holds a dozen such arrays.
     backward_tile: int = 512
+    # 32-bit registers per lane that chunk_scan_bwd may take: 12 warps then fit on a multiprocessor
+    # of NVIDIA's.
+    backward_registers: int = 168
     # Steps that the backward repeats with their states in registers. The scratch memory for
     # checkpoints is 1 / recompute_steps of all states of one direction.
     recompute_steps: int = 4

@@ -31,7 +31,9 @@ from tools.compile_kernels import (
     variants,
 )
 
-FORWARD = ("chunk_state_fwd", "state_passing", "chunk_scan_fwd", "chunk_state_bwd")
+FORWARD = (
+    *("chunk_state_fwd", "state_passing", "chunk_scan_fwd", "chunk_state_bwd", "window_state_fwd"),
+)
 KERNELS = (*FORWARD, "chunk_scan_bwd")
 # Spilled registers, and bytes of stack per lane in use, at most. Outside their loops ptxas parks a
 # register or two of the other kernels, where that lets more warps run; chunk_scan_bwd holds more
@@ -108,9 +110,9 @@ def test_forward_does_not_spill_in_its_loops(reports: list[Report]) -> None:
             return ""
         if report.target == "gfx942":
             return f"{report.spilled} registers" if report.spilled else ""
-        in_loop = sum(loop.local for loop in report.loops)
-        if in_loop > FORWARD_SPILL[report.variant.real]:
-            return f"{in_loop} times in the loop"
+        assert report.loop is not None
+        if report.loop.local > FORWARD_SPILL[report.variant.real]:
+            return f"{report.loop.local} times in the loop"
         over = report.stack > FORWARD_STACK[report.variant.real]
         return f"{report.stack} bytes of stack" if over else ""
 
@@ -126,11 +128,22 @@ def test_scan_gradients_spills_no_more_than_recorded(reports: list[Report]) -> N
     assert not failing(reports, spill)
 
 
+def test_scan_gradients_leaves_room_for_twelve_warps(reports: list[Report]) -> None:
+    """On a multiprocessor of NVIDIA's, of which an H100's and an H200's are counted."""
+
+    def too_few(report: Report) -> str:
+        is_main = report.variant.kernel == "chunk_scan_bwd" and report.target == "sm_90"
+        return f"{report.warps} warps" if is_main and report.warps < 12 else ""
+
+    assert not failing(reports, too_few)
+
+
 def test_forward_takes_one_exponential_per_state(reports: list[Report]) -> None:
     """And those of softplus and gate, once per channel; before ptxas unrolls and after it."""
 
     def excess(report: Report) -> str:
-        variant, (loop, *_) = report.variant, report.loops
+        variant, loop = report.variant, report.loop
+        assert loop is not None
         if (
             variant.kernel not in FORWARD
             or variant.kernel == "state_passing"
@@ -148,10 +161,12 @@ def test_forward_takes_one_exponential_per_state(reports: list[Report]) -> None:
 def test_B_and_C_are_loaded_128_bits_at_a_time(reports: list[Report]) -> None:
     """Where N states fill whole vectors and the projections leave them aligned."""
     sizes = {"fp32": 4, "bf16": 2, "fp64": 8}
-    read = {"chunk_state_fwd": "B", "chunk_state_bwd": "C", "chunk_scan_fwd": "BC"}
+    read = {"chunk_state_fwd": "B", "window_state_fwd": "B", "chunk_state_bwd": "C"}
+    read["chunk_scan_fwd"] = "BC"
 
     def missing(report: Report) -> str:
-        variant, (loop, *_) = report.variant, report.loops
+        variant, loop = report.variant, report.loop
+        assert loop is not None
         varying = [
             name
             for name in read.get(variant.kernel, "")
@@ -228,7 +243,8 @@ def test_all_has_every_kind_of_variant(require_triton: ModuleType) -> None:
             continue
         assert {variant.io for variant in own} == {"fp32", "bf16", "fp64"}
         assert {variant.constant("BLOCK_N") for variant in own} == {1, 2, 4, 8, 16, 32}
-        assert {variant.constant("BLOCK_R") for variant in own} == {1, 4, 8, 16, 32, 64}
+        if kernel != "chunk_scan_bwd":  # which finds dt formed
+            assert {variant.constant("BLOCK_R") for variant in own} == {1, 4, 8, 16, 32, 64}
         assert {variant.constant("BLOCK_D") for variant in own} >= {32, 64, 128}
         for flag in ("GATE", "SOFTPLUS", "ALIGNED", "B_CONSTANT", "C_CONSTANT"):
             values = {value for variant in own for name, value in variant.constants if name == flag}
@@ -264,7 +280,7 @@ def test_the_innermost_loop_is_read_off_sass() -> None:
 )
 def test_warps_by_registers(require_triton: ModuleType, registers: int, warps: int) -> None:
     variant = record(Scan(Shape(1, 128, 128, 32, 1, 1)))[0].variant
-    assert Report(variant, "sm_90", registers, 0, 0, 0, 0, ()).warps == warps
+    assert Report(variant, "sm_90", registers, 0, 0, 0, 0, None).warps == warps
 
 
 def test_work_and_bytes_of_a_scan(require_triton: ModuleType) -> None:
@@ -280,4 +296,4 @@ def test_work_and_bytes_of_a_scan(require_triton: ModuleType) -> None:
     first, last = map(traffic, launches)
     whole, projections = 4 * positions * shape.channels, 4 * positions * 4 * (12 + 8)
     assert last - first == whole
-    assert 2 * whole + projections / 2 < first < 1.2 * (2 * whole + projections / 2)
+    assert 2 * whole + projections / 2 < first < 1.3 * (2 * whole + projections / 2)

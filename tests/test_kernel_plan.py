@@ -52,6 +52,6 @@ def test_plan_is_a_function_of_its_arguments():
         block=32,
         backward_block=32,
         aligned=True,
-        chunk_length=32,
-        chunks=192,
+        chunk_length=16,
+        chunks=384,
     )

@@ -104,7 +104,9 @@ def test_constants_without_effect_are_not_tried():
     small = Shape(1, 4, 3, 8, 2, 1)
     assert list(tune_scan.one_at_a_time(job(small, FORWARD))) == [tune_scan.FIXED]
     names = list(tune_scan.one_at_a_time(job(small, BOTH)))
-    assert names == [tune_scan.FIXED, "recompute_steps 2", "recompute_steps 8"]
+    of_steps = ["recompute_steps 2", "recompute_steps 8"]
+    of_registers = ["backward_registers 128", "backward_registers 255"]
+    assert names == [tune_scan.FIXED, *of_steps, *of_registers]
     trials = tune_scan.one_at_a_time(job(Shape(1, 128, 128, 192, 16, 6), BACKWARD))
     assert {"programs 512", "programs 1024", "backward_tile 1024"} <= set(trials)
     assert "programs 4096" not in trials  # the chunks are the shortest already
@@ -115,6 +117,7 @@ def test_the_best_of_each_run_together(monkeypatch, tmp_path, capsys):
         slow = 1.0
         slow *= 0.5 if constants.recompute_steps == 2 else 1
         slow *= {8192: 0.8}.get(constants.programs, 1)
+        slow *= 1 if constants.backward_registers == 168 else 2
         return slow * (2 if constants.backward_tile != 512 else 1)
 
     meter = replace_kernels(monkeypatch, cost)
@@ -150,14 +153,15 @@ def test_a_wrong_alternative_is_reported_and_not_timed(monkeypatch, tmp_path, ca
         monkeypatch, fail=lambda constants, x: 1e-2 if constants.recompute_steps == 8 else 0
     )
     rows = run(tmp_path, "--shape", TINY, "--mode", "backward", status=1)
-    assert [(row["trial"], row["status"]) for row in rows] == [
+    assert [(row["trial"], row["status"]) for row in rows[:3]] == [
         ("fixed rules", "ok"),
         ("recompute_steps 2", "ok"),
         ("recompute_steps 8", "failed"),
     ]
     assert rows[2]["reason"].startswith("y: error 0.01")
     assert rows[2]["median_ms"] is rows[2]["ratio"] is None
-    assert [constants.recompute_steps for constants in meter.timed] == [4, 2]
+    assert [constants.recompute_steps for constants in meter.timed][:2] == [4, 2]
+    assert 8 not in [constants.recompute_steps for constants in meter.timed]
     assert "failed: y: error 0.01" in capsys.readouterr().out
 
 
@@ -169,7 +173,7 @@ def test_a_wrong_gradient_and_lack_of_memory_are_reported(monkeypatch, tmp_path)
 
     replace_kernels(monkeypatch, fail=fail)
     rows = run(tmp_path, "--shape", TINY, "--mode", "backward", status=1)
-    assert [row["status"] for row in rows] == ["ok", "out of memory", "failed"]
+    assert [row["status"] for row in rows][:3] == ["ok", "out of memory", "failed"]
     assert rows[2]["reason"].startswith("grad of x: error")
 
 

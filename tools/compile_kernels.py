@@ -212,7 +212,7 @@ class Launch:
     @property
     def share(self) -> float:
         """Share of the directions that this launch does."""
-        if "first_direction" not in self.arguments:
+        if not {"direction", "first_direction"} & self.arguments.keys():
             return 1.0
         return self.directions_per_program / self.arguments["directions"]
 
@@ -292,8 +292,7 @@ class Report:
         spilled: vector registers that gfx942 spills; on cuda, instructions that use the stack.
         shared: bytes of shared memory.
         exps_in_ptx: exponentials of the whole kernel before ptxas unrolls loops; cuda only.
-        loops: over positions, in the order of the code; of chunk_scan_bwd the sweep forward and
-            the main loop, of the other kernels one.  Empty for gfx942.
+        loop: over positions; None for gfx942.
     """
 
     variant: Variant
@@ -303,11 +302,12 @@ class Report:
     spilled: int
     shared: int
     exps_in_ptx: int
-    loops: tuple[Loop, ...]
+    loop: Loop | None
 
     def per_step(self, count: str) -> float:
-        """Return a count of `Loop` per step of a warp, summed over the loops."""
-        return sum(getattr(loop, count) / loop.steps for loop in self.loops)
+        """Return a count of `Loop` per step of a warp."""
+        assert self.loop is not None
+        return getattr(self.loop, count) / self.loop.steps
 
     def per_elt(self, count: str) -> float:
         """Return a count of `Loop` per lane and elt; of the carry, per chunk and feature."""
@@ -346,6 +346,8 @@ def compiled(variant: Variant, target: Target) -> Any:
         },
     )
     options = dict(variant.options)
+    if target[0] == "hip":
+        options.pop("maxnreg", None)  # a launch on AMD does not ask for it
     return triton.compile(source, target=GPUTarget(*target), options=options)
 
 
@@ -365,7 +367,7 @@ def compile_variant(variant: Variant, target: str) -> Report:
         registers, stack, spilled = (
             int(re.findall(rf"\.{key}:\s*(\d+)", found.asm["amdgcn"])[0]) for key in keys
         )
-        return Report(variant, target, registers, stack, spilled, shared, 0, ())
+        return Report(variant, target, registers, stack, spilled, shared, 0, None)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(found.asm["cubin"])
         file.flush()
@@ -374,8 +376,8 @@ def compile_variant(variant: Variant, target: str) -> Report:
     registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
     spilled = len(re.findall(COUNTED["local"], sass))
     exps = len(re.findall(r"ex2\.approx", found.asm["ptx"]))
-    loops = _step_loops(variant, sass)
-    return Report(variant, target, registers, stack, spilled, shared, exps, loops)
+    loop = _step_loop(variant, sass)
+    return Report(variant, target, registers, stack, spilled, shared, exps, loop)
 
 
 def compile_all(chosen: Sequence[Variant], targets: Sequence[str], jobs: int) -> list[Report]:
@@ -436,20 +438,17 @@ def loop_of(body: list[str], steps: int) -> Loop:
     return Loop(steps, **{name: _matching(body, pattern) for name, pattern in COUNTED.items()})
 
 
-def _step_loops(variant: Variant, sass: str) -> tuple[Loop, ...]:
-    """Return the loops over positions.
+def _step_loop(variant: Variant, sass: str) -> Loop:
+    """Return the loop over positions.
 
     An assembler that unrolls a loop leaves another for the remaining steps. Of these the one with
     the most steps counts, which does nearly all of the work.
     """
     bodies = innermost_loops(sass)
-    main = ()
     if variant.kernel == "chunk_scan_bwd":
-        main_body = max(bodies, key=len)
-        bodies.remove(main_body)
-        main = (loop_of(main_body, variant.constant("RECOMPUTE_STEPS")),)
+        return loop_of(max(bodies, key=len), variant.constant("RECOMPUTE_STEPS"))
     loops = [loop_of(body, _steps(variant, body)) for body in bodies]
-    return (max(loops, key=lambda loop: (loop.steps, loop.instructions)), *main)
+    return max(loops, key=lambda loop: (loop.steps, loop.instructions))
 
 
 def _steps(variant: Variant, body: list[str]) -> int:
@@ -465,12 +464,10 @@ def _steps(variant: Variant, body: list[str]) -> int:
 def exps_of_step(variant: Variant) -> float:
     """Return exponentials per lane in one step: one per state, and those of softplus and gate.
 
-    In chunk_scan_bwd: of its loop forward.
+    Of all kernels but chunk_scan_bwd.
     """
     block = variant.constant("BLOCK_D")
-    per_channel = variant.constant("SOFTPLUS")
-    if variant.kernel != "chunk_scan_bwd":
-        per_channel += variant.constant("GATE")
+    per_channel = variant.constant("SOFTPLUS") + variant.constant("GATE")
     return variant.constant("BLOCK_N") * block / WARP + per_channel * max(1, block // WARP)
 
 
@@ -484,24 +481,35 @@ ISSUE_SHARE = 0.75  # of the peak issue rate
 PARAMETERS = {"A_ptr", "weight_ptr", "bias_ptr"}
 OF_DIRECTIONS = {"dt_ptr", "B_ptr", "C_ptr", *PARAMETERS, "starts_ptr", "adjoints_ptr"}
 OF_DIRECTIONS |= {"dA_ptr", "dbias_ptr"}
+# With an axis of a direction and its reverse, which are done by launches of their own.
+OF_PAIR = {"time_steps_ptr", "ddt_raw_ptr", "dB_ptr", "dC_ptr"}
 
 
 def traffic(launch: Launch) -> int:
     """Return the bytes between memory and the caches in a launch: model from its arguments.
 
     Every tensor that a kernel reads or writes counts once per launch, or its share of the
-    directions that the launch does: all else hits a cache. Checkpoints count as written and read
-    once per direction; the time steps before softplus, which chunk_scan_bwd keeps where it later
-    puts their gradients, as written, read and written.
+    directions that the launch does: all else hits a cache. chunk_scan_bwd reads the time steps
+    where it later puts their gradients.
     """
-    variant, first = launch.variant, launch.arguments.get("first_direction", 0)
-    is_carry, is_map = variant.kernel == "state_passing", variant.is_map
+    variant, directions = launch.variant, launch.arguments["directions"]
+    first = launch.arguments.get("direction", launch.arguments.get("first_direction", 0))
+    is_last = first + 2 * launch.directions_per_program > directions
     read = {"x_ptr", "dt_ptr", "B_ptr", "C_ptr", "dy_ptr", *PARAMETERS}
     read |= {"skip_ptr", "first_ptr", "adjoints_ptr"}
     written = {"dB_ptr", "dC_ptr", "dA_ptr", "dbias_ptr", "ddt_raw_ptr"}
-    of_chunk, start = {"ends_ptr", "sums_ptr"}, {"starts_ptr"}
+    of_chunk, start, windows = {"ends_ptr", "sums_ptr"}, {"starts_ptr"}, {"checkpoints_ptr"}
+    is_carry = variant.kernel == "state_passing"
     read |= of_chunk if is_carry else start
     written |= start if is_carry else of_chunk
+    if variant.kernel == "window_state_fwd":
+        written |= windows
+    else:
+        read |= windows
+    if variant.is_map:
+        written.add("time_steps_ptr")
+    else:
+        written |= {"last_ptr", "dfirst_ptr"}
     if variant.constant("GATE"):
         read.add("z_ptr")
         written.add("dz_ptr")
@@ -509,24 +517,17 @@ def traffic(launch: Launch) -> int:
         written.add("dskip_ptr")
     else:
         read.add("sum_ptr")
-    is_last = first + 2 >= launch.arguments["directions"]
     written |= {"y_ptr", "dx_ptr"} if is_last else {"sum_ptr"}
-    if not is_map:
-        written |= {"last_ptr", "dfirst_ptr"}
+    shares = dict.fromkeys(OF_DIRECTIONS, launch.share)
+    shares |= dict.fromkeys(OF_PAIR, 1 / ((directions + 1) // 2))
 
     def total(names: set[str]) -> float:
         given = {name: launch.arguments[name] for name in names & launch.arguments.keys()}
         distinct = {id(tensor): (name, tensor) for name, tensor in given.items()}
-        return sum(
-            tensor.nbytes * (launch.share if name in OF_DIRECTIONS else 1)
-            for name, tensor in distinct.values()
-        )
+        return sum(tensor.nbytes * shares.get(name, 1) for name, tensor in distinct.values())
 
-    again = 0
-    if variant.kernel == "chunk_scan_bwd":
-        again += 2 * launch.directions_per_program * launch.arguments["checkpoints_ptr"].nbytes
-        again += 2 * launch.arguments["ddt_raw_ptr"].nbytes if is_map else 0
-    return round(total(read) + total(written) + again)
+    again = {"ddt_raw_ptr"} if variant.is_map else set()
+    return round(total(read) + total(written) + total(again))
 
 
 def predict(launch: Launch, report: Report) -> tuple[float, float, float]:
@@ -552,14 +553,16 @@ COLUMNS = (
 
 def report_row(report: Report) -> list[str]:
     """Return the values of COLUMNS; "-" where gfx942 is not counted."""
-    variant, loops = report.variant, report.loops
-    in_loops = [
-        str(sum(loop.local for loop in loops)),
-        f"{report.per_elt('instructions'):.1f}",
-        f"{report.per_elt('exps'):.2f}",
-        str(sum(loop.wide_loads for loop in loops)),
-        str(report.warps),
-    ]
+    variant, loop = report.variant, report.loop
+    in_loop = ["-"] * 5
+    if loop is not None:
+        in_loop = [
+            str(loop.local),
+            f"{report.per_elt('instructions'):.1f}",
+            f"{report.per_elt('exps'):.2f}",
+            str(loop.wide_loads),
+            str(report.warps),
+        ]
     return [
         variant.kernel + _flags(variant),
         variant.io,
@@ -568,7 +571,7 @@ def report_row(report: Report) -> list[str]:
         str(variant.constant("BLOCK_D")),
         report.target,
         *map(str, (report.registers, report.stack, report.spilled, report.shared)),
-        *(in_loops if loops else "-" * len(in_loops)),
+        *in_loop,
     ]
 
 
@@ -585,7 +588,7 @@ def _flags(variant: Variant) -> str:
 
 NOTES = f"""\
 Counted in machine code, and times PREDICTED from it: nothing was measured. Instructions and \
-exponentials are per lane and elt (position, channel, state and direction), of the loops over \
+exponentials are per lane and elt (position, channel, state and direction), of the loop over \
 positions. "In loop": loads and stores of spilled registers there; "stack": bytes per lane; \
 "warps/SM": programs, one warp each, that the registers allow on an SM of an H100 or H200.
 

@@ -56,9 +56,11 @@ from cmamba_ref.kernels import tiling  # pyright: ignore[reportMissingImports]
 # Values to try, of the constants of `tiling.Constants`.
 VALUES: dict[str, tuple[int, ...]] = {
     "programs": (512, 1024, 2048, 4096, 8192),
+    "min_chunk": (16, 32, 64),
     "forward_registers": (64, 128, 192),
     "backward_tile": (256, 512, 1024),
     "recompute_steps": (2, 4, 8),
+    "backward_registers": (128, 168, 255),
 }
 FIXED, TOGETHER = "fixed rules", "best of each"
 # Other chunks and blocks add in another order. A sum over all positions of a large map has been
@@ -107,8 +109,9 @@ class Sizes(NamedTuple):
     chunk_length: int
     chunks: int
     block: int
-    backward_block: int | None  # None in a forward
-    recompute_steps: int | None  # likewise
+    backward_block: int | None  # None in a forward, as what follows
+    backward_registers: int | None
+    recompute_steps: int | None
 
 
 def sizes_of(constants: tiling.Constants, job: Job) -> Sizes:
@@ -118,8 +121,8 @@ def sizes_of(constants: tiling.Constants, job: Job) -> Sizes:
         plan = tiling.plan(
             shape.batch, length, shape.channels, 1, shape.states, shape.rank, job.compute_type
         )
-    of_backward = (plan.backward_block, constants.recompute_steps)
-    of_backward = of_backward if job.gradients else (None, None)
+    of_backward = (plan.backward_block, constants.backward_registers, constants.recompute_steps)
+    of_backward = of_backward if job.gradients else (None, None, None)
     return Sizes(min(plan.chunk_length, length), plan.chunks, plan.block, *of_backward)
 
 
@@ -246,6 +249,7 @@ SIZES = {
     "chunks": "chunks",
     "block": "block",
     "backward_block": "in bwd",
+    "backward_registers": "regs",
     "recompute_steps": "steps",
 }
 HEADING = (
