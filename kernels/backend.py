@@ -4,6 +4,8 @@ Everything here is ordinary differentiable PyTorch. What a caller has with chann
 not copied; a 1-D scan of `[B, D, L]` that is contiguous in L is turned around once.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,12 @@ def _operand(x: Tensor, groups: int) -> Tensor:
     return x.expand(-1, groups, -1, -1).permute(0, 3, 1, 2).unsqueeze(1)
 
 
+def _scan(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Call the operator with contiguous tensors, so that the backward need not copy again."""
+    run = eager_scan if is_plain(x) else triton_scan
+    return run(*(a.contiguous() if isinstance(a, Tensor) else a for a in (x, *others)))
+
+
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -43,8 +51,7 @@ def selective_scan(
     """Output `[B, D, L]` in u's type and last state `[B, D, N]` in the compute type."""
     groups = max(x.shape[1] if x.dim() == 4 else 1 for x in (B, C))
     zeros = A.new_zeros(len(A))
-    run = eager_scan if is_plain(u) else triton_scan
-    y, last_state, _ = run(
+    y, last_state, _ = _scan(
         _sequence(u),
         _sequence(delta),
         _operand(B, groups),
@@ -67,6 +74,7 @@ def selective_scan_2d(
 ) -> Tensor:
     """Sum of the four directions `[B, H, W, D]` in x's type."""
     skip = torch.zeros_like(dt_bias[0]) if D is None else D.sum(0)
-    run = eager_scan if is_plain(x) else triton_scan
-    y, _, _ = run(x, proj, None, None, None, A.mT, dt_weight.mT, dt_bias, skip, None, None, True, 1)
+    y, _, _ = _scan(
+        x, proj, None, None, None, A.mT, dt_weight.mT, dt_bias, skip, None, None, True, 1
+    )
     return y

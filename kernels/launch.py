@@ -278,7 +278,7 @@ def backward(scan: Scan, starts: Tensor, grad_y: Tensor, grad_last: Tensor) -> G
     """Gradients of a scan.
 
     Args:
-        starts: the third result of `forward`.
+        starts: the third result of `forward`; its shape is not read.
         grad_y: gradient of y `[B, H, W, D]`, prepared like the arguments of the scan.
         grad_last: gradient of the state after the last position `[B, K, N, D]`, compute type.
     """

@@ -67,14 +67,16 @@ def scan_forward(
 
     Returns:
         y `[B, H, W, D]`; last state `[B, N, D]`, of a map zero; state before each chunk
-        `[B, K, chunks, N, D]`.
+        `[B, K * chunks * N, D]`, in one dimension, so that an exporter does not take the case of
+        one chunk for a fixed size.
     """
     if len(x) == 0:
         return _results(x, A, dt_weight, groups)
     tensors = (x, dt, B, C, z, A, dt_weight, dt_bias, skip, begins)
     scan = _scan(*tensors, softplus=softplus, groups=groups)
     with _device_of(x):
-        return forward(scan, _states(first, A, len(x)))
+        y, last, starts = forward(scan, _states(first, A, len(x)))
+    return y, last, starts.flatten(1, 3)
 
 
 def scan_backward(
@@ -122,7 +124,7 @@ def _results(
     return (
         x.new_empty(x.shape),
         A.new_empty(images, n, channels),
-        A.new_empty(images, directions, chunks, n, channels),
+        A.new_empty(images, directions * chunks * n, channels),
     )
 
 
@@ -150,7 +152,7 @@ def _save(ctx, inputs, output):
     ctx.has_first = first is not None
     _, last, starts = output
     # The last state of a map depends on nothing.
-    of_map = starts.shape[1] > 1
+    of_map = tensors[5].shape[0] > 1  # directions of A
     ctx.mark_non_differentiable(*((last, starts) if of_map else (starts,)))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, begins, starts)
