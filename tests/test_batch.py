@@ -1,5 +1,6 @@
 """Many files at once: what becomes of each, and that no one of them stops the others."""
 
+import errno
 import itertools
 import multiprocessing
 import os
@@ -203,26 +204,66 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str], folder: Path) -
     return error_line(capsys)
 
 
-def test_two_inputs_for_one_output_are_refused(
-    album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_name_clash_fails_alone(
+    album: Path, tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Both files are named, and the others are encoded."""
     first, second = album / "a.png", save(album / "a.jpg")
-    message = refused(["encode", str(album)], capsys, tmp_path)
-    assert all(repr(str(path)) in message for path in (first, second, album / "a.cmb"))
-    other = save(tmp_path / "other" / "a.png")
-    args = ["encode", str(first), str(other), "-o", str(tmp_path / "out")]
-    message = refused(args, capsys, tmp_path)
-    assert repr(str(first)) in message and repr(str(other)) in message
+    assert main(["encode", str(album), "--model", model_dir, "--jobs", "1"]) == 1
+    out, err = capsys.readouterr()
+    output = f"its output {str(album / 'a.cmb')!r} is that of"
+    assert err.splitlines() == [
+        f"cmamba: error: {one}: {output} {str(other)!r} too; rename one of them"
+        for one, other in ((second, first), (first, second))
+    ]
+    assert out.startswith(f"encoded 2\nskipped 0\nfailed 2\n  {second}\n  {first}\n")
+    assert not (album / "a.cmb").exists()
+    args = ["encode", str(first), str(save(tmp_path / "other" / "a.png"))]
+    assert main([*args, "-o", str(tmp_path / "out"), "--model", model_dir]) == 1
+    assert capsys.readouterr().err.count("is that of") == 2
 
 
-def test_output_equal_to_an_input_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_output_equal_to_an_input_fails_alone(
+    tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An image whose name says that it is a .cmb file already."""
     first, second = save(tmp_path / "a.png"), tmp_path / "b.cmb"
-    second.write_bytes(first.read_bytes())
-    args = ["encode", str(first), str(second), "--force"]
-    assert "must not be replaced" in refused(args, capsys, tmp_path)
+    second.write_bytes(image := first.read_bytes())
+    args = ["encode", str(first), str(second), "--force", "--model", model_dir, "--jobs", "1"]
+    assert main([*args, "-o", str(tmp_path)]) == 1
+    assert f"{second}: its output {str(second)!r} would replace the input" in (
+        capsys.readouterr().err
+    )
+    assert second.read_bytes() == image and (tmp_path / "a.cmb").is_file()
+
+
+def test_an_unreadable_folder_fails_alone(
+    album: Path,
+    model_dir: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For every command; faked, since modes do not bind root."""
+    locked, scandir = str(album / "x"), os.scandir
+
+    def scan(path: str | os.PathLike) -> object:
+        if os.fspath(path) == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", locked)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    options = ["--model", model_dir, "--jobs", "1"]
+    for command in ("encode", "decode", "verify", "info"):
+        args = [command, str(album), *([] if command == "info" else options)]
+        assert main([*args, "--force"] if command in ("encode", "decode") else args) == 1
+        out, err = capsys.readouterr()
+        assert f"{locked}: Permission denied\n" in (out if command == "verify" else err)
+        assert {
+            "encode": f"encoded 1\nskipped 0\nfailed 1\n  {locked}\n",
+            "decode": f"decoded 1\nskipped 0\nfailed 1\n  {locked}\n",
+            "verify": "good 1, bad 0, not checked 1",
+            "info": "a.cmb\n  format",
+        }[command] in out
 
 
 def test_output_of_a_batch_must_be_a_folder(

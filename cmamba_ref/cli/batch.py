@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,71 +118,35 @@ class Outcome:
 # ---------------------------------------------------------------- which files
 
 
-def find_tasks(inputs: Sequence[Path], output: Path | None, command: str) -> list[Task]:
-    """Return the files to read and where each goes.
+@dataclass
+class Found:
+    """What `find` found.
+
+    Attributes:
+        files: every file with the folder in the inputs below which it was found.
+        failed: an outcome per folder that cannot be read.
+    """
+
+    files: list[tuple[Path, Path]] = field(default_factory=list)
+    failed: list[Outcome] = field(default_factory=list)
+
+
+def find(inputs: Sequence[Path], command: str) -> Found:
+    """Return the files in `inputs`, and those below its folders.
 
     Folders are searched to the bottom, in sorted order; links to folders are not followed, and
-    what begins with a dot is hidden. Below `output` stands the tree that stands below each folder
-    in `inputs`.
-
-    Args:
-        output: a folder, which need not exist; None for each output beside its input.
-
-    Raises:
-        InvalidArgumentError: nothing to do, `output` is a file, or an output is needed twice or is
-            itself an input.
-        OSError: a folder cannot be read.
-    """
-    if output is not None and output.exists() and not output.is_dir():
-        raise InvalidArgumentError(
-            f"`-o` must be a folder for a folder or several files, got the file {str(output)!r}; "
-            "choose another name"
-        )
-    by_target: dict[str, Task] = {}
-    by_source: dict[str, Path] = {}
-    for source, root in find(inputs, command):
-        path = source if output is None else output / source.relative_to(root)
-        target = path.with_suffix(OUTPUT_SUFFIX[command])
-        first = by_target.setdefault(os.path.realpath(target), Task(source, target))
-        if os.path.realpath(first.source) != os.path.realpath(source):
-            raise InvalidArgumentError(
-                f"`IN` must be files with an output each, got {str(first.source)!r} and "
-                f"{str(source)!r}, both for {str(target)!r}; rename one of them"
-            )
-        by_source[os.path.realpath(source)] = source
-    for path in sorted(by_target.keys() & by_source.keys()):
-        raise InvalidArgumentError(
-            f"`IN` must not be replaced, got {str(by_source[path])!r}, where the output for "
-            f"{str(by_target[path].source)!r} would go; choose another folder with -o"
-        )
-    return list(by_target.values())
-
-
-def find_files(inputs: Sequence[Path], command: str) -> list[Task]:
-    """Return the files to read, each once and without an output; found as `find_tasks` finds them.
-
-    Raises:
-        InvalidArgumentError: there is nothing to do.
-        OSError: a folder cannot be read.
-    """
-    by_source = {os.path.realpath(source): source for source, _ in find(inputs, command)}
-    return [Task(source) for source in by_source.values()]
-
-
-def find(inputs: Sequence[Path], command: str) -> list[tuple[Path, Path]]:
-    """Return every file with the folder in `inputs` below which it was found.
+    what begins with a dot is hidden. A folder that cannot be read does not stop the others.
 
     Raises:
         InvalidArgumentError: there is none.
-        OSError: a folder cannot be read.
     """
-    found = []
+    found = Found()
     for given in inputs:
-        if given.is_dir():
-            found += [(source, given) for source in _files_below(given, SUFFIXES[command])]
+        if os.path.isdir(given):
+            _search(given, SUFFIXES[command], found)
         else:
-            found.append((given, given.parent))
-    if not found:
+            found.files.append((given, given.parent))
+    if not found.files and not found.failed:
         raise InvalidArgumentError(
             f"`IN` must hold files to {command}, got {', '.join(repr(str(p)) for p in inputs)}; "
             f"files in folders are found by their suffixes: {' '.join(SUFFIXES[command])}"
@@ -190,20 +154,68 @@ def find(inputs: Sequence[Path], command: str) -> list[tuple[Path, Path]]:
     return found
 
 
-def _files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+def _search(folder: Path, suffixes: tuple[str, ...], found: Found) -> None:
     def fail(error: OSError) -> None:
-        raise error
+        found.failed.append(Outcome(Path(error.filename), error=explain(error), unchecked=True))
 
     for path, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith(".") and name.lower().endswith(suffixes):
-                yield Path(path, name)
+                found.files.append((Path(path, name), folder))
+
+
+def with_targets(
+    files: Iterable[tuple[Path, Path]], output: Path | None, command: str
+) -> tuple[list[Task], list[Outcome]]:
+    """Return where the output of each file goes, and an outcome per file without one of its own.
+
+    Below `output` stands the tree that stands below each folder in the inputs. A file is refused
+    whose output is that of another file too, or is itself an input.
+
+    Args:
+        files: as in `Found`.
+        output: a folder, which need not exist; None for each output beside its input.
+
+    Raises:
+        InvalidArgumentError: `output` is a file.
+    """
+    if output is not None and output.exists() and not output.is_dir():
+        raise InvalidArgumentError(
+            f"`-o` must be a folder for a folder or several files, got the file {str(output)!r}; "
+            "choose another name"
+        )
+    by_target: dict[str, dict[str, Task]] = {}
+    for source, root in files:
+        path = source if output is None else output / source.relative_to(root)
+        target = path.with_suffix(OUTPUT_SUFFIX[command])
+        sharing = by_target.setdefault(os.path.realpath(target), {})
+        sharing.setdefault(os.path.realpath(source), Task(source, target))
+    sources = {path: task for sharing in by_target.values() for path, task in sharing.items()}
+    tasks, refused = [], []
+    for target, sharing in by_target.items():
+        for path, task in sharing.items():
+            others = [repr(str(t.source)) for other, t in sharing.items() if other != path]
+            if target in sources:
+                reason = f"would replace the input {str(sources[target].source)!r}; use another -o"
+            elif others:
+                reason = f"is that of {', '.join(others)} too; rename one of them"
+            else:
+                tasks.append(task)
+                continue
+            error = f"{task.source}: its output {str(task.target)!r} {reason}"
+            refused.append(Outcome(task.source, error=error))
+    return tasks, refused
+
+
+def without_targets(files: Iterable[tuple[Path, Path]]) -> list[Task]:
+    """Return the files, as in `Found`, each once and without an output."""
+    return [Task(path) for path in {os.path.realpath(path): path for path, _ in files}.values()]
 
 
 def to_do(tasks: Iterable[Task], force: bool) -> list[Task]:
     """Return the tasks whose output does not exist yet; all of them with `force`."""
-    return [task for task in tasks if force or task.target is None or not task.target.is_file()]
+    return [t for t in tasks if force or t.target is None or not os.path.isfile(t.target)]
 
 
 # ---------------------------------------------------------------- the work

@@ -16,6 +16,7 @@ import argparse
 import gc
 import io
 import json
+import os
 import signal
 import sys
 import textwrap
@@ -62,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("cmamba: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if explain(error) is None:
+        if (reason := explain(error)) is None:
             raise
-        return _fail(error)
+        return _fail(reason)
 
 
 def run() -> NoReturn:
@@ -184,7 +185,8 @@ def _many(args: argparse.Namespace, command: str) -> int:
 
     stdio.check_alone(args.inputs, args.output)
     processes = _process_count(args.jobs, args.device)
-    tasks = batch.find_tasks(args.inputs, args.output, command)
+    found = batch.find(args.inputs, command)
+    tasks, refused = batch.with_targets(found.files, args.output, command)
     waiting = batch.to_do(tasks, args.force)
     job = batch.Job(
         command,
@@ -195,8 +197,10 @@ def _many(args: argparse.Namespace, command: str) -> int:
         getattr(args, "verify", False),
         _keep(args),
     )
+    failed = [*found.failed, *refused]
     summary = batch.Summary(command, skipped=len(tasks) - len(waiting))
-    with tqdm(total=len(waiting), bar_format=COUNTING, leave=False, disable=None) as bar:
+    count = len(failed) + len(waiting)
+    with tqdm(total=count, bar_format=COUNTING, leave=False, disable=None) as bar:
 
         def report(outcome: batch.Outcome) -> None:
             summary.add(outcome)
@@ -204,6 +208,8 @@ def _many(args: argparse.Namespace, command: str) -> int:
                 bar.write(f"cmamba: error: {outcome.error}", file=sys.stderr)
             bar.update()
 
+        for outcome in failed:
+            report(outcome)
         batch.run(waiting, job, processes, report)
     print(summary)
     return 1 if summary.failed else 0
@@ -217,7 +223,8 @@ def _verify(args: argparse.Namespace) -> int:
 
     stdio.check_alone(args.inputs)
     processes = _process_count(args.jobs, args.device)
-    tasks = batch.find_files(args.inputs, "verify")
+    found = batch.find(args.inputs, "verify")
+    tasks = batch.without_targets(found.files)
     job = batch.Job(
         "verify",
         partial(load_model, args.model, args.device),
@@ -226,7 +233,8 @@ def _verify(args: argparse.Namespace) -> int:
         args.max_memory,
     )
     outcomes: list[batch.Outcome] = []
-    with tqdm(total=len(tasks), bar_format=COUNTING, leave=False, disable=None) as bar:
+    count = len(found.failed) + len(tasks)
+    with tqdm(total=count, bar_format=COUNTING, leave=False, disable=None) as bar:
 
         def report(outcome: batch.Outcome) -> None:
             outcomes.append(outcome)
@@ -239,6 +247,8 @@ def _verify(args: argparse.Namespace) -> int:
             bar.write(line, file=sys.stdout)
             bar.update()
 
+        for outcome in found.failed:
+            report(outcome)
         batch.run(tasks, job, processes, report)
     print(batch.summarise_checks(outcomes))
     return 1 if any(outcome.error for outcome in outcomes) else 0
@@ -248,13 +258,14 @@ def _info(args: argparse.Namespace) -> int:
     """Describe every file that can be read, also after one that cannot."""
     from cmamba_ref.cli import batch
 
-    described, worst = [], 0
-    for path, _ in batch.find(args.inputs, "describe"):
+    found = batch.find(args.inputs, "describe")
+    described, worst = [], max((_fail(outcome.error) for outcome in found.failed), default=0)
+    for path, _ in found.files:
         try:
             with _naming(path, "input"):
                 facts = _describe(path)
         except (CMambaError, OSError) as error:
-            worst = _fail(error)
+            worst = _fail(explain(error))
             continue
         if args.json:
             described.append(facts)
@@ -354,7 +365,7 @@ def _say(target: Path, message: str) -> None:
 
 
 def _are_many(inputs: Sequence[Path]) -> bool:
-    return len(inputs) > 1 or inputs[0].is_dir()
+    return len(inputs) > 1 or os.path.isdir(inputs[0])
 
 
 def _process_count(jobs: int | None, device: str) -> int:
@@ -483,9 +494,9 @@ def _stages(count: int) -> Iterator[Callable[[str], None]]:
         yield begin
 
 
-def _fail(error: Exception) -> int:
+def _fail(reason: str | None) -> int:
     """Report an expected error in one line."""
-    print(f"cmamba: error: {explain(error)}", file=sys.stderr)
+    print(f"cmamba: error: {reason}", file=sys.stderr)
     return 1
 
 
