@@ -22,6 +22,7 @@ from PIL import Image
 import cmamba_ref
 from cmamba_ref import CMamba, codec
 from cmamba_ref.cli import batch, main, process_pool
+from cmamba_ref.codec import formats
 from cmamba_ref.codec.container import Container
 from cmamba_ref.codec.images import read_image
 
@@ -273,12 +274,66 @@ def test_output_of_a_batch_must_be_a_folder(
     assert "`-o` must be a folder" in refused(args, capsys, album)
 
 
+def test_what_a_folder_leaves_out_is_counted(
+    tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of every format that Pillow decodes the files are taken; own output is not mentioned."""
+    save(tmp_path / "a.sgi")
+    save(tmp_path / "b.ICO")
+    for name in ("1.heic", "2.HEIC", "3.mov", "4.mpg", "noname", "old.cmb", ".hidden.mov"):
+        (tmp_path / name).touch()
+    options = ["--model", model_dir, "--jobs", "1"]
+    assert main(["encode", str(tmp_path), *options]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("encoded 2\n")
+    line = "left out: 5 (.heic 2, .mov 1, .mpg 1, no suffix 1); HEIC needs pillow-heif"
+    assert f"{line} (pip install pillow-heif)\n" in out
+    (tmp_path / "old.cmb").unlink()
+    assert main(["verify", str(tmp_path), *options]) == 0
+    assert "left out: 7 (.heic 2, " in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_package_for_heic_is_used(
+    tmp_path: Path,
+    model_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """If it is installed; without it, the error names it."""
+    start = b"\0\0\0\x18ftypheic"
+    path = tmp_path / "a.heic"
+    path.write_bytes(start)
+    args = ["encode", str(path), "--model", model_dir]
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    formats.register_heif.cache_clear()
+    assert main(args) == 1
+    assert error_line(capsys).endswith("; HEIC needs pillow-heif (pip install pillow-heif)")
+
+    def register() -> None:
+        opener = lambda file, name: Image.new("RGB", (8, 8))  # noqa: E731
+        monkeypatch.setitem(Image.OPEN, "HEIF", (opener, lambda prefix: prefix[4:8] == b"ftyp"))
+        monkeypatch.setattr(Image, "ID", ["HEIF", *Image.ID])
+        monkeypatch.setitem(Image.EXTENSION, ".heic", "HEIF")
+
+    package = SimpleNamespace(register_heif_opener=register)
+    monkeypatch.setitem(sys.modules, "pillow_heif", package)
+    formats.register_heif.cache_clear()
+    assert main(["encode", str(tmp_path), "--model", model_dir]) == 0
+    assert capsys.readouterr().out.startswith("encoded 1\n")
+    formats.register_heif.cache_clear()
+
+
 @pytest.mark.parametrize("command", ["encode", "decode"])
 def test_empty_folder_is_refused(
     tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused([command, str(tmp_path)], capsys, tmp_path)
-    assert message.startswith(f"`IN` must hold files to {command}, got {str(tmp_path)!r}; ")
+    expected = f"`IN` must hold files to {command}, got {str(tmp_path)!r}; "
+    assert message == expected + "there are none"
+    (tmp_path / "notes.TXT").touch()
+    assert refused([command, str(tmp_path)], capsys, tmp_path) == (
+        expected + "left out: 1 (.txt 1)"
+    )
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1", "1.5", "many"])

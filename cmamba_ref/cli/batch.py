@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,16 +31,6 @@ if TYPE_CHECKING:
     from cmamba_ref.codec.metadata import Metadata
     from cmamba_ref.model import CMamba
 
-# Of a folder, the files with these suffixes are taken; a file that is named is taken as it is.
-SUFFIXES = {
-    "encode": (
-        *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
-        *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
-    ),
-    "decode": (".cmb",),
-    "verify": (".cmb",),
-    "describe": (".cmb",),
-}
 OUTPUT_SUFFIX = {"encode": ".cmb", "decode": ".png"}
 PROCESS_DIED = "its process died, perhaps out of memory; try a smaller image"
 
@@ -125,14 +116,26 @@ class Found:
     Attributes:
         files: every file with the folder in the inputs below which it was found.
         failed: an outcome per folder that cannot be read.
+        left_out: how many files in folders have another suffix, by suffix.
     """
 
     files: list[tuple[Path, Path]] = field(default_factory=list)
     failed: list[Outcome] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def left_out_line(self) -> str:
+        """Return the line "left out: 37 (.heic 35, .mov 2)"; empty where nothing is."""
+        if not self.left_out:
+            return ""
+        kinds = ", ".join(f"{suffix} {count}" for suffix, count in self.left_out.most_common())
+        from cmamba_ref.codec.formats import HEIF_HINT, HEIF_SUFFIXES
+
+        hint = f"; {HEIF_HINT}" if self.left_out.keys() & set(HEIF_SUFFIXES) else ""
+        return f"left out: {self.left_out.total()} ({kinds}){hint}"
 
 
 def find(inputs: Sequence[Path], command: str) -> Found:
-    """Return the files in `inputs`, and those below its folders.
+    """Return the files in `inputs`, and those below its folders that have a suffix of `command`.
 
     Folders are searched to the bottom, in sorted order; links to folders are not followed, and
     what begins with a dot is hidden. A folder that cannot be read does not stop the others.
@@ -143,26 +146,35 @@ def find(inputs: Sequence[Path], command: str) -> Found:
     found = Found()
     for given in inputs:
         if os.path.isdir(given):
-            _search(given, SUFFIXES[command], found)
+            _search(given, command, found)
         else:
             found.files.append((given, given.parent))
     if not found.files and not found.failed:
         raise InvalidArgumentError(
             f"`IN` must hold files to {command}, got {', '.join(repr(str(p)) for p in inputs)}; "
-            f"files in folders are found by their suffixes: {' '.join(SUFFIXES[command])}"
+            + (found.left_out_line() or "there are none")
         )
     return found
 
 
-def _search(folder: Path, suffixes: tuple[str, ...], found: Found) -> None:
+def _search(folder: Path, command: str, found: Found) -> None:
+    suffixes = (".cmb",)
+    if command == "encode":
+        from cmamba_ref.codec import formats
+
+        suffixes = formats.suffixes()
+
     def fail(error: OSError) -> None:
         found.failed.append(Outcome(Path(error.filename), error=explain(error), unchecked=True))
 
     for path, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and name.lower().endswith(suffixes):
+        for name in sorted(name for name in names if not name.startswith(".")):
+            suffix = Path(name).suffix.lower()
+            if suffix in suffixes:
                 found.files.append((Path(path, name), folder))
+            elif suffix != OUTPUT_SUFFIX.get(command):  # what an earlier run has made
+                found.left_out[suffix or "no suffix"] += 1
 
 
 def with_targets(
@@ -390,9 +402,10 @@ def _naming(task: Task, text: str) -> str:
 class Summary:
     """Totals of the files encoded or decoded; its `str` is printed at the end."""
 
-    def __init__(self, command: str, skipped: int) -> None:
+    def __init__(self, command: str, skipped: int, left_out: str) -> None:
         self.command = command
         self.skipped = skipped
+        self.left_out = left_out
         self.done: list[Outcome] = []
         self.failed: list[Outcome] = []
         self._start = time.perf_counter()
@@ -410,6 +423,8 @@ class Summary:
         )
         lines.append(f"failed {len(self.failed)}")
         lines += [f"  {outcome.source}" for outcome in sorted(self.failed, key=_by_source)]
+        if self.left_out:
+            lines.append(self.left_out)
         dropped = sum(1 for outcome in self.done if outcome.detail)
         if dropped:
             lines.append(f"dropped the metadata of {dropped}; --keep-metadata keeps it")
@@ -431,7 +446,7 @@ def _by_source(outcome: Outcome) -> Path:
 
 
 def summarise_checks(outcomes: Sequence[Outcome]) -> str:
-    """Return the line that `verify` prints at the end."""
+    """Return the line with the counts that `verify` prints at the end."""
     good = sum(1 for outcome in outcomes if not outcome.error)
     unchecked = sum(1 for outcome in outcomes if outcome.unchecked)
     return f"good {good}, bad {len(outcomes) - good - unchecked}, not checked {unchecked}"

@@ -198,7 +198,7 @@ def _many(args: argparse.Namespace, command: str) -> int:
         _keep(args),
     )
     failed = [*found.failed, *refused]
-    summary = batch.Summary(command, skipped=len(tasks) - len(waiting))
+    summary = batch.Summary(command, len(tasks) - len(waiting), found.left_out_line())
     count = len(failed) + len(waiting)
     with tqdm(total=count, bar_format=COUNTING, leave=False, disable=None) as bar:
 
@@ -251,6 +251,8 @@ def _verify(args: argparse.Namespace) -> int:
             report(outcome)
         batch.run(tasks, job, processes, report)
     print(batch.summarise_checks(outcomes))
+    if found.left_out:
+        print(found.left_out_line())
     return 1 if any(outcome.error for outcome in outcomes) else 0
 
 
