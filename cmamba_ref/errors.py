@@ -9,6 +9,10 @@ class InvalidArgumentError(CMambaError, ValueError):
     """An argument has a wrong value, shape or type: "`arg` must be <rule>, got <value>; <fix>"."""
 
 
+class UsageError(InvalidArgumentError):
+    """The options or arguments of a command are wrong; the command exits with 2."""
+
+
 class BackendUnavailableError(CMambaError, RuntimeError):
     """A scan backend asked for by name cannot run here; the message says why and the fix."""
 

@@ -62,7 +62,8 @@ def test_a_folder_is_verified_file_by_file(
     before = names(shelf)
     assert main(["verify", str(shelf), "--model", model_dir, "--jobs", "1"]) == 1
     out, err = capsys.readouterr()
-    *lines, summary = out.splitlines()
+    *lines, left_out, summary = out.splitlines()
+    assert left_out.startswith("left out: ")
     needed = field_of(foreign, "model id").hex()
     broken, wrong, right, other = sorted(lines)
     assert broken.startswith(f"bad: {shelf / 'broken.cmb'}: the file is truncated")

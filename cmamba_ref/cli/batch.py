@@ -66,7 +66,7 @@ class Job:
 
     Attributes:
         command: "encode", "decode" or "verify".
-        load: callback that returns the model; called once in every process.
+        load: callback that checks `quality` and returns the model; called once in every process.
         quality: for `encode`, as in `cmamba_ref.encode`.
         max_pixels: as in `cmamba_ref.encode` and `decode`; None for the default.
         max_memory: as in `cmamba_ref.encode` and `decode`, for each process.
@@ -256,7 +256,7 @@ def run(tasks: Sequence[Task], job: Job, processes: int, report: Callable[[Outco
         return
     processes = min(processes, len(tasks))
     if processes == 1:
-        model = _load(job)
+        model = job.load()
         for task in tasks:
             report(_outcome(model, job, task))
         return
@@ -270,13 +270,6 @@ def run(tasks: Sequence[Task], job: Job, processes: int, report: Callable[[Outco
     )
 
 
-def _load(job: Job) -> CMamba:
-    model = job.load()
-    if job.command == "encode":
-        model.check_quality(job.quality)  # once, not in the report on every file
-    return model
-
-
 # In a process of the pool: the job and its model, or the error that prevented loading it.
 _here: tuple[Job, CMamba] | Exception | None = None
 
@@ -287,7 +280,7 @@ def _prepare_here(job: Job, threads: int) -> None:
         import torch
 
         torch.set_num_threads(min(threads, torch.get_num_threads()))
-        _here = job, _load(job)
+        _here = job, job.load()
     except Exception as error:  # noqa: BLE001  raised again by the first task
         _here = error
 

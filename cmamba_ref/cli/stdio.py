@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cmamba_ref.errors import InvalidArgumentError
+from cmamba_ref.errors import UsageError
 
 STREAM = Path("-")
 
@@ -27,11 +27,11 @@ def check_alone(inputs: Sequence[Path], output: Path | None = None) -> None:
     """Refuse `-` where several inputs are worked on by several processes.
 
     Raises:
-        InvalidArgumentError: it is among the inputs, or the output.
+        UsageError: it is among the inputs, or the output.
     """
     for name, paths in (("IN", inputs), ("-o", [output])):
         if STREAM in paths:
-            raise InvalidArgumentError(
+            raise UsageError(
                 f"`{name}` must be files and folders for several inputs and for verify, got -; "
                 "encode and decode take - for one input or output"
             )
@@ -41,13 +41,13 @@ def read_input(path: Path) -> bytes:
     """Return a file's bytes; for `-`, all of standard input.
 
     Raises:
-        InvalidArgumentError: standard input is a terminal.
+        UsageError: standard input is a terminal.
         OSError: the file cannot be read.
     """
     if path != STREAM:
         return path.read_bytes()
     if sys.stdin.isatty():
-        raise InvalidArgumentError(
+        raise UsageError(
             "`IN` must be data from a file or a program where it is -, got a terminal; "
             "redirect it, as in < photo.jpg, or name a file"
         )
@@ -58,10 +58,10 @@ def check_output() -> None:
     """Refuse to send a file's bytes to a terminal, before the work that makes them.
 
     Raises:
-        InvalidArgumentError: standard output is one.
+        UsageError: standard output is one.
     """
     if sys.stdout.isatty():
-        raise InvalidArgumentError(
+        raise UsageError(
             "`-o` must not be a terminal, which cannot show binary data, got -; "
             "redirect it, as in > photo.cmb, or name a file with -o"
         )
