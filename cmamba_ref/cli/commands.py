@@ -22,7 +22,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return args.command(args)
+        code = args.command(args)
+        stdio.flush_output()
+        return code
     except KeyboardInterrupt:
         print("cmamba: interrupted", file=sys.stderr)
         return 130
@@ -80,9 +82,12 @@ def run() -> NoReturn:
     SIGTERM ends it by an exception, so that a half-written file is removed and the processes of a
     batch end too. What torch imported is never collected: walking through it would take 0.3 s.
     """
+    stdio.open_closed_streams()
     signal.signal(signal.SIGTERM, _end)
     code = main()
     gc.freeze()
+    with suppress(OSError):  # that of a command which failed by it
+        stdio.flush_output()
     sys.exit(code)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from cmamba_ref.errors import UsageError
@@ -51,7 +53,8 @@ def read_input(path: Path) -> bytes:
             "`IN` must be data from a file or a program where it is -, got a terminal; "
             "redirect it, as in < photo.jpg, or name a file"
         )
-    return sys.stdin.buffer.read()
+    with _named("standard input"):
+        return sys.stdin.buffer.read()
 
 
 def check_output() -> None:
@@ -73,12 +76,52 @@ def write_output(data: bytes) -> None:
     Raises:
         OSError: nobody reads any more, or there is no room where it goes.
     """
-    try:
+    with _named("standard output"):
         sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+    flush_output()
+
+
+def flush_output() -> None:
+    """Send what is left in the buffer of standard output.
+
+    Raises:
+        OSError: as `write_output`.
+    """
+    try:
+        with _named("standard output"):
+            sys.stdout.flush()
     except OSError:
         # What is left in the buffer would fail once more at the end of the process, with lines of
         # Python's own and another exit code.
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         raise
+
+
+def open_closed_streams() -> None:
+    """Open standard streams that whoever started this process has closed.
+
+    Otherwise a file of ours would get the number of one, and all that is printed there. What goes
+    to stderr is lost; reading stdin and writing stdout fail, since they are opened the wrong way.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            # A write, of nothing: a wrapper in shell, such as pyenv's, may itself have got the
+            # number, open for reading.
+            os.write(number, b"") if number else os.fstat(number)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                continue
+            nowhere = os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_WRONLY)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
+@contextmanager
+def _named(stream: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, stream) from error
