@@ -227,6 +227,45 @@ def test_targets_must_be_files(
     assert "must lie in an existing directory" in error_line(capsys)
 
 
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_an_unwritable_target_is_found_before_the_work(
+    photo: Path,
+    encoded: Path,
+    model_dir: str,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And named as it was typed, also in a batch and by demo."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("the work has begun")
+
+    for module, name in ((codec, "encode"), (codec, "decode_container"), (demo, "encode")):
+        monkeypatch.setattr(module, name, fail)
+    monkeypatch.chdir(photo.parent)
+    Path("file").touch()
+    Path("link.cmb").symlink_to("missing/a.cmb")
+    Path("link.png").symlink_to("missing/a.png")
+    source, suffix = ("photo.png", ".cmb") if command == "encode" else ("photo.cmb", ".png")
+    args = [command, source, "--model", model_dir, "--force", "-o"]
+    before = names(photo.parent)
+    for target in (f"missing/a{suffix}", f"file/a{suffix}", f"link{suffix}"):
+        assert main([*args, target]) == 1
+        assert repr(target) in error_line(capsys)
+    long = "n" * 300 + suffix
+    assert main([*args, long]) == 1
+    assert error_line(capsys) == f"{long}: File name too long"
+    for folder in ("file/", "file/deeper/"):
+        assert main([*args, folder]) == 1
+        assert error_line(capsys).startswith("file")
+    assert main([command, "missing", *args[1:], "file/deeper"]) == 1
+    assert error_line(capsys) == "file/deeper: Not a directory"
+    assert main(["demo", "-o", "file", "--model", model_dir]) == 1
+    assert error_line(capsys) == "file: File exists"
+    assert names(photo.parent) == before
+
+
 @pytest.mark.parametrize("name", ["a.jpg", "a", "a.png.tif"])
 def test_decode_writes_png_only(
     encoded: Path, model_dir: str, name: str, capsys: pytest.CaptureFixture[str]
@@ -385,7 +424,7 @@ def test_failed_write_keeps_the_old_output(
     source, target = (photo, encoded) if command == "encode" else (encoded, photo)
     before = target.read_bytes()
     assert main([command, str(source), "--model", model_dir, "--force"]) == 1
-    assert error_line(capsys).endswith(": No space left on device")
+    assert error_line(capsys) == f"{target}: No space left on device"
     assert target.read_bytes() == before
     assert names(photo.parent) == ["photo.cmb", "photo.png"]
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.atomic_write import check_writable, write_atomically
 from cmamba_ref.cli import process_pool
 from cmamba_ref.errors import (
     InvalidArgumentError,
@@ -191,12 +191,15 @@ def with_targets(
 
     Raises:
         InvalidArgumentError: `output` is a file.
+        OSError: no file can be written into `output`.
     """
-    if output is not None and output.exists() and not output.is_dir():
-        raise InvalidArgumentError(
-            f"`-o` must be a folder for a folder or several files, got the file {str(output)!r}; "
-            "choose another name"
-        )
+    if output is not None:
+        if output.exists() and not output.is_dir():
+            raise InvalidArgumentError(
+                "`-o` must be a folder for a folder or several files, "
+                f"got the file {str(output)!r}; choose another name"
+            )
+        check_writable(output)
     by_target: dict[str, dict[str, Task]] = {}
     for source, root in files:
         path = source if output is None else output / source.relative_to(root)
@@ -301,6 +304,7 @@ def _outcome(model: CMamba, job: Job, task: Task) -> Outcome:
             raise InvalidArgumentError(
                 f"the output must be a file, got the folder {str(task.target)!r}; move it away"
             )
+        check_writable(task.target)
         work = _encode if job.command == "encode" else _decode
         return work(model, job, task.source, task.target)
     except Exception as error:

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.atomic_write import check_writable, write_atomically
 from cmamba_ref.cli import stdio
 from cmamba_ref.cli.stdio import STREAM
 from cmamba_ref.cli.threads import use_one_thread_if_busy
@@ -426,15 +426,17 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
     Raises:
         InvalidArgumentError: `target` exists, is the input, or lies in no directory; or it is
             stdout, which is a terminal.
+        OSError: `target` cannot be written.
     """
     if target == STREAM:
         stdio.check_output()
         return
-    if not target.parent.is_dir():
+    if not os.path.isdir(os.path.dirname(os.path.realpath(target))):
         raise InvalidArgumentError(
             f"`-o` must lie in an existing directory, got {str(target)!r}; make it first"
         )
     if not target.exists():
+        check_writable(target)
         return
     if not target.is_file():
         raise InvalidArgumentError(f"`-o` must be a file, got {str(target)!r}; choose another name")
@@ -447,6 +449,7 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
             f"`-o` must not exist yet, got {str(target)!r}; "
             "choose another name, or replace it with --force"
         )
+    check_writable(target)
 
 
 def _describe(path: Path) -> dict[str, object]:
