@@ -146,7 +146,7 @@ def test_the_output_can_follow_the_input(
 ) -> None:
     """As for cp, cjxl and avifenc, where its suffix says that it is the output."""
     out, back = photo.with_name("out.CMB"), photo.with_name("back.png")
-    assert main(["encode", str(photo), str(out), "--model", model_dir]) == 0
+    assert main(["encode", str(photo), "--model", model_dir, str(out)]) == 0
     assert main(["decode", str(out), str(back), "--model", model_dir]) == 0
     assert names(photo.parent) == ["back.png", "out.CMB", "photo.png"]
     capsys.readouterr()
@@ -442,6 +442,8 @@ def test_failed_write_keeps_the_old_output(
         ["decode", "a.cmb", "--max-pixels", "1e6"],
         ["decode", "a.cmb", "--quality", "4"],
         ["info"],
+        ["encode", "a.png", "--jobs", "1", "--no-such-option"],
+        ["demo", "a.png"],
     ],
 )
 def test_usage_errors_exit_with_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from argparse: 2 after wrong usage, 0 after `--help` and `--version`.
     """
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     # A file's name need not be text in the terminal's encoding.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -553,6 +553,17 @@ class _Version(argparse.Action):
 
         print(f"cmamba {__version__}")
         parser.exit()
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the arguments; further inputs may follow options, which argparse by itself refuses."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if "inputs" not in args or any(text.startswith("-") and text != "-" for text in rest):
+        parser.parse_args(argv)  # says what it does not know, if there is something
+    else:
+        args.inputs += map(stdio.parse_path, rest)
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
