@@ -25,6 +25,10 @@ class BitstreamError(CMambaError, ValueError):
     """A file or string is damaged, truncated, of another model or of a newer format version."""
 
 
+class UnsupportedFileError(BitstreamError):
+    """A file may be valid, but needs a newer version of this package, or a higher limit."""
+
+
 class ModelMismatchError(BitstreamError):
     """A file may be valid, but was made by a model that is not available."""
 

@@ -288,6 +288,17 @@ def test_missing_input_is_named(
         assert error_line(capsys) == f"{missing}: No such file or directory"
 
 
+def test_a_mistyped_input_is_no_wrong_output(
+    encoded: Path, photo: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the output for it exists already, or its folder does not."""
+    photo.unlink()
+    for name in (photo, photo.parent / "missing" / "a.png"):
+        for command in ("encode", "decode"):
+            assert main([command, str(name), "--model", model_dir]) == 1
+            assert error_line(capsys) == f"{name}: No such file or directory"
+
+
 def test_refused_image_is_named(
     photo: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

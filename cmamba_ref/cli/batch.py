@@ -21,6 +21,7 @@ from cmamba_ref.errors import (
     InvalidArgumentError,
     MemoryLimitError,
     ModelMismatchError,
+    UnsupportedFileError,
     explain,
     is_out_of_memory,
 )
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
 
 OUTPUT_SUFFIX = {"encode": ".cmb", "decode": ".png"}
+# Errors that say nothing against a file.
+CANNOT_CHECK = (ModelMismatchError, UnsupportedFileError, MemoryLimitError, OSError)
 PROCESS_DIED = "its process died, perhaps out of memory; try a smaller image"
 
 _logger = logging.getLogger("cmamba_ref.cli.batch")
@@ -94,7 +97,8 @@ class Outcome:
 
     Attributes:
         detail: the description that `verify` gives of a good file; what `encode` has dropped.
-        unchecked: the error is not the file's: its model is not available, or memory is short.
+        unchecked: the error is not the file's: it cannot be read, its model or version is not
+            available, or memory is short.
     """
 
     source: Path
@@ -313,8 +317,7 @@ def _outcome(model: CMamba, job: Job, task: Task) -> Outcome:
             # Internal error: log the traceback, and go on with the other files.
             _logger.exception("%s", task.source)
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        cannot_check = isinstance(error, ModelMismatchError | MemoryLimitError)
-        unchecked = cannot_check or is_out_of_memory(error)
+        unchecked = isinstance(error, CANNOT_CHECK) or is_out_of_memory(error)
         return Outcome(task.source, error=_naming(task, text), unchecked=unchecked)
 
 

@@ -426,11 +426,13 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
     Raises:
         InvalidArgumentError: `target` exists, is the input, or lies in no directory; or it is
             stdout, which is a terminal.
-        OSError: `target` cannot be written.
+        OSError: `source` does not exist, or `target` cannot be written.
     """
     if target == STREAM:
         stdio.check_output()
         return
+    if source != STREAM:
+        source.stat()  # first: without -o, a mistyped input would be told as a wrong output
     if not os.path.isdir(os.path.dirname(os.path.realpath(target))):
         raise InvalidArgumentError(
             f"`-o` must lie in an existing directory, got {str(target)!r}; make it first"
@@ -440,7 +442,7 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
         return
     if not target.is_file():
         raise InvalidArgumentError(f"`-o` must be a file, got {str(target)!r}; choose another name")
-    if source.exists() and target.samefile(source):
+    if source != STREAM and target.samefile(source):
         raise InvalidArgumentError(
             f"`-o` must differ from the input, got {str(target)!r} for both; choose another name"
         )
@@ -509,11 +511,11 @@ def _as_text(facts: dict[str, Any]) -> str:
 
 @contextmanager
 def _naming(path: Path, stream: str) -> Iterator[None]:
-    """Name the damaged file: the codec sees only bytes."""
+    """Name the refused file: the codec sees only bytes."""
     try:
         yield
     except BitstreamError as error:
-        raise BitstreamError(f"{stdio.label(path, stream)}: {error}") from error
+        raise type(error)(f"{stdio.label(path, stream)}: {error}") from error
 
 
 @contextmanager

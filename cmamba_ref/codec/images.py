@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import threading
 import warnings
@@ -181,7 +182,8 @@ def _opened(source: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Imag
         raise
     # On damaged data Pillow raises a dozen types, SyntaxError and struct.error among them.
     except Exception as error:
-        reason = "damaged or truncated"
+        unsupported = re.search("support|loader|cannot load this|Ghostscript|available", str(error))
+        reason = "not supported" if unsupported else "damaged or truncated"
         raise ImageError(f"{name} is {reason}: {error}", reason) from error
 
 
