@@ -5,8 +5,32 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Try whether a file can be written at `path`, before the work that makes it.
+
+    Folders that are missing are taken for made by then, and a folder for one to put files into.
+
+    Raises:
+        OSError: it cannot; the error names `path`.
+    """
+    try:
+        with suppress(FileNotFoundError):
+            os.lstat(path)
+        folder = Path(os.path.realpath(path))
+        if not folder.is_dir():
+            folder = folder.parent
+        while not os.path.lexists(folder):
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_atomically(
@@ -27,7 +51,7 @@ def write_atomically(
         time_from: a file whose time of change the new one gets.
 
     Raises:
-        OSError: the directory is missing, not writable or full.
+        OSError: the directory is missing, not writable or full; the error names `path`.
     """
     # Resolved, so that a link stays a link and the file it points at is replaced.
     target = Path(os.path.realpath(path))
@@ -42,5 +66,9 @@ def write_atomically(
         if target.exists():
             shutil.copymode(target, temporary)
         os.replace(temporary, target)
+    except OSError as error:
+        if error.filename is None or Path(error.filename) != temporary:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)

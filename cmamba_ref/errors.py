@@ -9,6 +9,10 @@ class InvalidArgumentError(CMambaError, ValueError):
     """An argument has a wrong value, shape or type: "`arg` must be <rule>, got <value>; <fix>"."""
 
 
+class UsageError(InvalidArgumentError):
+    """The options or arguments of a command are wrong; the command exits with 2."""
+
+
 class BackendUnavailableError(CMambaError, RuntimeError):
     """A scan backend asked for by name cannot run here; the message says why and the fix."""
 
@@ -19,6 +23,10 @@ class MemoryLimitError(CMambaError, RuntimeError):
 
 class BitstreamError(CMambaError, ValueError):
     """A file or string is damaged, truncated, of another model or of a newer format version."""
+
+
+class UnsupportedFileError(BitstreamError):
+    """A file may be valid, but needs a newer version of this package, or a higher limit."""
 
 
 class ModelMismatchError(BitstreamError):

@@ -46,6 +46,8 @@ from cmamba_ref.ops.autocast import without_autocast
 
 # Used where no quality is given, or the model's best if that is lower.
 DEFAULT_QUALITY = 4.0
+# Far above 0...1 with noise; below only the darkest images in 0...255.
+LARGEST_VALUE = 8
 
 
 class ForwardOutput(TypedDict):
@@ -107,7 +109,8 @@ class CMamba(nn.Module):
                 which noise, whatever the images are batched with.
 
         Raises:
-            InvalidArgumentError: wrong shape or quality, or noise of another shape.
+            InvalidArgumentError: wrong type, shape or quality, noise of another shape, or images in
+                0...255 (on a GPU, only `compress` sees that).
         """
         _check_images(x)
         if noise is not None:
@@ -220,11 +223,11 @@ class CMamba(nn.Module):
             quality: for a variable-rate model, 1...Q; None for the default, 4.
 
         Raises:
-            InvalidArgumentError: wrong shape or quality.
+            InvalidArgumentError: wrong type, shape or quality, or images in 0...255.
             CMambaError: x, the weights or the latents hold NaN or infinity.
             WeightsError: the model has no entropy tables; call `update()`.
         """
-        _check_images(x)
+        _check_images(x, look=True)
         quality, coder = self.check_quality(quality), self.latent_coder
         coder.tables()  # before the transforms: without tables there is nothing to code with
         return coder.encode(self.latent_symbols(x, quality), quality)
@@ -416,10 +419,24 @@ def pad(x: Tensor) -> Tensor:
     return F.pad(x, (0, -width % MULTIPLE, 0, -height % MULTIPLE), mode="replicate")
 
 
-def _check_images(x: Tensor) -> None:
+def _check_images(x: Tensor, look: bool = False) -> None:
+    """Check images `[B, 3, H, W]`; their values on the CPU, or anywhere with `look`.
+
+    On a GPU a look at the values waits for it, and a compiler does not see them.
+    """
+    if not isinstance(x, Tensor):
+        raise InvalidArgumentError(
+            f"`x` must be a tensor of images [B, 3, H, W], got {type(x).__name__}; convert it first"
+        )
     if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape or not x.is_floating_point():
         raise InvalidArgumentError(
-            f"`x` must be floating-point images [B, 3, H, W], got {x.dtype}{list(x.shape)}"
+            "`x` must be floating-point images [B, 3, H, W] in 0...1, "
+            f"got {x.dtype}{list(x.shape)}; convert 8-bit images with .float() / 255"
+        )
+    has_values = type(x) is Tensor and not torch.compiler.is_compiling()
+    if (look or x.device.type == "cpu") and has_values and x.detach().amax() > LARGEST_VALUE:
+        raise InvalidArgumentError(
+            f"`x` must be images in 0...1, got values up to {x.max():g}; divide 0...255 by 255"
         )
 
 

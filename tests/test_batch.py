@@ -1,5 +1,6 @@
 """Many files at once: what becomes of each, and that no one of them stops the others."""
 
+import errno
 import itertools
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from PIL import Image
 import cmamba_ref
 from cmamba_ref import CMamba, codec
 from cmamba_ref.cli import batch, main, process_pool
+from cmamba_ref.codec import formats
 from cmamba_ref.codec.container import Container
 from cmamba_ref.codec.images import read_image
 
@@ -99,6 +101,7 @@ def test_folder_and_single_file_give_equal_output(
         "encoded 3",
         "skipped 0",
         "failed 0",
+        "left out: 1 (.txt 1)",
         f"{bytes_in} bytes in, {bytes_out} bytes out, {8 * bytes_out / pixels:.3f} bpp",
     ]
     found = re.fullmatch(r"0\.01 megapixels in ([\d.]+) s, ([\d.]+) megapixels/s", speed)
@@ -190,39 +193,82 @@ def test_second_run_skips_finished_files(
     capsys.readouterr()
     assert main(args) == 0
     skipped = skipped.replace("2", "3")
-    assert capsys.readouterr().out == f"encoded 0\n{skipped}\nfailed 0\n"
+    left_out = "left out: 1 (.txt 1)"
+    assert capsys.readouterr().out == f"encoded 0\n{skipped}\nfailed 0\n{left_out}\n"
 
 
 # ---------------------------------------------------------------- refused before the work
 
 
-def refused(args: list[str], capsys: pytest.CaptureFixture[str], folder: Path) -> str:
+def refused(
+    args: list[str], capsys: pytest.CaptureFixture[str], folder: Path, code: int = 1
+) -> str:
     before = contents(folder)
-    assert main(args) == 1
+    assert main(args) == code
     assert contents(folder) == before
     return error_line(capsys)
 
 
-def test_two_inputs_for_one_output_are_refused(
-    album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_name_clash_fails_alone(
+    album: Path, tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Both files are named, and the others are encoded."""
     first, second = album / "a.png", save(album / "a.jpg")
-    message = refused(["encode", str(album)], capsys, tmp_path)
-    assert all(repr(str(path)) in message for path in (first, second, album / "a.cmb"))
-    other = save(tmp_path / "other" / "a.png")
-    args = ["encode", str(first), str(other), "-o", str(tmp_path / "out")]
-    message = refused(args, capsys, tmp_path)
-    assert repr(str(first)) in message and repr(str(other)) in message
+    assert main(["encode", str(album), "--model", model_dir, "--jobs", "1"]) == 1
+    out, err = capsys.readouterr()
+    output = f"its output {str(album / 'a.cmb')!r} is that of"
+    assert err.splitlines() == [
+        f"cmamba: error: {one}: {output} {str(other)!r} too; rename one of them"
+        for one, other in ((second, first), (first, second))
+    ]
+    assert out.startswith(f"encoded 2\nskipped 0\nfailed 2\n  {second}\n  {first}\n")
+    assert not (album / "a.cmb").exists()
+    args = ["encode", str(first), str(save(tmp_path / "other" / "a.png"))]
+    assert main([*args, "-o", str(tmp_path / "out"), "--model", model_dir]) == 1
+    assert capsys.readouterr().err.count("is that of") == 2
 
 
-def test_output_equal_to_an_input_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_output_equal_to_an_input_fails_alone(
+    tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An image whose name says that it is a .cmb file already."""
     first, second = save(tmp_path / "a.png"), tmp_path / "b.cmb"
-    second.write_bytes(first.read_bytes())
-    args = ["encode", str(first), str(second), "--force"]
-    assert "must not be replaced" in refused(args, capsys, tmp_path)
+    second.write_bytes(image := first.read_bytes())
+    args = ["encode", str(first), str(second), "--force", "--model", model_dir, "--jobs", "1"]
+    assert main([*args, "-o", str(tmp_path)]) == 1
+    assert f"{second}: its output {str(second)!r} would replace the input" in (
+        capsys.readouterr().err
+    )
+    assert second.read_bytes() == image and (tmp_path / "a.cmb").is_file()
+
+
+def test_an_unreadable_folder_fails_alone(
+    album: Path,
+    model_dir: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For every command; faked, since modes do not bind root."""
+    locked, scandir = str(album / "x"), os.scandir
+
+    def scan(path: str | os.PathLike) -> object:
+        if os.fspath(path) == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", locked)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    options = ["--model", model_dir, "--jobs", "1"]
+    for command in ("encode", "decode", "verify", "info"):
+        args = [command, str(album), *([] if command == "info" else options)]
+        assert main([*args, "--force"] if command in ("encode", "decode") else args) == 1
+        out, err = capsys.readouterr()
+        assert f"{locked}: Permission denied\n" in (out if command == "verify" else err)
+        assert {
+            "encode": f"encoded 1\nskipped 0\nfailed 1\n  {locked}\n",
+            "decode": f"decoded 1\nskipped 0\nfailed 1\n  {locked}\n",
+            "verify": "good 1, bad 0, not checked 1",
+            "info": "a.cmb\n  format",
+        }[command] in out
 
 
 def test_output_of_a_batch_must_be_a_folder(
@@ -232,12 +278,66 @@ def test_output_of_a_batch_must_be_a_folder(
     assert "`-o` must be a folder" in refused(args, capsys, album)
 
 
+def test_what_a_folder_leaves_out_is_counted(
+    tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of every format that Pillow decodes the files are taken; own output is not mentioned."""
+    save(tmp_path / "a.sgi")
+    save(tmp_path / "b.ICO")
+    for name in ("1.heic", "2.HEIC", "3.mov", "4.mpg", "noname", "old.cmb", ".hidden.mov"):
+        (tmp_path / name).touch()
+    options = ["--model", model_dir, "--jobs", "1"]
+    assert main(["encode", str(tmp_path), *options]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("encoded 2\n")
+    line = "left out: 5 (.heic 2, .mov 1, .mpg 1, no suffix 1); HEIC needs pillow-heif"
+    assert f"{line} (pip install pillow-heif)\n" in out
+    (tmp_path / "old.cmb").unlink()
+    assert main(["verify", str(tmp_path), *options]) == 0
+    assert "left out: 7 (.heic 2, " in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_a_package_for_heic_is_used(
+    tmp_path: Path,
+    model_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """If it is installed; without it, the error names it."""
+    start = b"\0\0\0\x18ftypheic"
+    path = tmp_path / "a.heic"
+    path.write_bytes(start)
+    args = ["encode", str(path), "--model", model_dir]
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    formats.register_heif.cache_clear()
+    assert main(args) == 1
+    assert error_line(capsys).endswith("; HEIC needs pillow-heif (pip install pillow-heif)")
+
+    def register() -> None:
+        opener = lambda file, name: Image.new("RGB", (8, 8))  # noqa: E731
+        monkeypatch.setitem(Image.OPEN, "HEIF", (opener, lambda prefix: prefix[4:8] == b"ftyp"))
+        monkeypatch.setattr(Image, "ID", ["HEIF", *Image.ID])
+        monkeypatch.setitem(Image.EXTENSION, ".heic", "HEIF")
+
+    package = SimpleNamespace(register_heif_opener=register)
+    monkeypatch.setitem(sys.modules, "pillow_heif", package)
+    formats.register_heif.cache_clear()
+    assert main(["encode", str(tmp_path), "--model", model_dir]) == 0
+    assert capsys.readouterr().out.startswith("encoded 1\n")
+    formats.register_heif.cache_clear()
+
+
 @pytest.mark.parametrize("command", ["encode", "decode"])
 def test_empty_folder_is_refused(
     tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused([command, str(tmp_path)], capsys, tmp_path)
-    assert message.startswith(f"`IN` must hold files to {command}, got {str(tmp_path)!r}; ")
+    expected = f"`IN` must hold files to {command}, got {str(tmp_path)!r}; "
+    assert message == expected + "there are none"
+    (tmp_path / "notes.TXT").touch()
+    assert refused([command, str(tmp_path)], capsys, tmp_path) == (
+        expected + "left out: 1 (.txt 1)"
+    )
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1", "1.5", "many"])
@@ -250,10 +350,10 @@ def test_jobs_must_be_a_number(jobs: str, capsys: pytest.CaptureFixture[str]) ->
 
 def test_several_processes_need_the_cpu(album: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["encode", str(album), "--device", "meta"]
-    message = refused([*args, "--jobs", "2"], capsys, album)
+    message = refused([*args, "--jobs", "2"], capsys, album, 2)
     assert message == "`--jobs` must be 1 with --device meta, got 2; leave it out"
     # Without --jobs the work begins, in this process, and there is no such device.
-    assert "`--device` must be one" in refused(args, capsys, album)
+    assert "`--device` must be one" in refused(args, capsys, album, 2)
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
@@ -261,7 +361,7 @@ def test_fatal_error_is_reported_once(
     album: Path, model_dir: str, jobs: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["encode", str(album), "--jobs", jobs, "--model", model_dir, "--quality", "9"]
-    assert "`quality` must be a number from 1 to 8" in refused(args, capsys, album)
+    assert "`quality` must be a number from 1 to 8" in refused(args, capsys, album, 2)
     assert multiprocessing.active_children() == []
 
 
@@ -377,8 +477,6 @@ def test_single_file_needs_no_batch(
     assert capsys.readouterr().out.startswith(f"{target}: {target.stat().st_size} bytes, ")
     assert main(args) == 1
     assert "must not exist yet" in error_line(capsys)
-    assert main(["encode", str(album / "a.png"), "-o", str(album), "--model", model_dir]) == 1
-    assert "`-o` must be a file" in error_line(capsys)
 
 
 # ---------------------------------------------------------------- progress

@@ -141,6 +141,30 @@ def test_only_named_outputs_are_written(photo: Path, model_dir: str) -> None:
     assert names(photo.parent) == ["back.PNG", "photo.png", "x.y.cmb"]
 
 
+def test_the_output_can_follow_the_input(
+    photo: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As for cp, cjxl and avifenc, where its suffix says that it is the output."""
+    out, back = photo.with_name("out.CMB"), photo.with_name("back.png")
+    assert main(["encode", str(photo), "--model", model_dir, str(out)]) == 0
+    assert main(["decode", str(out), str(back), "--model", model_dir]) == 0
+    assert names(photo.parent) == ["back.png", "out.CMB", "photo.png"]
+    capsys.readouterr()
+    assert main(["encode", str(photo), str(out), "--model", model_dir]) == 1
+    assert "must not exist yet" in error_line(capsys)
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_the_output_of_one_file_can_be_a_folder(photo: Path, model_dir: str, made: bool) -> None:
+    """One that ends in a slash is made."""
+    folder = photo.with_name("a") / "b"
+    if made:
+        folder.mkdir(parents=True)
+    args = ["encode", str(photo), "--model", model_dir, "-o"]
+    assert main([*args, str(folder) if made else f"{folder}/"]) == 0
+    assert names(folder) == ["photo.cmb"]
+
+
 def test_default_quality_equals_the_api(photo: Path, encoded: Path, model_dir: str) -> None:
     out = photo.with_name("a.cmb")
     assert main(["encode", str(photo), "-o", str(out), "--model", model_dir]) == 0
@@ -152,7 +176,7 @@ def test_fixed_rate_model(tmp_path: Path, photo: Path, capsys: pytest.CaptureFix
     assert main(["encode", str(photo), "--model", fixed]) == 0
     assert main(["info", str(photo.with_suffix(".cmb"))]) == 0
     assert "fixed-rate model" in capsys.readouterr().out
-    assert main(["encode", str(photo), "--model", fixed, "--force", "--quality", "4"]) == 1
+    assert main(["encode", str(photo), "--model", fixed, "--force", "--quality", "4"]) == 2
     assert "`quality` must be None" in error_line(capsys)
 
 
@@ -197,12 +221,49 @@ def test_targets_must_be_files(
     photo: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["encode", str(photo), "--force", "--model", model_dir, "-o"]
-    assert main([*args, str(photo.parent)]) == 1
-    assert "must be a file" in error_line(capsys)
     assert main([*args, os.devnull]) == 1  # a rename onto a device would replace the device
     assert "must be a file" in error_line(capsys)
     assert main([*args, str(photo.parent / "missing" / "a.cmb")]) == 1
     assert "must lie in an existing directory" in error_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_an_unwritable_target_is_found_before_the_work(
+    photo: Path,
+    encoded: Path,
+    model_dir: str,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And named as it was typed, also in a batch and by demo."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("the work has begun")
+
+    for module, name in ((codec, "encode"), (codec, "decode_container"), (demo, "encode")):
+        monkeypatch.setattr(module, name, fail)
+    monkeypatch.chdir(photo.parent)
+    Path("file").touch()
+    Path("link.cmb").symlink_to("missing/a.cmb")
+    Path("link.png").symlink_to("missing/a.png")
+    source, suffix = ("photo.png", ".cmb") if command == "encode" else ("photo.cmb", ".png")
+    args = [command, source, "--model", model_dir, "--force", "-o"]
+    before = names(photo.parent)
+    for target in (f"missing/a{suffix}", f"file/a{suffix}", f"link{suffix}"):
+        assert main([*args, target]) == 1
+        assert repr(target) in error_line(capsys)
+    long = "n" * 300 + suffix
+    assert main([*args, long]) == 1
+    assert error_line(capsys) == f"{long}: File name too long"
+    for folder in ("file/", "file/deeper/"):
+        assert main([*args, folder]) == 1
+        assert error_line(capsys).startswith("file")
+    assert main([command, "missing", *args[1:], "file/deeper"]) == 1
+    assert error_line(capsys) == "file/deeper: Not a directory"
+    assert main(["demo", "-o", "file", "--model", model_dir]) == 1
+    assert error_line(capsys) == "file: File exists"
+    assert names(photo.parent) == before
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a", "a.png.tif"])
@@ -210,7 +271,7 @@ def test_decode_writes_png_only(
     encoded: Path, model_dir: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = encoded.with_name(name)
-    assert main(["decode", str(encoded), "-o", str(target), "--model", model_dir]) == 1
+    assert main(["decode", str(encoded), "-o", str(target), "--model", model_dir]) == 2
     assert "`-o` must be a .png file, got" in error_line(capsys)
     assert not target.exists()
 
@@ -227,6 +288,17 @@ def test_missing_input_is_named(
         assert error_line(capsys) == f"{missing}: No such file or directory"
 
 
+def test_a_mistyped_input_is_no_wrong_output(
+    encoded: Path, photo: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the output for it exists already, or its folder does not."""
+    photo.unlink()
+    for name in (photo, photo.parent / "missing" / "a.png"):
+        for command in ("encode", "decode"):
+            assert main([command, str(name), "--model", model_dir]) == 1
+            assert error_line(capsys) == f"{name}: No such file or directory"
+
+
 def test_refused_image_is_named(
     photo: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,7 +312,7 @@ def test_refused_image_is_named(
 def test_quality_out_of_range_is_refused(
     photo: Path, model_dir: str, quality: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["encode", str(photo), "--model", model_dir, f"--quality={quality}"]) == 1
+    assert main(["encode", str(photo), "--model", model_dir, f"--quality={quality}"]) == 2
     assert "`quality` must be a number from 1 to 8, got" in error_line(capsys)
     assert names(photo.parent) == ["photo.png"]
 
@@ -289,7 +361,7 @@ def test_pixel_limit(
 def test_unavailable_device_is_named(
     photo: Path, model_dir: str, device: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["encode", str(photo), "--model", model_dir, "--device", device]) == 1
+    assert main(["encode", str(photo), "--model", model_dir, "--device", device]) == 2
     message = error_line(capsys)
     assert message.startswith(f"`--device` must be one that PyTorch can use here, got '{device}' (")
     assert message.endswith("); use cpu")
@@ -363,7 +435,7 @@ def test_failed_write_keeps_the_old_output(
     source, target = (photo, encoded) if command == "encode" else (encoded, photo)
     before = target.read_bytes()
     assert main([command, str(source), "--model", model_dir, "--force"]) == 1
-    assert error_line(capsys).endswith(": No space left on device")
+    assert error_line(capsys) == f"{target}: No space left on device"
     assert target.read_bytes() == before
     assert names(photo.parent) == ["photo.cmb", "photo.png"]
 
@@ -375,10 +447,14 @@ def test_failed_write_keeps_the_old_output(
         ["squash"],
         ["encode"],
         ["encode", "a.png", "--quality", "good"],
+        ["encode", "a.png", "--background", "no-colour"],
+        ["encode", "a.png", "--background", "rgb(300,0,0)"],
         ["encode", "a.png", "--max-pixels", "0"],
         ["decode", "a.cmb", "--max-pixels", "1e6"],
         ["decode", "a.cmb", "--quality", "4"],
         ["info"],
+        ["encode", "a.png", "--jobs", "1", "--no-such-option"],
+        ["demo", "a.png"],
     ],
 )
 def test_usage_errors_exit_with_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:

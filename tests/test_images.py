@@ -345,6 +345,17 @@ def test_damaged_bytes_never_crash(tmp_path: Path, rgb: np.ndarray, name: str) -
         assert image.dtype == np.uint8
 
 
+def test_what_pillow_does_not_support_is_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.bmp"
+    Image.new("RGB", (8, 8)).save(path)
+    data = bytearray(path.read_bytes())
+    data[30] = 4  # JPEG inside
+    path.write_bytes(data)
+    assert refusal(path) == "is not supported: Unsupported BMP compression (4)"
+    path.write_bytes(b"\0\0\1\xb3" + bytes([20, 1, 64, 0]) + bytes(100))  # MPEG
+    assert refusal(path) == "is not supported: cannot load this image"
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     for content in (b"", b"hello"):

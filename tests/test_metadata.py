@@ -153,7 +153,7 @@ def test_the_time_is_kept_where_asked_for(tmp_path: Path, model_dir: str) -> Non
 def test_a_stream_has_no_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["encode", "-", "-o", str(tmp_path / "a.cmb"), "--keep-time"]) == 1
+    assert main(["encode", "-", "-o", str(tmp_path / "a.cmb"), "--keep-time"]) == 2
     assert "`--keep-time` must have files on both sides" in capsys.readouterr().err
 
 

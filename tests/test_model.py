@@ -425,6 +425,26 @@ def test_wrong_image_shapes_are_refused(model):
         model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 3.0)
 
 
+def test_wrong_image_types_say_what_to_do():
+    """In every call; values a little out of 0...1 are nobody's mistake."""
+    model, x = codec_helpers.random_model(), torch.rand(1, 3, 64, 64)
+    for call in (model, model.analyze, model.compress):
+        for scaled in (255 * x, (255 * x).half()):
+            with pytest.raises(
+                InvalidArgumentError, match=r"got values up to 25\d.*; divide 0...255"
+            ):
+                call(scaled, 3.0)
+        with pytest.raises(InvalidArgumentError, match=r"8-bit images with .float\(\) / 255"):
+            call((255 * x).byte(), 3.0)
+        for wrong in (x.numpy(), None, "a.png"):
+            with pytest.raises(InvalidArgumentError, match=f"got {type(wrong).__name__}"):
+                call(wrong, 3.0)
+        for wrong in ("5", True, [5]):
+            with pytest.raises(InvalidArgumentError, match="`quality` must be a number from 1 to"):
+                call(x, wrong)
+        call(2 * x - 0.5, 3.0)
+
+
 @pytest.mark.parametrize("config", [codec_helpers.SMALL, codec_helpers.ONE_RATE])
 def test_analyze_and_synthesize_match_the_codec(config):
     """The symbols are those of y, and the decoder's y_bar becomes the decoded image."""

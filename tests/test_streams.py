@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from codec_helpers import make_image
+from codec_helpers import ENVIRONMENT, make_image
 from PIL import Image
 
 import cmamba_ref
@@ -104,7 +104,7 @@ def test_a_terminal_gets_no_binary_data(
     """It is refused before the input, which does not exist, is looked for."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     for command in ("encode", "decode"):
-        assert main([command, str(tmp_path / "missing"), "-o", "-", "--force"]) == 1
+        assert main([command, str(tmp_path / "missing"), "-o", "-", "--force"]) == 2
         out, err = capsys.readouterr()
         assert out == ""
         assert "`-o` must not be a terminal, which cannot show binary data, got -; " in err
@@ -116,7 +116,7 @@ def test_terminal_is_refused_as_input(
     feed(monkeypatch, b"")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     for command in ("encode", "decode", "info"):
-        assert main([command, "-"]) == 1
+        assert main([command, "-"]) == 2
         assert "got a terminal; redirect it, as in < photo.jpg" in capsys.readouterr().err
 
 
@@ -127,6 +127,7 @@ def test_terminal_is_refused_as_input(
         ["decode", "a.cmb", "-"],
         ["decode", "a.cmb", "b.cmb", "-o", "-"],
         ["verify", "-"],
+        ["encode", "-", "-o", "./"],
     ],
 )
 def test_streams_cannot_be_mixed_with_files(
@@ -136,9 +137,9 @@ def test_streams_cannot_be_mixed_with_files(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(args) == 1
+    assert main(args) == 2
     out, err = capsys.readouterr()
-    assert out == "" and "got -; " in err
+    assert out == "" and ("got -; " in err or "where IN is -" in err)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -175,4 +176,42 @@ def test_programs_in_a_pipe(tmp_path: Path, model_dir: str, data: bytes) -> None
         # Small enough to wait in a buffer, which is emptied once more when the process ends.
         _, err = cut.communicate(png_bytes(IMAGE[:1, :1]))
     assert (whole.returncode, out) == (0, data)
-    assert (cut.returncode, err.splitlines()) == (1, [b"cmamba: error: [Errno 32] Broken pipe"])
+    assert (cut.returncode, err.splitlines()) == (
+        1,
+        [b"cmamba: error: standard output: Broken pipe"],
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+def test_closed_streams_lose_nothing(tmp_path: Path, model_dir: str, data: bytes) -> None:
+    """The command works, or says why not; what is printed never gets into a file."""
+    (tmp_path / "a.png").write_bytes(png_bytes(IMAGE))
+    (tmp_path / "a.cmb").write_bytes(data)
+
+    def run(arguments: str, redirection: str) -> tuple[int, bytes, bytes]:
+        line = f"{sys.executable} -m cmamba_ref {arguments} {redirection}"
+        environment = ENVIRONMENT | {"PYTHONUNBUFFERED": ""}
+        done = subprocess.run(
+            ["sh", "-c", line], cwd=tmp_path, env=environment, capture_output=True
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    encode = f"encode a.png --force --model {model_dir}"
+    assert run(f"{encode} -o - --verify", "2>&- <&-") == (0, data, b"")
+    assert run(f"{encode} -o - --verify", "2<a.png") == (0, data, b"")  # open, and not for writing
+    code, out, _ = run(f"{encode} -o b.cmb", "2>&- <&-")
+    assert (code, out[:6], (tmp_path / "b.cmb").read_bytes()) == (0, b"b.cmb:", data)
+    assert run("encode missing.png", "2>&-") == (1, b"", b"")
+    assert run("encode -", "<&-") == (
+        *(1, b""),
+        b"cmamba: error: standard input: Bad file descriptor\n",
+    )
+    code, out, _ = run(f"verify a.cmb a.png --jobs 2 --model {model_dir}", "2>&- <&-")
+    assert (code, out.splitlines()[-1]) == (1, b"good 1, bad 1, not checked 0")
+    lost = b"cmamba: error: standard output: Bad file descriptor\n"
+    assert run(f"{encode} -o c.cmb", ">&-") == (1, b"", lost)
+    assert (tmp_path / "c.cmb").read_bytes() == data
+    assert run("info a.cmb", ">&-") == (1, b"", lost)
+    if Path("/dev/full").exists():
+        full = b"cmamba: error: standard output: No space left on device\n"
+        assert run("info a.cmb", "> /dev/full") == (1, b"", full)

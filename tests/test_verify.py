@@ -56,13 +56,32 @@ def names(folder: Path) -> list[str]:
 # ---------------------------------------------------------------- verify
 
 
+def test_only_what_is_damaged_is_called_bad(
+    tmp_path: Path, good: bytes, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not a mistyped path, a newer version, or an image above the limit."""
+    (tmp_path / "good.cmb").write_bytes(good)
+    (tmp_path / "newer.cmb").write_bytes(good[:4] + b"\x09" + good[5:])
+    (tmp_path / "photo.cmb").write_bytes(b"an image")
+    paths = [str(tmp_path / f"{name}.cmb") for name in ("typo", "newer", "good", "photo")]
+    options = ["--model", model_dir, "--jobs", "1", "--max-pixels", "64"]
+    assert main(["verify", *paths, *options]) == 1
+    *lines, summary = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"not checked: {paths[0]}: No such file or directory"
+    assert lines[1].startswith(f"not checked: {paths[1]}: the file has format version 9")
+    assert lines[2].startswith(f"not checked: {paths[2]}: the file declares 90x70 pixels")
+    assert lines[3].startswith(f"bad: {paths[3]}: this is not a .cmb file")
+    assert summary == "good 0, bad 1, not checked 3"
+
+
 def test_a_folder_is_verified_file_by_file(
     shelf: Path, foreign: bytes, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = names(shelf)
     assert main(["verify", str(shelf), "--model", model_dir, "--jobs", "1"]) == 1
     out, err = capsys.readouterr()
-    *lines, summary = out.splitlines()
+    *lines, left_out, summary = out.splitlines()
+    assert left_out.startswith("left out: ")
     needed = field_of(foreign, "model id").hex()
     broken, wrong, right, other = sorted(lines)
     assert broken.startswith(f"bad: {shelf / 'broken.cmb'}: the file is truncated")

@@ -21,7 +21,7 @@ from stage_clock import OTHER, Timing, time_by_stage
 import cmamba_ref
 from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.atomic_write import write_atomically
-from cmamba_ref.cli.batch import SUFFIXES
+from cmamba_ref.codec import formats
 from cmamba_ref.codec.images import read_opaque_image, write_png
 from cmamba_ref.errors import explain
 from cmamba_ref.metrics import bits_per_pixel, ms_ssim, psnr
@@ -93,7 +93,7 @@ def image_paths(folder: Path, limit: int | None) -> list[Path]:
     if not folder.is_dir():
         raise CMambaError(f"{folder} is no folder")
     names = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    paths = [path for path in names if path.name.lower().endswith(SUFFIXES["encode"])][:limit]
+    paths = [path for path in names if path.suffix.lower() in formats.suffixes()][:limit]
     if not paths:
         raise CMambaError(f"no images in {folder}")
     return paths

@@ -8,18 +8,20 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.atomic_write import check_writable, write_atomically
 from cmamba_ref.cli import process_pool
 from cmamba_ref.errors import (
     InvalidArgumentError,
     MemoryLimitError,
     ModelMismatchError,
+    UnsupportedFileError,
     explain,
     is_out_of_memory,
 )
@@ -30,17 +32,9 @@ if TYPE_CHECKING:
     from cmamba_ref.codec.metadata import Metadata
     from cmamba_ref.model import CMamba
 
-# Of a folder, the files with these suffixes are taken; a file that is named is taken as it is.
-SUFFIXES = {
-    "encode": (
-        *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
-        *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
-    ),
-    "decode": (".cmb",),
-    "verify": (".cmb",),
-    "describe": (".cmb",),
-}
 OUTPUT_SUFFIX = {"encode": ".cmb", "decode": ".png"}
+# Errors that say nothing against a file.
+CANNOT_CHECK = (ModelMismatchError, UnsupportedFileError, MemoryLimitError, OSError)
 PROCESS_DIED = "its process died, perhaps out of memory; try a smaller image"
 
 _logger = logging.getLogger("cmamba_ref.cli.batch")
@@ -75,7 +69,7 @@ class Job:
 
     Attributes:
         command: "encode", "decode" or "verify".
-        load: callback that returns the model; called once in every process.
+        load: callback that checks `quality` and returns the model; called once in every process.
         quality: for `encode`, as in `cmamba_ref.encode`.
         max_pixels: as in `cmamba_ref.encode` and `decode`; None for the default.
         max_memory: as in `cmamba_ref.encode` and `decode`, for each process.
@@ -103,7 +97,8 @@ class Outcome:
 
     Attributes:
         detail: the description that `verify` gives of a good file; what `encode` has dropped.
-        unchecked: the error is not the file's: its model is not available, or memory is short.
+        unchecked: the error is not the file's: it cannot be read, its model or version is not
+            available, or memory is short.
     """
 
     source: Path
@@ -118,92 +113,128 @@ class Outcome:
 # ---------------------------------------------------------------- which files
 
 
-def find_tasks(inputs: Sequence[Path], output: Path | None, command: str) -> list[Task]:
-    """Return the files to read and where each goes.
+@dataclass
+class Found:
+    """What `find` found.
+
+    Attributes:
+        files: every file with the folder in the inputs below which it was found.
+        failed: an outcome per folder that cannot be read.
+        left_out: how many files in folders have another suffix, by suffix.
+    """
+
+    files: list[tuple[Path, Path]] = field(default_factory=list)
+    failed: list[Outcome] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def left_out_line(self) -> str:
+        """Return the line "left out: 37 (.heic 35, .mov 2)"; empty where nothing is."""
+        if not self.left_out:
+            return ""
+        kinds = ", ".join(f"{suffix} {count}" for suffix, count in self.left_out.most_common())
+        from cmamba_ref.codec.formats import HEIF_HINT, HEIF_SUFFIXES
+
+        hint = f"; {HEIF_HINT}" if self.left_out.keys() & set(HEIF_SUFFIXES) else ""
+        return f"left out: {self.left_out.total()} ({kinds}){hint}"
+
+
+def find(inputs: Sequence[Path], command: str) -> Found:
+    """Return the files in `inputs`, and those below its folders that have a suffix of `command`.
 
     Folders are searched to the bottom, in sorted order; links to folders are not followed, and
-    what begins with a dot is hidden. Below `output` stands the tree that stands below each folder
-    in `inputs`.
-
-    Args:
-        output: a folder, which need not exist; None for each output beside its input.
-
-    Raises:
-        InvalidArgumentError: nothing to do, `output` is a file, or an output is needed twice or is
-            itself an input.
-        OSError: a folder cannot be read.
-    """
-    if output is not None and output.exists() and not output.is_dir():
-        raise InvalidArgumentError(
-            f"`-o` must be a folder for a folder or several files, got the file {str(output)!r}; "
-            "choose another name"
-        )
-    by_target: dict[str, Task] = {}
-    by_source: dict[str, Path] = {}
-    for source, root in find(inputs, command):
-        path = source if output is None else output / source.relative_to(root)
-        target = path.with_suffix(OUTPUT_SUFFIX[command])
-        first = by_target.setdefault(os.path.realpath(target), Task(source, target))
-        if os.path.realpath(first.source) != os.path.realpath(source):
-            raise InvalidArgumentError(
-                f"`IN` must be files with an output each, got {str(first.source)!r} and "
-                f"{str(source)!r}, both for {str(target)!r}; rename one of them"
-            )
-        by_source[os.path.realpath(source)] = source
-    for path in sorted(by_target.keys() & by_source.keys()):
-        raise InvalidArgumentError(
-            f"`IN` must not be replaced, got {str(by_source[path])!r}, where the output for "
-            f"{str(by_target[path].source)!r} would go; choose another folder with -o"
-        )
-    return list(by_target.values())
-
-
-def find_files(inputs: Sequence[Path], command: str) -> list[Task]:
-    """Return the files to read, each once and without an output; found as `find_tasks` finds them.
-
-    Raises:
-        InvalidArgumentError: there is nothing to do.
-        OSError: a folder cannot be read.
-    """
-    by_source = {os.path.realpath(source): source for source, _ in find(inputs, command)}
-    return [Task(source) for source in by_source.values()]
-
-
-def find(inputs: Sequence[Path], command: str) -> list[tuple[Path, Path]]:
-    """Return every file with the folder in `inputs` below which it was found.
+    what begins with a dot is hidden. A folder that cannot be read does not stop the others.
 
     Raises:
         InvalidArgumentError: there is none.
-        OSError: a folder cannot be read.
     """
-    found = []
+    found = Found()
     for given in inputs:
-        if given.is_dir():
-            found += [(source, given) for source in _files_below(given, SUFFIXES[command])]
+        if os.path.isdir(given):
+            _search(given, command, found)
         else:
-            found.append((given, given.parent))
-    if not found:
+            found.files.append((given, given.parent))
+    if not found.files and not found.failed:
         raise InvalidArgumentError(
             f"`IN` must hold files to {command}, got {', '.join(repr(str(p)) for p in inputs)}; "
-            f"files in folders are found by their suffixes: {' '.join(SUFFIXES[command])}"
+            + (found.left_out_line() or "there are none")
         )
     return found
 
 
-def _files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+def _search(folder: Path, command: str, found: Found) -> None:
+    suffixes = (".cmb",)
+    if command == "encode":
+        from cmamba_ref.codec import formats
+
+        suffixes = formats.suffixes()
+
     def fail(error: OSError) -> None:
-        raise error
+        found.failed.append(Outcome(Path(error.filename), error=explain(error), unchecked=True))
 
     for path, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and name.lower().endswith(suffixes):
-                yield Path(path, name)
+        for name in sorted(name for name in names if not name.startswith(".")):
+            suffix = Path(name).suffix.lower()
+            if suffix in suffixes:
+                found.files.append((Path(path, name), folder))
+            elif suffix != OUTPUT_SUFFIX.get(command):  # what an earlier run has made
+                found.left_out[suffix or "no suffix"] += 1
+
+
+def with_targets(
+    files: Iterable[tuple[Path, Path]], output: Path | None, command: str
+) -> tuple[list[Task], list[Outcome]]:
+    """Return where the output of each file goes, and an outcome per file without one of its own.
+
+    Below `output` stands the tree that stands below each folder in the inputs. A file is refused
+    whose output is that of another file too, or is itself an input.
+
+    Args:
+        files: as in `Found`.
+        output: a folder, which need not exist; None for each output beside its input.
+
+    Raises:
+        InvalidArgumentError: `output` is a file.
+        OSError: no file can be written into `output`.
+    """
+    if output is not None:
+        if output.exists() and not output.is_dir():
+            raise InvalidArgumentError(
+                "`-o` must be a folder for a folder or several files, "
+                f"got the file {str(output)!r}; choose another name"
+            )
+        check_writable(output)
+    by_target: dict[str, dict[str, Task]] = {}
+    for source, root in files:
+        path = source if output is None else output / source.relative_to(root)
+        target = path.with_suffix(OUTPUT_SUFFIX[command])
+        sharing = by_target.setdefault(os.path.realpath(target), {})
+        sharing.setdefault(os.path.realpath(source), Task(source, target))
+    sources = {path: task for sharing in by_target.values() for path, task in sharing.items()}
+    tasks, refused = [], []
+    for target, sharing in by_target.items():
+        for path, task in sharing.items():
+            others = [repr(str(t.source)) for other, t in sharing.items() if other != path]
+            if target in sources:
+                reason = f"would replace the input {str(sources[target].source)!r}; use another -o"
+            elif others:
+                reason = f"is that of {', '.join(others)} too; rename one of them"
+            else:
+                tasks.append(task)
+                continue
+            error = f"{task.source}: its output {str(task.target)!r} {reason}"
+            refused.append(Outcome(task.source, error=error))
+    return tasks, refused
+
+
+def without_targets(files: Iterable[tuple[Path, Path]]) -> list[Task]:
+    """Return the files, as in `Found`, each once and without an output."""
+    return [Task(path) for path in {os.path.realpath(path): path for path, _ in files}.values()]
 
 
 def to_do(tasks: Iterable[Task], force: bool) -> list[Task]:
     """Return the tasks whose output does not exist yet; all of them with `force`."""
-    return [task for task in tasks if force or task.target is None or not task.target.is_file()]
+    return [t for t in tasks if force or t.target is None or not os.path.isfile(t.target)]
 
 
 # ---------------------------------------------------------------- the work
@@ -232,7 +263,7 @@ def run(tasks: Sequence[Task], job: Job, processes: int, report: Callable[[Outco
         return
     processes = min(processes, len(tasks))
     if processes == 1:
-        model = _load(job)
+        model = job.load()
         for task in tasks:
             report(_outcome(model, job, task))
         return
@@ -246,13 +277,6 @@ def run(tasks: Sequence[Task], job: Job, processes: int, report: Callable[[Outco
     )
 
 
-def _load(job: Job) -> CMamba:
-    model = job.load()
-    if job.command == "encode":
-        model.check_quality(job.quality)  # once, not in the report on every file
-    return model
-
-
 # In a process of the pool: the job and its model, or the error that prevented loading it.
 _here: tuple[Job, CMamba] | Exception | None = None
 
@@ -263,7 +287,7 @@ def _prepare_here(job: Job, threads: int) -> None:
         import torch
 
         torch.set_num_threads(min(threads, torch.get_num_threads()))
-        _here = job, _load(job)
+        _here = job, job.load()
     except Exception as error:  # noqa: BLE001  raised again by the first task
         _here = error
 
@@ -284,6 +308,7 @@ def _outcome(model: CMamba, job: Job, task: Task) -> Outcome:
             raise InvalidArgumentError(
                 f"the output must be a file, got the folder {str(task.target)!r}; move it away"
             )
+        check_writable(task.target)
         work = _encode if job.command == "encode" else _decode
         return work(model, job, task.source, task.target)
     except Exception as error:
@@ -292,8 +317,7 @@ def _outcome(model: CMamba, job: Job, task: Task) -> Outcome:
             # Internal error: log the traceback, and go on with the other files.
             _logger.exception("%s", task.source)
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        cannot_check = isinstance(error, ModelMismatchError | MemoryLimitError)
-        unchecked = cannot_check or is_out_of_memory(error)
+        unchecked = isinstance(error, CANNOT_CHECK) or is_out_of_memory(error)
         return Outcome(task.source, error=_naming(task, text), unchecked=unchecked)
 
 
@@ -378,9 +402,10 @@ def _naming(task: Task, text: str) -> str:
 class Summary:
     """Totals of the files encoded or decoded; its `str` is printed at the end."""
 
-    def __init__(self, command: str, skipped: int) -> None:
+    def __init__(self, command: str, skipped: int, left_out: str) -> None:
         self.command = command
         self.skipped = skipped
+        self.left_out = left_out
         self.done: list[Outcome] = []
         self.failed: list[Outcome] = []
         self._start = time.perf_counter()
@@ -398,6 +423,8 @@ class Summary:
         )
         lines.append(f"failed {len(self.failed)}")
         lines += [f"  {outcome.source}" for outcome in sorted(self.failed, key=_by_source)]
+        if self.left_out:
+            lines.append(self.left_out)
         dropped = sum(1 for outcome in self.done if outcome.detail)
         if dropped:
             lines.append(f"dropped the metadata of {dropped}; --keep-metadata keeps it")
@@ -419,7 +446,7 @@ def _by_source(outcome: Outcome) -> Path:
 
 
 def summarise_checks(outcomes: Sequence[Outcome]) -> str:
-    """Return the line that `verify` prints at the end."""
+    """Return the line with the counts that `verify` prints at the end."""
     good = sum(1 for outcome in outcomes if not outcome.error)
     unchecked = sum(1 for outcome in outcomes if outcome.unchecked)
     return f"good {good}, bad {len(outcomes) - good - unchecked}, not checked {unchecked}"

@@ -1,7 +1,7 @@
 """The command `cmamba`: encode, decode, verify, info, demo.
 
-Expected errors (a `CMambaError`, an `OSError`) become one line on stderr and exit code 1; usage
-errors exit with 2, Ctrl-C with 130, SIGTERM with 143. Every output is written atomically, and
+Expected errors (a `CMambaError`, an `OSError`) become one line on stderr and exit code 1; wrong
+usage exits with 2, Ctrl-C with 130, SIGTERM with 143. Every output is written atomically, and
 replaces an existing file only with `--force`.
 
 `encode` and `decode` take one file, or with `cmamba_ref.cli.batch` many files and folders. `-` is
@@ -16,21 +16,28 @@ import argparse
 import gc
 import io
 import json
+import os
 import signal
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.atomic_write import check_writable, write_atomically
 from cmamba_ref.cli import stdio
 from cmamba_ref.cli.stdio import STREAM
 from cmamba_ref.cli.threads import use_one_thread_if_busy
-from cmamba_ref.errors import BitstreamError, CMambaError, InvalidArgumentError, explain
+from cmamba_ref.errors import (
+    BitstreamError,
+    CMambaError,
+    InvalidArgumentError,
+    UsageError,
+    explain,
+)
 
 if TYPE_CHECKING:
     from cmamba_ref.cli.batch import Keep
@@ -46,25 +53,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; `None` for those of the process.
 
     Returns:
-        the exit code: 0, 1 after an error, 130 after Ctrl-C.
+        the exit code: 0, 1 after an error, 2 after wrong usage, 130 after Ctrl-C.
 
     Raises:
-        SystemExit: from argparse: 2 after a usage error, 0 after `--help` and `--version`.
+        SystemExit: from argparse: 2 after wrong usage, 0 after `--help` and `--version`.
     """
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     # A file's name need not be text in the terminal's encoding.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return args.command(args)
+        code = args.command(args)
+        stdio.flush_output()
+        return code
     except KeyboardInterrupt:
         print("cmamba: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if explain(error) is None:
+        if (reason := explain(error)) is None:
             raise
-        return _fail(error)
+        return max(_fail(reason), 2 * isinstance(error, UsageError))
 
 
 def run() -> NoReturn:
@@ -73,9 +82,12 @@ def run() -> NoReturn:
     SIGTERM ends it by an exception, so that a half-written file is removed and the processes of a
     batch end too. What torch imported is never collected: walking through it would take 0.3 s.
     """
+    stdio.open_closed_streams()
     signal.signal(signal.SIGTERM, _end)
     code = main()
     gc.freeze()
+    with suppress(OSError):  # that of a command which failed by it
+        stdio.flush_output()
     sys.exit(code)
 
 
@@ -88,10 +100,9 @@ def _end(number: int, _: object) -> NoReturn:
 
 def _encode(args: argparse.Namespace) -> int:
     """One image; `_many` for several and for folders."""
-    if _are_many(args.inputs):
+    if (pair := _single(args, ".cmb")) is None:
         return _many(args, "encode")
-    (source,) = args.inputs
-    target = args.output or _default_target(source, ".cmb")
+    source, target = pair
     _check_target(target, source, args.force)
     _check_time(args, source, target)
     with _stages(4) as begin:
@@ -112,7 +123,7 @@ def _encode(args: argparse.Namespace) -> int:
             limits["max_pixels"],
         )
         begin("loading the model")
-        model = load_model(args.model, args.device)
+        model = load_model(args.model, args.device, args.quality)
         begin("encoding")
         start = time.perf_counter()
         data = encode(image, model, args.quality, metadata=metadata, **limits)
@@ -139,12 +150,11 @@ def _encode(args: argparse.Namespace) -> int:
 
 def _decode(args: argparse.Namespace) -> int:
     """One file; `_many` for several and for folders."""
-    if _are_many(args.inputs):
+    if (pair := _single(args, ".png")) is None:
         return _many(args, "decode")
-    (source,) = args.inputs
-    target = args.output or _default_target(source, ".png")
+    source, target = pair
     if target != STREAM and target.suffix.lower() != ".png":
-        raise InvalidArgumentError(
+        raise UsageError(
             f"`-o` must be a .png file, got {str(target)!r}; "
             "decode to PNG, which loses nothing, and convert that"
         )
@@ -182,21 +192,26 @@ def _many(args: argparse.Namespace, command: str) -> int:
 
     from cmamba_ref.cli import batch
 
-    stdio.check_alone(args.inputs, args.output)
+    output = None if args.output is None else stdio.parse_path(args.output)
+    stdio.check_alone(args.inputs, output)
     processes = _process_count(args.jobs, args.device)
-    tasks = batch.find_tasks(args.inputs, args.output, command)
+    found = batch.find(args.inputs, command)
+    tasks, refused = batch.with_targets(found.files, output, command)
     waiting = batch.to_do(tasks, args.force)
+    quality = getattr(args, "quality", None)
     job = batch.Job(
         command,
-        partial(load_model, args.model, args.device),
-        getattr(args, "quality", None),
+        partial(load_model, args.model, args.device, quality),
+        quality,
         args.max_pixels,
         args.max_memory,
         getattr(args, "verify", False),
         _keep(args),
     )
-    summary = batch.Summary(command, skipped=len(tasks) - len(waiting))
-    with tqdm(total=len(waiting), bar_format=COUNTING, leave=False, disable=None) as bar:
+    failed = [*found.failed, *refused]
+    summary = batch.Summary(command, len(tasks) - len(waiting), found.left_out_line())
+    count = len(failed) + len(waiting)
+    with tqdm(total=count, bar_format=COUNTING, leave=False, disable=None) as bar:
 
         def report(outcome: batch.Outcome) -> None:
             summary.add(outcome)
@@ -204,6 +219,8 @@ def _many(args: argparse.Namespace, command: str) -> int:
                 bar.write(f"cmamba: error: {outcome.error}", file=sys.stderr)
             bar.update()
 
+        for outcome in failed:
+            report(outcome)
         batch.run(waiting, job, processes, report)
     print(summary)
     return 1 if summary.failed else 0
@@ -217,7 +234,8 @@ def _verify(args: argparse.Namespace) -> int:
 
     stdio.check_alone(args.inputs)
     processes = _process_count(args.jobs, args.device)
-    tasks = batch.find_files(args.inputs, "verify")
+    found = batch.find(args.inputs, "verify")
+    tasks = batch.without_targets(found.files)
     job = batch.Job(
         "verify",
         partial(load_model, args.model, args.device),
@@ -226,7 +244,8 @@ def _verify(args: argparse.Namespace) -> int:
         args.max_memory,
     )
     outcomes: list[batch.Outcome] = []
-    with tqdm(total=len(tasks), bar_format=COUNTING, leave=False, disable=None) as bar:
+    count = len(found.failed) + len(tasks)
+    with tqdm(total=count, bar_format=COUNTING, leave=False, disable=None) as bar:
 
         def report(outcome: batch.Outcome) -> None:
             outcomes.append(outcome)
@@ -239,7 +258,11 @@ def _verify(args: argparse.Namespace) -> int:
             bar.write(line, file=sys.stdout)
             bar.update()
 
+        for outcome in found.failed:
+            report(outcome)
         batch.run(tasks, job, processes, report)
+    if found.left_out:
+        print(found.left_out_line())
     print(batch.summarise_checks(outcomes))
     return 1 if any(outcome.error for outcome in outcomes) else 0
 
@@ -248,13 +271,16 @@ def _info(args: argparse.Namespace) -> int:
     """Describe every file that can be read, also after one that cannot."""
     from cmamba_ref.cli import batch
 
-    described, worst = [], 0
-    for path, _ in batch.find(args.inputs, "describe"):
+    found = batch.find(args.inputs, "describe")
+    described, worst = [], max((_fail(outcome.error) for outcome in found.failed), default=0)
+    for path, _ in found.files:
         try:
             with _naming(path, "input"):
                 facts = _describe(path)
+        except UsageError:
+            raise
         except (CMambaError, OSError) as error:
-            worst = _fail(error)
+            worst = _fail(explain(error))
             continue
         if args.json:
             described.append(facts)
@@ -275,7 +301,7 @@ def _demo(args: argparse.Namespace) -> int:
     with _stages(4) as begin:
         begin("loading the model")
         start = time.perf_counter()
-        model = load_model(args.model, args.device)
+        model = load_model(args.model, args.device, args.quality)
         loading = time.perf_counter() - start
         report = demo.run(model, args.quality, encoded, decoded, begin)
     print(report)
@@ -286,17 +312,26 @@ def _demo(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------- what they share
 
 
-def load_model(name: str | None, device: str) -> CMamba:
+def load_model(name: str | None, device: str, quality: float | None = None) -> CMamba:
     """Load the model of `--model` on the device of `--device`; for None the bundled "tiny".
 
     By now torch is imported, which shows whether the cores are busy.
+
+    Raises:
+        UsageError: there is no such device, or the model has no such quality.
+        WeightsError: there is no such model.
     """
     from cmamba_ref.codec import DEFAULT_MODEL
     from cmamba_ref.model import CMamba
 
     _check_device(device)
     use_one_thread_if_busy()
-    return CMamba.from_pretrained(name or DEFAULT_MODEL, device)
+    model = CMamba.from_pretrained(name or DEFAULT_MODEL, device)
+    try:
+        model.check_quality(quality)
+    except InvalidArgumentError as error:
+        raise UsageError(str(error)) from error
+    return model
 
 
 def _check_device(name: str) -> None:
@@ -307,14 +342,35 @@ def _check_device(name: str) -> None:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = textwrap.shorten(str(error).partition("\n")[0], 120)
-        raise InvalidArgumentError(
+        raise UsageError(
             f"`--device` must be one that PyTorch can use here, got {name!r} ({reason}); use cpu"
         ) from error
 
 
-def _default_target(source: Path, suffix: str) -> Path:
-    """Where the output goes without -o: beside the input; to stdout what came from stdin."""
-    return STREAM if source == STREAM else source.with_suffix(suffix)
+def _single(args: argparse.Namespace, suffix: str) -> tuple[Path, Path] | None:
+    """Return the input and where the output goes; None for several inputs and for a folder.
+
+    `IN OUT` is `IN -o OUT` if OUT has the suffix of outputs. Without either, the output goes beside
+    the input, and to stdout if the input comes from stdin. A folder is made where it is missing.
+    """
+    source, *others = args.inputs
+    if os.path.isdir(source) or len(others) > 1:
+        return None
+    target, output = source.with_suffix(suffix), args.output
+    if others:
+        if output is not None or others[0].suffix.lower() != suffix or os.path.isdir(others[0]):
+            return None
+        return source, others[0]
+    if output is None:
+        return source, STREAM if source == STREAM else target
+    path = stdio.parse_path(output)
+    is_folder = output.endswith(("/", os.sep)) or os.path.isdir(path)
+    if is_folder and source == STREAM:
+        raise UsageError(f"`-o` must be a file where IN is -, got the folder {output!r}; name one")
+    if not is_folder:
+        return source, path
+    path.mkdir(parents=True, exist_ok=True)
+    return source, path / target.name
 
 
 def _keep(args: argparse.Namespace) -> Keep:
@@ -328,7 +384,7 @@ def _keep(args: argparse.Namespace) -> Keep:
 def _check_time(args: argparse.Namespace, source: Path, target: Path) -> None:
     """Refuse `--keep-time` where a stream has no time."""
     if args.keep_time and STREAM in (source, target):
-        raise InvalidArgumentError("`--keep-time` must have files on both sides, got -; leave it")
+        raise UsageError("`--keep-time` must have files on both sides, got -; leave it")
 
 
 def _write(
@@ -353,10 +409,6 @@ def _say(target: Path, message: str) -> None:
     print(f"{stdio.label(target, 'output')}: {message}", file=out)
 
 
-def _are_many(inputs: Sequence[Path]) -> bool:
-    return len(inputs) > 1 or inputs[0].is_dir()
-
-
 def _process_count(jobs: int | None, device: str) -> int:
     """The number of processes: on the CPU as many as cores, unless told otherwise."""
     from cmamba_ref.cli.batch import core_count
@@ -364,9 +416,7 @@ def _process_count(jobs: int | None, device: str) -> int:
     if device == "cpu":
         return jobs or core_count()
     if jobs not in (None, 1):
-        raise InvalidArgumentError(
-            f"`--jobs` must be 1 with --device {device}, got {jobs}; leave it out"
-        )
+        raise UsageError(f"`--jobs` must be 1 with --device {device}, got {jobs}; leave it out")
     return 1
 
 
@@ -376,19 +426,23 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
     Raises:
         InvalidArgumentError: `target` exists, is the input, or lies in no directory; or it is
             stdout, which is a terminal.
+        OSError: `source` does not exist, or `target` cannot be written.
     """
     if target == STREAM:
         stdio.check_output()
         return
-    if not target.parent.is_dir():
+    if source != STREAM:
+        source.stat()  # first: without -o, a mistyped input would be told as a wrong output
+    if not os.path.isdir(os.path.dirname(os.path.realpath(target))):
         raise InvalidArgumentError(
             f"`-o` must lie in an existing directory, got {str(target)!r}; make it first"
         )
     if not target.exists():
+        check_writable(target)
         return
     if not target.is_file():
         raise InvalidArgumentError(f"`-o` must be a file, got {str(target)!r}; choose another name")
-    if source.exists() and target.samefile(source):
+    if source != STREAM and target.samefile(source):
         raise InvalidArgumentError(
             f"`-o` must differ from the input, got {str(target)!r} for both; choose another name"
         )
@@ -397,6 +451,7 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
             f"`-o` must not exist yet, got {str(target)!r}; "
             "choose another name, or replace it with --force"
         )
+    check_writable(target)
 
 
 def _describe(path: Path) -> dict[str, object]:
@@ -456,11 +511,11 @@ def _as_text(facts: dict[str, Any]) -> str:
 
 @contextmanager
 def _naming(path: Path, stream: str) -> Iterator[None]:
-    """Name the damaged file: the codec sees only bytes."""
+    """Name the refused file: the codec sees only bytes."""
     try:
         yield
     except BitstreamError as error:
-        raise BitstreamError(f"{stdio.label(path, stream)}: {error}") from error
+        raise type(error)(f"{stdio.label(path, stream)}: {error}") from error
 
 
 @contextmanager
@@ -483,9 +538,9 @@ def _stages(count: int) -> Iterator[Callable[[str], None]]:
         yield begin
 
 
-def _fail(error: Exception) -> int:
+def _fail(reason: str | None) -> int:
     """Report an expected error in one line."""
-    print(f"cmamba: error: {explain(error)}", file=sys.stderr)
+    print(f"cmamba: error: {reason}", file=sys.stderr)
     return 1
 
 
@@ -500,6 +555,17 @@ class _Version(argparse.Action):
 
         print(f"cmamba {__version__}")
         parser.exit()
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the arguments; further inputs may follow options, which argparse by itself refuses."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if "inputs" not in args or any(text.startswith("-") and text != "-" for text in rest):
+        parser.parse_args(argv)  # says what it does not know, if there is something
+    else:
+        args.inputs += map(stdio.parse_path, rest)
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -599,15 +665,14 @@ def _add_files(parser: argparse.ArgumentParser, source: str, suffix: str) -> Non
         type=stdio.parse_path,
         nargs="+",
         metavar="IN",
-        help=f"{source}; - is standard input",
+        help=f"{source}; - is standard input; IN OUT{suffix} is the same as IN -o OUT{suffix}",
     )
     parser.add_argument(
         "-o",
         dest="output",
-        type=stdio.parse_path,
         metavar="OUT",
-        help="a file for one IN, a folder for several or for a folder, made where missing; - is "
-        f"standard output (default: beside IN, with the suffix {suffix}; - where IN is -)",
+        help="a file or a folder, made where missing, which ends in / for one IN; - is standard "
+        f"output (default: beside IN, with the suffix {suffix}; - where IN is -)",
     )
     parser.add_argument(
         "--force",
@@ -664,7 +729,7 @@ def _colour(text: str) -> tuple[int, int, int]:
         colour = ImageColor.getrgb(text)
     except ValueError:
         colour = ()
-    if len(colour) != 3:  # nor one with alpha
+    if len(colour) != 3 or not all(0 <= c <= 255 for c in colour):  # nor one with alpha
         raise argparse.ArgumentTypeError(
             f"must be a colour, such as white or #336699, got {text!r}"
         )

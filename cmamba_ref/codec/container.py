@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from cmamba_ref.codec.metadata import LIMITS, NO_METADATA, Metadata
 from cmamba_ref.entropy.latent_prefix import PREFIX_BYTES_0, upgrade_latent
-from cmamba_ref.errors import BitstreamError
+from cmamba_ref.errors import BitstreamError, UnsupportedFileError
 
 MAGIC = b"\x8fCMB"
 VERSION = 1
@@ -208,7 +208,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         if kind in known:
             yield kind, data[start:end]
         elif not kind[0] & 0x20:
-            raise BitstreamError(
+            raise UnsupportedFileError(
                 f"the file holds {_named(kind)}, which this program does not know and must not "
                 "skip; use a newer version of cmamba-ref"
             )
@@ -286,11 +286,11 @@ def _split_strings(payload: bytes, z_length: int) -> tuple[bytes, bytes]:
 def _version(data: bytes) -> int:
     """Return the version of a file of ours; refuse other files and other versions."""
     if data[:4] != MAGIC:
-        raise BitstreamError("this is not a CMamba file: it does not begin with its signature")
+        raise BitstreamError("this is not a .cmb file: it does not begin with its signature")
     if len(data) < 5:
         raise _truncated(data)
     if data[4] > VERSION:
-        raise BitstreamError(
+        raise UnsupportedFileError(
             f"the file has format version {data[4]}, this program reads versions up to {VERSION}; "
             "use the version of cmamba-ref that wrote it, or a newer one"
         )

@@ -16,7 +16,11 @@ from cmamba_ref.codec import memory
 from cmamba_ref.codec.container import Container
 from cmamba_ref.codec.metadata import NO_METADATA, Metadata
 from cmamba_ref.entropy.latent_coder import MULTIPLE, hyper_latent_shape
-from cmamba_ref.errors import BitstreamError, InvalidArgumentError, ModelMismatchError
+from cmamba_ref.errors import (
+    InvalidArgumentError,
+    ModelMismatchError,
+    UnsupportedFileError,
+)
 from cmamba_ref.model import CMamba
 from cmamba_ref.model_id import name_of
 
@@ -297,7 +301,7 @@ def _decode_latent(
         )
     rows, columns = hyper_latent_shape(container.height, container.width)
     if rows * columns * MULTIPLE**2 > max_pixels:
-        raise BitstreamError(
+        raise UnsupportedFileError(
             f"the file declares {container.width}x{container.height} pixels, with sides padded to "
             f"multiples of {MULTIPLE} more than the limit of {max_pixels}; "
             "raise `max_pixels` if you trust it"

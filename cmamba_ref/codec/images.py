@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import threading
 import warnings
@@ -23,6 +24,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.codec import formats
 from cmamba_ref.codec.image_codec import (
     DEFAULT_MAX_PIXELS,
     SHAPES,
@@ -159,13 +161,18 @@ def check_header(
 @contextmanager
 def _opened(source: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image within the limit of pixels; any failure inside is an ImageError of `name`."""
+    formats.register_heif()
     try:
         with _pixel_limit(max_pixels), Image.open(source) as image:
             yield image
     except ImageError as error:
         raise ImageError(f"{name} {error}", error.reason) from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is no image in a format that Pillow reads", "no image") from error
+        source.seek(0)
+        hint = f"; {formats.HEIF_HINT}" if formats.is_heif(source.read(12)) else ""
+        raise ImageError(
+            f"{name} is no image in a format that Pillow reads{hint}", "no image"
+        ) from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         reason = f"more than {max_pixels} pixels"
         raise ImageError(
@@ -175,7 +182,8 @@ def _opened(source: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Imag
         raise
     # On damaged data Pillow raises a dozen types, SyntaxError and struct.error among them.
     except Exception as error:
-        reason = "damaged or truncated"
+        unsupported = re.search("support|loader|cannot load this|Ghostscript|available", str(error))
+        reason = "not supported" if unsupported else "damaged or truncated"
         raise ImageError(f"{name} is {reason}: {error}", reason) from error
 
 
