@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 
 from cmamba_ref import ImageError, atomic_write
 from cmamba_ref.atomic_write import write_atomically
-from cmamba_ref.codec.images import read_image, read_opaque_image, write_png
+from cmamba_ref.codec.images import bits_of, read_image, read_opaque_image, to_array, write_png
 
 HEIGHT, WIDTH = 12, 20
 
@@ -302,6 +302,49 @@ def test_more_than_8_bits_are_refused(tmp_path: Path, rgb: np.ndarray) -> None:
     ]
     for path in paths:
         assert refusal(path).startswith("has more than 8 bits per channel")
+
+
+@pytest.mark.parametrize(("bits", "shifts"), [(5, (10, 5, 0)), (6, (11, 5, 0))])
+def test_bmp_of_16_bits_per_pixel_is_read(
+    tmp_path: Path, rgb: np.ndarray, bits: int, shifts: tuple[int, int, int]
+) -> None:
+    """5-5-5 and 5-6-5: every level at the one of 256 that is nearest to it."""
+    depths = (5, bits, 5)
+    levels = [rgb[..., i].astype(int) >> 8 - depth for i, depth in enumerate(depths)]
+    pixels = sum(level << shift for level, shift in zip(levels, shifts, strict=True))
+    masks = [(1 << d) - 1 << shift for d, shift in zip(depths, shifts, strict=True)]
+    rows = pixels[::-1].astype("<u2").tobytes()  # from the bottom; 40 bytes each, a multiple of 4
+    header = struct.pack("<IiiHHIIiiII3I", 40, WIDTH, HEIGHT, 1, 16, 3, 0, 0, 0, 0, 0, *masks)
+    path = tmp_path / "a.bmp"
+    path.write_bytes(b"BM" + struct.pack("<IHHI", 66 + len(rows), 0, 0, 66) + header + rows)
+    expected = [lev * 255 / (2**d - 1) for lev, d in zip(levels, depths, strict=True)]
+    assert np.abs(read_image(path) - np.stack(expected, axis=-1)).max() < 1
+
+
+def test_depth_of_every_raw_mode() -> None:
+    """All raw modes in Pillow's binary; 16 bits are deep unless they are those of a pixel."""
+    binary = Path(Image.core.__file__).read_bytes()
+    found = {raw.decode() for raw in re.findall(rb"(?<=\0)[A-Za-z]+;\d+[A-Z]*(?=\0)", binary)}
+    assert {"BGR;16", "RGB;15", "RGB;16B", "LA;16B", "CMYK;16L", "I;12"} <= found
+    packed = {"BGR;15", "BGR;16", "RGB;15", "RGB;16", "BGRA;15", "BGRA;15Z", "RGBA;15"}
+    deep = {raw for raw in found if re.search(r";(12|16|32|64)", raw)} - packed
+    assert {raw for raw in found if bits_of(raw) > 8} == deep
+    assert all(bits_of(mode) == 8 for mode in Image.MODES if ";" not in mode)
+
+
+def test_every_mode_is_read_or_refused() -> None:
+    for mode in Image.MODES:
+        try:
+            assert to_array(Image.new(mode, (3, 2))).shape[:2] == (2, 3)
+        except ImageError as error:
+            deep = mode[0] in "IF"
+            assert ("more than 8 bits" in str(error)) == deep
+            assert deep or mode in ("CMYK", "HSV", "LAB")
+
+
+def test_sgi_of_16_bits_is_refused(tmp_path: Path, rgb: np.ndarray) -> None:
+    """Stored without compression, where no raw mode tells."""
+    assert "more than 8 bits" in refusal(save(rgb, tmp_path / "a.sgi", bpc=2))
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])

@@ -367,11 +367,25 @@ def _loses_bits(image: Image.Image) -> bool:
     """Return whether Pillow is going to cut 16-bit colour down to the 8 bits of its modes."""
     for tile in getattr(image, "tile", ()):
         args = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
-        if any(isinstance(arg, str) and ";16" in arg for arg in args):
+        if tile[0] == "SGI16" or any(bits_of(arg) > 8 for arg in args if isinstance(arg, str)):
             return True
         if tile[0].startswith("ppm") and args[-1] > 255:  # (mode, largest value)
             return True
     return False
+
+
+def bits_of(raw_mode: str) -> int:
+    """Return the bits per channel of a raw mode of Pillow's, such as "L", "RGB;16B" or "BGR;16".
+
+    The number is that of a channel where a byte order follows or there is one channel, else that
+    of a pixel: "BGR;16" has 5, 6 and 5 bits.
+    """
+    channels, _, layout = raw_mode.partition(";")
+    number = layout.rstrip("BFILNRSZ")
+    if not number.isdecimal():
+        return 8
+    of_channel = len(channels) == 1 or layout[len(number) :].startswith(("B", "L", "N"))
+    return int(number) if of_channel else int(number) // len(channels)
 
 
 def _transform(image: Image.Image, icc: bytes) -> ImageCms.ImageCmsTransform:
