@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Generator
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import cmamba_ref
 from cmamba_ref import CMamba, atomic_write, codec, model_id
@@ -532,6 +533,43 @@ def test_the_demo_says_where_a_baseline_falls_short() -> None:
     missing = dataclasses.replace(jpeg, format="NOSUCHFORMAT")
     line = demo.baseline_line(missing, original, 30.0, ours=1)
     assert "not compared: this Pillow cannot write it" in line
+
+
+# ---------------------------------------------------------------- warnings
+
+
+@pytest.fixture
+def grey_with_rgb_profile(photo: Path) -> Path:
+    """A PNG file whose profile is not one of its pixels; the photo itself is removed."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    path = photo.with_name("grey.png")
+    Image.open(photo).convert("L").save(path, icc_profile=srgb)
+    photo.unlink()
+    return path
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_ignored_profile_is_a_warning_of_one_line(
+    grey_with_rgb_profile: Path, model_dir: str, many: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = grey_with_rgb_profile
+    for folder in ("b", "c"):
+        (path.parent / folder).mkdir()
+        shutil.copy(path, path.parent / folder)
+    use = ["--model", model_dir, "--force", *(["--jobs", "2"] if many else [])]
+    args = ["encode", str(path.parent if many else path), *use]
+    assert main(args) == 0
+    warned = sorted(path.parent.rglob("*.png")) if many else [path]
+    ignored = "has a colour profile that cannot be applied; it is ignored"
+    lines = capsys.readouterr().err.splitlines()
+    assert sorted(lines) == [f"cmamba: warning: {one} {ignored}" for one in warned]
+    for file in path.parent.rglob("*.cmb"):
+        file.unlink()
+    assert main([*args, "--strict-color"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(warned)
+    assert all(line.startswith("cmamba: error: ") for line in lines)
+    assert not list(path.parent.rglob("*.cmb"))
 
 
 # ---------------------------------------------------------------- as a program

@@ -13,9 +13,16 @@ import pytest
 from codec_helpers import PNG_SIGNATURE, png_chunk
 from PIL import Image, ImageCms
 
-from cmamba_ref import ImageError, atomic_write
+from cmamba_ref import ImageError, ImageWarning, atomic_write
 from cmamba_ref.atomic_write import write_atomically
-from cmamba_ref.codec.images import bits_of, read_image, read_opaque_image, to_array, write_png
+from cmamba_ref.codec.images import (
+    bits_of,
+    read_image,
+    read_opaque_image,
+    refuse_what_would_be_lost,
+    to_array,
+    write_png,
+)
 
 HEIGHT, WIDTH = 12, 20
 
@@ -34,7 +41,7 @@ def save(image: Image.Image | np.ndarray, path: Path, **options: Any) -> Path:
     return path
 
 
-def refusal(path: Path, **options: int) -> str:
+def refusal(path: Path, **options: Any) -> str:
     """The message of the ImageError, which is one line and begins with the file's name."""
     with pytest.raises(ImageError) as caught:
         read_image(path, **options)
@@ -196,11 +203,36 @@ def test_a_profile_and_a_rotation_and_alpha_together(tmp_path: Path, rgb: np.nda
 
 @pytest.mark.parametrize("grey", [True, False])
 def test_inapplicable_profile_is_refused(tmp_path: Path, rgb: np.ndarray, grey: bool) -> None:
-    """Broken, or of another kind of image: sRGB's on grey."""
+    """Broken, or of another kind of image: sRGB's on grey. Without `strict_color`, ignored."""
     icc = profile(1.0) if grey else b"no profile at all"
-    path = save(rgb[..., 0] if grey else rgb, tmp_path / "a.png", icc_profile=icc)
-    assert "colour profile that cannot be applied" in refusal(path)
-    assert "convert it to sRGB first" in refusal(path)
+    image = rgb[..., 0] if grey else rgb
+    path = save(image, tmp_path / "a.png", icc_profile=icc)
+    message = refusal(path, strict_color=True)
+    assert "colour profile that cannot be applied" in message
+    assert "convert it to sRGB first" in message
+    with pytest.warns(ImageWarning) as caught:
+        np.testing.assert_array_equal(read_image(path), image)
+    (warned,) = caught
+    ignored = "has a colour profile that cannot be applied; it is ignored"
+    assert str(warned.message) == f"{path} {ignored}"
+    with pytest.raises(ImageError, match="cannot be applied"):
+        read_opaque_image(path)
+
+
+def test_grey_profile_on_colours_is_ignored(tmp_path: Path, rgb: np.ndarray) -> None:
+    """The profile of a grey gamma of 1, written by hand: applied to grey, not to colours."""
+    curve = b"curv" + struct.pack(">IIH", 0, 1, 256) + bytes(2)
+    white = b"XYZ " + struct.pack(">4i", 0, 63190, 65536, 54061)
+    tags = struct.pack(">I4sII4sII", 2, b"kTRC", 156, 14, b"wtpt", 172, 20)
+    head = struct.pack(
+        ">I4xI12s12x4s28x3i48x", 192, 0x02100000, b"mntrGRAYXYZ ", b"acsp", 63190, 65536, 54061
+    )
+    icc = head + tags + curve + white
+    grey = save(rgb[..., 0], tmp_path / "grey.png", icc_profile=icc)
+    assert np.abs(read_image(grey).astype(int) - rgb[..., 0]).max() > 40
+    path = save(rgb, tmp_path / "rgb.png", icc_profile=icc)
+    with pytest.warns(ImageWarning, match="it is ignored"):
+        np.testing.assert_array_equal(read_image(path), rgb)
 
 
 # ---------------------------------------------------------------- refused
@@ -334,8 +366,10 @@ def test_depth_of_every_raw_mode() -> None:
 
 def test_every_mode_is_read_or_refused() -> None:
     for mode in Image.MODES:
+        image = Image.new(mode, (3, 2))
         try:
-            assert to_array(Image.new(mode, (3, 2))).shape[:2] == (2, 3)
+            refuse_what_would_be_lost(image)
+            assert to_array(image, icc=None).shape[:2] == (2, 3)
         except ImageError as error:
             deep = mode[0] in "IF"
             assert ("more than 8 bits" in str(error)) == deep
@@ -370,6 +404,7 @@ def test_truncated_file_is_refused(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.tif", "a.webp"])
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # damaged metadata, no pixels
+@pytest.mark.filterwarnings("ignore::cmamba_ref.ImageWarning")  # a damaged profile
 def test_damaged_bytes_never_crash(tmp_path: Path, rgb: np.ndarray, name: str) -> None:
     """Any byte wrong: an image or an ImageError, nothing else."""
     exif = Image.Exif()

@@ -9,13 +9,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.cli import process_pool
+from cmamba_ref.cli.warning_lines import warning_lines
 from cmamba_ref.errors import (
     InvalidArgumentError,
     MemoryLimitError,
@@ -56,17 +57,19 @@ class Task:
 
 @dataclass(frozen=True)
 class Keep:
-    """What becomes of that in a file which is not pixels.
+    """How `encode` reads files, and what the output keeps beside pixels.
 
     Attributes:
         metadata: for `encode`, keep EXIF, XMP and the ICC profile, with the pixels in its space.
         time: give the output the input's time of change.
         background: for `encode`, the colour to lay transparent images onto; None keeps alpha.
+        strict_color: for `encode`, as in `cmamba_ref.codec.images.read_image`.
     """
 
     metadata: bool = False
     time: bool = False
     background: tuple[int, int, int] | None = None
+    strict_color: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Outcome:
     Attributes:
         detail: the description that `verify` gives of a good file; what `encode` has dropped.
         unchecked: the error is not the file's: its model is not available, or memory is short.
+        warnings: one line each, with the file's name.
     """
 
     source: Path
@@ -113,6 +117,7 @@ class Outcome:
     detail: str = ""
     error: str | None = None
     unchecked: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------- which files
@@ -277,6 +282,13 @@ def _work_here(task: Task) -> Outcome:
 
 
 def _outcome(model: CMamba, job: Job, task: Task) -> Outcome:
+    lines: list[str] = []
+    with warning_lines(str(task.source), lines.append):
+        outcome = _work(model, job, task)
+    return replace(outcome, warnings=tuple(lines))
+
+
+def _work(model: CMamba, job: Job, task: Task) -> Outcome:
     try:
         if task.target is None:
             return _verify(model, job, task.source)
@@ -334,6 +346,7 @@ def parse_source(
         name,
         max_pixels=max_pixels,
         background=keep.background,
+        strict_color=keep.strict_color,
         keep_metadata=keep.metadata,
     )
     return (image, metadata, []) if keep.metadata else (image, NO_METADATA, metadata.names())

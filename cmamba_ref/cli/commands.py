@@ -30,6 +30,7 @@ from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.cli import stdio
 from cmamba_ref.cli.stdio import STREAM
 from cmamba_ref.cli.threads import use_one_thread_if_busy
+from cmamba_ref.cli.warning_lines import warning_lines
 from cmamba_ref.errors import BitstreamError, CMambaError, InvalidArgumentError, explain
 
 if TYPE_CHECKING:
@@ -56,8 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    inputs = getattr(args, "inputs", ())
+    name = stdio.label(inputs[0], "input") if len(inputs) == 1 else ""
     try:
-        return args.command(args)
+        with warning_lines(name, _warn):
+            return args.command(args)
     except KeyboardInterrupt:
         print("cmamba: interrupted", file=sys.stderr)
         return 130
@@ -200,6 +204,8 @@ def _many(args: argparse.Namespace, command: str) -> int:
 
         def report(outcome: batch.Outcome) -> None:
             summary.add(outcome)
+            for line in outcome.warnings:
+                _warn(line)
             if outcome.error:
                 bar.write(f"cmamba: error: {outcome.error}", file=sys.stderr)
             bar.update()
@@ -230,6 +236,8 @@ def _verify(args: argparse.Namespace) -> int:
 
         def report(outcome: batch.Outcome) -> None:
             outcomes.append(outcome)
+            for line in outcome.warnings:
+                _warn(line)
             if outcome.unchecked:
                 line = f"not checked: {outcome.error}"
             elif outcome.error:
@@ -321,8 +329,9 @@ def _keep(args: argparse.Namespace) -> Keep:
     """Return what the options of `encode` or `decode` say about all that is not pixels."""
     from cmamba_ref.cli.batch import Keep
 
-    metadata, background = (getattr(args, n, None) for n in ("keep_metadata", "background"))
-    return Keep(bool(metadata), args.keep_time, background)
+    names = ("background", "strict_color")
+    of_encode = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return Keep(getattr(args, "keep_metadata", False), args.keep_time, **of_encode)
 
 
 def _check_time(args: argparse.Namespace, source: Path, target: Path) -> None:
@@ -483,6 +492,13 @@ def _stages(count: int) -> Iterator[Callable[[str], None]]:
         yield begin
 
 
+def _warn(line: str) -> None:
+    """Report a warning in one line, above any progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(f"cmamba: warning: {line}", file=sys.stderr)
+
+
 def _fail(error: Exception) -> int:
     """Report an expected error in one line."""
     print(f"cmamba: error: {explain(error)}", file=sys.stderr)
@@ -528,6 +544,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_colour,
         metavar="COLOUR",
         help="lay transparent images onto a colour, such as white or #336699 (default: keep alpha)",
+    )
+    encode.add_argument(
+        "--strict-color",
+        action="store_true",
+        help="refuse images with a colour profile that cannot be applied (default: ignore the "
+        "profile, with a warning)",
     )
     encode.set_defaults(command=_encode)
 

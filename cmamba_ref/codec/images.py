@@ -27,11 +27,10 @@ from cmamba_ref.codec.image_codec import (
     DEFAULT_MAX_PIXELS,
     SHAPES,
     has_alpha,
-    is_grey,
     is_image,
 )
 from cmamba_ref.codec.metadata import NO_METADATA, Metadata
-from cmamba_ref.errors import ImageError, InvalidArgumentError
+from cmamba_ref.errors import ImageError, ImageWarning, InvalidArgumentError
 
 GREY_MODES = ("1", "L", "LA", "La")
 COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")
@@ -63,12 +62,14 @@ def read_image(
     *,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     background: tuple[int, int, int] | None = None,
+    strict_color: bool = False,
 ) -> np.ndarray:
     """Return an image as viewers show it: upright, in sRGB.
 
     EXIF rotation and an embedded colour profile are applied; EXIF that cannot be read is ignored,
-    as viewers do, a profile that cannot be applied is an error. Of a phone's multi-picture JPEG
-    (MPO) the main image is read. Palettes become RGB, their transparency an alpha channel.
+    as viewers do, and so is a profile that is broken or of another kind of image, with an
+    `ImageWarning`. Of a phone's multi-picture JPEG (MPO) the main image is read. Palettes become
+    RGB, their transparency an alpha channel.
 
     Args:
         path: a file in any format that Pillow reads.
@@ -76,6 +77,7 @@ def read_image(
             is that of Pillow's own, process-wide guard against decompression bombs; threads with
             the same limit read at the same time, others take turns.
         background: lay transparent images onto this colour, in sRGB.
+        strict_color: refuse a profile that cannot be applied, in place of ignoring it.
 
     Returns:
         uint8 `[H, W, 3]`, or `[H, W]` where the file is grey or black-and-white; with an alpha
@@ -85,17 +87,20 @@ def read_image(
         ImageError: no image, damaged, or of a kind that this codec does not store.
         OSError: the file cannot be read.
     """
-    with _opened(io.BytesIO(Path(path).read_bytes()), str(path), max_pixels) as image:
-        return to_array(image, background=background)
+    data = Path(path).read_bytes()
+    image, _ = parse_image(
+        data, str(path), max_pixels=max_pixels, background=background, strict_color=strict_color
+    )
+    return image
 
 
 def read_opaque_image(path: str | os.PathLike) -> np.ndarray:
-    """Return an image as `read_image` does, uint8 `[H, W, 3]` or `[H, W]`.
+    """Return an image as `read_image` does with `strict_color`, uint8 `[H, W, 3]` or `[H, W]`.
 
     Raises:
         ImageError, OSError: as there; also where a pixel is not opaque.
     """
-    image = read_image(path)
+    image = read_image(path, strict_color=True)
     if has_alpha(image):
         raise ImageError(
             f"{path} has transparency; flatten it onto a background first", "transparency"
@@ -109,24 +114,25 @@ def parse_image(
     *,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     background: tuple[int, int, int] | None = None,
+    strict_color: bool = False,
     keep_metadata: bool = False,
 ) -> tuple[np.ndarray, Metadata]:
     """Return the image in `data` as `read_image` does, and its metadata; errors call it `name`.
 
     Args:
         keep_metadata: leave the pixels in the file's own colour space, except with a background.
+            A profile that is ignored is not kept.
 
     Returns:
         the image, and the metadata that describes it; without `keep_metadata`, what of it is lost
         if it is not stored. The orientation in it is 1, as that of the image.
     """
     with _opened(io.BytesIO(data), name, max_pixels) as image:
+        icc = profile_of(image, name, strict_color=strict_color)
         keep_profile = keep_metadata and background is None
-        array = to_array(image, background=background, keep_profile=keep_profile)
-        if keep_profile:
-            check_profile(array, image.info.get("icc_profile"))
+        array = to_array(image, icc=None if keep_profile else icc, background=background)
         try:
-            metadata = metadata_of(image, with_profile=keep_profile).upright()
+            metadata = metadata_of(image, icc if keep_profile else None).upright()
         except InvalidArgumentError as error:  # too much of it, which is no reason not to drop it
             if keep_metadata:
                 reason = "more metadata than a file can hold"
@@ -151,16 +157,19 @@ def check_header(
         ImageError, OSError: as `read_image`.
     """
     with open(path, "rb") as file, _opened(file, str(path), max_pixels) as image:
-        _refuse_what_would_be_lost(image)
         width, height = image.size
         return (height, width) if _orientation(image) in SIDEWAYS else (width, height)
 
 
 @contextmanager
 def _opened(source: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
-    """Open an image within the limit of pixels; any failure inside is an ImageError of `name`."""
+    """Open an image of a kind that can be stored, within the limit of pixels.
+
+    Any failure inside is an ImageError of `name`.
+    """
     try:
         with _pixel_limit(max_pixels), Image.open(source) as image:
+            refuse_what_would_be_lost(image)
             yield image
     except ImageError as error:
         raise ImageError(f"{name} {error}", error.reason) from error
@@ -171,7 +180,7 @@ def _opened(source: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Imag
         raise ImageError(
             f"{name} has {reason}; raise `max_pixels` if you trust it", reason
         ) from error
-    except MemoryError:
+    except (MemoryError, ImageWarning):
         raise
     # On damaged data Pillow raises a dozen types, SyntaxError and struct.error among them.
     except Exception as error:
@@ -256,30 +265,26 @@ _pixel_limit = _PixelLimit()
 def to_array(
     image: Image.Image,
     *,
+    icc: bytes | None,
     background: tuple[int, int, int] | None = None,
-    keep_profile: bool = False,
     orientation: int | None = None,
 ) -> np.ndarray:
-    """Return an image of Pillow's as viewers show it: upright, in sRGB; see `read_image`.
+    """Return an image of Pillow's as viewers show it, upright; see `read_image`.
 
     Args:
+        image: one that `refuse_what_would_be_lost` lets pass.
+        icc: the profile to convert to sRGB from, see `profile_of`; None to leave colours as stored.
         background: as in `read_image`.
-        keep_profile: leave the pixels in the image's own colour space.
         orientation: to turn the image by, 1...8; None for that in its EXIF data.
-
-    Raises:
-        ImageError: of a kind that this codec does not store; the text continues the file's name.
     """
-    _refuse_what_would_be_lost(image)
     _scale_colour_key(image)
-    icc = image.info.get("icc_profile")
     upright = _upright(image, orientation)
-    mode, alpha = "L" if upright.mode in GREY_MODES else "RGB", None
+    mode, alpha = _colour_mode(image), None
     if upright.has_transparency_data:
         upright = upright.convert("LA" if mode == "L" else "RGBA")
         alpha = upright.getchannel("A")
     colours = upright.convert(mode)
-    if icc and not keep_profile:
+    if icc:
         colours = _to_srgb(colours, icc)
     if alpha is None or alpha.getextrema()[0] == 255:
         return np.array(colours)
@@ -301,10 +306,10 @@ def _scale_colour_key(image: Image.Image) -> None:
         image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(tiles[0][3], 1)
 
 
-def metadata_of(image: Image.Image, *, with_profile: bool) -> Metadata:
-    """Return the metadata of an image of Pillow's that has been loaded, as its file has it.
+def metadata_of(image: Image.Image, icc: bytes | None) -> Metadata:
+    """Return that profile and the metadata of an image that Pillow has loaded, as its file has it.
 
-    Of a TIFF only profile and XMP: its EXIF is not one piece of data but the file itself.
+    Of a TIFF only XMP: its EXIF is not one piece of data but the file itself.
 
     Raises:
         InvalidArgumentError: more than a file can hold.
@@ -314,7 +319,6 @@ def metadata_of(image: Image.Image, *, with_profile: bool) -> Metadata:
     if not exif and isinstance(raw, str):
         with suppress(ValueError):
             exif = bytes.fromhex("".join(raw.split("\n")[3:]))
-    icc = image.info.get("icc_profile") if with_profile else None
     found = {"exif": exif, "icc_profile": icc, "xmp": xmp}
     return Metadata(**{k: v for k, v in found.items() if isinstance(v, bytes) and v})
 
@@ -346,8 +350,12 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _refuse_what_would_be_lost(image: Image.Image) -> None:
-    """Refuse what the header says: several frames, deep colour, CMYK."""
+def refuse_what_would_be_lost(image: Image.Image) -> None:
+    """Refuse what this codec does not store: several frames, deep colour, CMYK.
+
+    Raises:
+        ImageError: the text continues the image's name.
+    """
     # MPO is excepted: phones put a small preview or a gain map behind the main image.
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
@@ -388,13 +396,47 @@ def bits_of(raw_mode: str) -> int:
     return int(number) if of_channel else int(number) // len(channels)
 
 
-def _transform(image: Image.Image, icc: bytes) -> ImageCms.ImageCmsTransform:
+def profile_of(image: Image.Image, name: str, *, strict_color: bool = False) -> bytes | None:
+    """Return the profile that an image of Pillow's has and that can be applied to it, if any.
+
+    Raises:
+        ImageError: with `strict_color`, it has one that cannot be applied; without, that is an
+            `ImageWarning` of `name`. The text of the error continues the image's name.
+    """
+    icc = image.info.get("icc_profile")
+    if not icc:
+        return None
+    try:
+        check_profile(image, icc)
+    except ImageError as error:
+        if strict_color:
+            raise
+        warnings.warn(f"{name} has a {error.reason}; it is ignored", ImageWarning, stacklevel=2)
+        return None
+    return icc
+
+
+def check_profile(image: Image.Image, icc: bytes) -> None:
+    """Refuse a profile that cannot be applied to an image of Pillow's.
+
+    Raises:
+        ImageError: the text continues the image's name.
+    """
+    _transform(_colour_mode(image), icc)
+
+
+def _colour_mode(image: Image.Image) -> str:
+    """Return the mode that an image has without its alpha channel when it is stored."""
+    return "L" if image.mode in GREY_MODES else "RGB"
+
+
+def _transform(mode: str, icc: bytes) -> ImageCms.ImageCmsTransform:
     """Return the transform from an embedded profile to sRGB, of an RGB or grey image."""
     try:
         return ImageCms.buildTransform(
             ImageCms.ImageCmsProfile(io.BytesIO(icc)),
             ImageCms.createProfile("sRGB"),
-            image.mode,
+            mode,
             "RGB",
         )
     # TypeError: a TIFF whose profile is no bytes.  ImportError: a Pillow without LittleCMS.
@@ -407,19 +449,9 @@ def _transform(image: Image.Image, icc: bytes) -> ImageCms.ImageCmsTransform:
         ) from error
 
 
-def check_profile(image: np.ndarray, icc: bytes | None) -> None:
-    """Refuse a profile that cannot be applied to an image, so that no file gets one.
-
-    Raises:
-        ImageError: the text continues the image's name.
-    """
-    if icc:
-        _transform(Image.new("L" if is_grey(image) else "RGB", (1, 1)), icc)
-
-
 def _to_srgb(image: Image.Image, icc: bytes) -> Image.Image:
     """Apply an embedded profile to an RGB or grey image."""
-    transform = _transform(image, icc)
+    transform = _transform(image.mode, icc)
 
     def apply(to: Image.Image) -> Image.Image:
         done = transform.apply(to)
