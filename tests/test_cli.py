@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Generator
@@ -570,6 +571,23 @@ def test_ignored_profile_is_a_warning_of_one_line(
     assert len(lines) == len(warned)
     assert all(line.startswith("cmamba: error: ") for line in lines)
     assert not list(path.parent.rglob("*.cmb"))
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_library_warnings_are_lines_of_our_own(
+    photo: Path, model_dir: str, many: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pillow's about EXIF data, which it raises several times: each once, without its source."""
+    entry = struct.pack(">HHI", 0x0112, 3, 2**31)  # an orientation of 4 GB
+    path = photo.with_name("a.jpg")
+    Image.open(photo).save(path, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1" + entry + b"\0\0\0\x08")
+    photo.unlink()
+    use = ["--model", model_dir, "--jobs", "1"]
+    assert main(["encode", str(path.parent if many else path), *use]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert f"cmamba: warning: {path}: Tag data larger than file. Skipping tag 274" in lines
+    assert all(line.startswith(f"cmamba: warning: {path}: ") for line in lines)
+    assert len(set(lines)) == len(lines)
 
 
 # ---------------------------------------------------------------- as a program

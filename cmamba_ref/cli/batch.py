@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -264,6 +265,7 @@ _here: tuple[Job, CMamba] | Exception | None = None
 
 def _prepare_here(job: Job, threads: int) -> None:
     global _here
+    warnings.simplefilter("ignore")  # of libraries as they load: the same in every process
     try:
         import torch
 
