@@ -27,8 +27,8 @@ that model's name. Pillow's limit on pixels, `Image.MAX_IMAGE_PIXELS`, holds whe
 
 A faulty file or image raises a `PillowError`, which is an `OSError` and has the reason as its
 cause. Pillow empties an existing file before `save` begins, and it is lost if that fails; of
-colours with 16 bits it may keep 8 when it loads them, and of grey with 2 or 4 bits it loses which
-level is transparent; neither can be noticed here.
+colours with 16 bits it may keep 8 when it loads them, of grey with 2 or 4 bits it loses which level
+is transparent, and of a PNG file the chunk cICP; none can be noticed here.
 
 torch is imported when the first image is decoded or encoded.
 """

@@ -17,6 +17,8 @@ from cmamba_ref import ImageError, ImageWarning, atomic_write
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.codec.images import (
     bits_of,
+    check_header,
+    parse_image,
     read_image,
     read_opaque_image,
     refuse_what_would_be_lost,
@@ -233,6 +235,155 @@ def test_grey_profile_on_colours_is_ignored(tmp_path: Path, rgb: np.ndarray) -> 
     path = save(rgb, tmp_path / "rgb.png", icc_profile=icc)
     with pytest.warns(ImageWarning, match="it is ignored"):
         np.testing.assert_array_equal(read_image(path), rgb)
+
+
+# ---------------------------------------------------------------- colour spaces of PNG chunks
+
+
+def with_chunks(path: Path, image: np.ndarray, *chunks: bytes, **options: Any) -> Path:
+    """A PNG file with these chunks before all others but IHDR."""
+    save(image, path, **options)
+    data = path.read_bytes()
+    path.write_bytes(data[:33] + b"".join(chunks) + data[33:])
+    return path
+
+
+def cicp(*codes: int) -> bytes:
+    return png_chunk(b"cICP", bytes(codes))
+
+
+def gama(value: int) -> bytes:
+    return png_chunk(b"gAMA", struct.pack(">I", value))
+
+
+def chrm(*xy: float) -> bytes:
+    return png_chunk(b"cHRM", struct.pack(">8I", *(round(value * 100_000) for value in xy)))
+
+
+def to_srgb(image: np.ndarray, xy: tuple[float, ...], gamma: float | None) -> np.ndarray:
+    """Exact colours in sRGB of an image with these primaries, and white at D65.
+
+    `gamma` is the exponent to light, None for sRGB's curve.
+    """
+
+    def to_xyz(white_and_primaries: tuple[float, ...]) -> np.ndarray:
+        x, y = np.reshape(white_and_primaries, (4, 2)).T
+        columns = np.stack([x / y, np.ones(4), (1 - x - y) / y])
+        return columns[:, 1:] * (np.linalg.inv(columns[:, 1:]) @ columns[:, 0])
+
+    value = image / 255
+    srgb_light = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    light = srgb_light if gamma is None else value**gamma
+    light = light @ (np.linalg.inv(to_xyz(SRGB_XY)) @ to_xyz(xy)).T
+    light = light.clip(0, 1)
+    return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+SRGB_XY = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
+P3_XY = (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060)
+BT2020_XY = (0.3127, 0.3290, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "xy", "gamma"),
+    [
+        ([cicp(12, 13, 0, 1)], P3_XY, None),
+        ([cicp(9, 4, 0, 1)], BT2020_XY, 2.2),
+        ([cicp(12, 13, 0, 1), gama(100_000)], P3_XY, None),
+        ([chrm(*P3_XY), gama(45455)], P3_XY, None),
+        ([chrm(*P3_XY)], P3_XY, None),
+        ([gama(100_000)], SRGB_XY, 1.0),
+        ([gama(55_556), chrm(*P3_XY)], P3_XY, 1.8),
+    ],
+    ids=["p3", "bt2020", "over-gamma", "p3-chrm", "chrm-alone", "linear", "apple"],
+)
+def test_declared_colours_are_converted_to_srgb(
+    tmp_path: Path, rgb: np.ndarray, chunks: list[bytes], xy: tuple[float, ...], gamma: float
+) -> None:
+    path = with_chunks(tmp_path / "a.png", rgb, *chunks)
+    image = read_image(path)
+    assert np.abs(image - to_srgb(rgb, xy, gamma)).max() <= 2
+    assert np.abs(image.astype(int) - rgb).max() > 5
+    data = path.read_bytes()
+    kept, metadata = parse_image(data, "a", keep_metadata=True)
+    np.testing.assert_array_equal(kept, rgb)
+    again = save(rgb, tmp_path / "b.png", icc_profile=metadata.icc_profile)
+    np.testing.assert_array_equal(read_image(again), image)
+
+
+def test_declared_gamma_of_grey_is_applied(tmp_path: Path, rgb: np.ndarray) -> None:
+    grey = rgb[..., 0]
+    path = with_chunks(tmp_path / "a.png", grey, gama(100_000), chrm(*P3_XY))
+    expected = to_srgb(np.dstack([grey] * 3), SRGB_XY, 1.0)[..., 0]
+    assert np.abs(read_image(path) - expected).max() <= 2
+
+
+def test_white_of_other_chromaticity_stays_white(tmp_path: Path) -> None:
+    white = np.full((2, 2, 3), 255, np.uint8)
+    d50 = chrm(0.3457, 0.3585, *P3_XY[2:])
+    assert (read_image(with_chunks(tmp_path / "a.png", white, d50)) == 255).all()
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [cicp(1, 13, 0, 1), gama(100_000)],
+        [gama(45455), chrm(*SRGB_XY)],
+        [gama(45455)],
+        [gama(100_000), png_chunk(b"sRGB", b"\0"), chrm(*P3_XY)],
+    ],
+    ids=["cicp", "gama-chrm", "gama", "srgb-first"],
+)
+def test_declared_srgb_leaves_pixels_alone(
+    tmp_path: Path, rgb: np.ndarray, chunks: list[bytes]
+) -> None:
+    path = with_chunks(tmp_path / "a.png", rgb, *chunks)
+    image, metadata = parse_image(path.read_bytes(), "a", keep_metadata=True)
+    np.testing.assert_array_equal(image, rgb)
+    np.testing.assert_array_equal(read_image(path), rgb)
+    assert metadata.icc_profile is None
+
+
+def test_cicp_wins_over_a_profile_and_a_profile_over_gamma(tmp_path: Path, rgb: np.ndarray) -> None:
+    linear = profile(1.0)
+    by_profile = read_image(save(rgb, tmp_path / "a.png", icc_profile=linear))
+    path = with_chunks(tmp_path / "b.png", rgb, gama(30_000), icc_profile=linear)
+    np.testing.assert_array_equal(read_image(path), by_profile)
+    path = with_chunks(tmp_path / "c.png", rgb, cicp(1, 13, 0, 1), icc_profile=linear)
+    np.testing.assert_array_equal(read_image(path), rgb)
+
+
+@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
+def test_hdr_is_refused(tmp_path: Path, rgb: np.ndarray, transfer: int, name: str) -> None:
+    path = with_chunks(tmp_path / "a.png", rgb, cicp(9, transfer, 0, 1))
+    assert refusal(path) == f"has HDR colours ({name}); convert it to sRGB first"
+    with pytest.raises(ImageError, match="HDR"):
+        check_header(path)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        cicp(2, 2, 0, 1),
+        cicp(1, 13, 1, 1),
+        cicp(1, 13, 0, 0),
+        cicp(1, 13),
+        cicp(),
+        gama(0),
+        gama(1),
+        chrm(*[0] * 8),
+        chrm(0.3127, 0.0, *SRGB_XY[2:]),
+        chrm(*SRGB_XY[:2], *[0.3, 0.3] * 3),
+    ],
+    ids=lambda chunk: f"{chunk[4:8].decode()}-{chunk[8:-4].hex()[:16]}",
+)
+def test_senseless_colour_chunks_are_ignored_with_a_warning(
+    tmp_path: Path, rgb: np.ndarray, chunk: bytes
+) -> None:
+    path = with_chunks(tmp_path / "a.png", rgb, chunk)
+    with pytest.warns(ImageWarning, match=r"a\.png has a .* chunk that cannot be applied; it is"):
+        np.testing.assert_array_equal(read_image(path), rgb)
+    assert "chunk that cannot be applied (" in refusal(path, strict_color=True)
 
 
 # ---------------------------------------------------------------- refused

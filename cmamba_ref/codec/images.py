@@ -3,8 +3,7 @@
 Pillow decodes. What a `.cmb` file cannot hold (16 bits, several frames, CMYK) is refused with a
 suggested fix instead of being dropped silently.
 
-Not applied, as in Pillow itself: the PNG chunks gAMA, cHRM and cICP. AVIF and JPEG 2000 files of
-more than 8 bits arrive here rounded to 8 by Pillow.
+AVIF and JPEG 2000 files of more than 8 bits arrive here rounded to 8 by Pillow.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.codec import png_colour
 from cmamba_ref.codec.image_codec import (
     DEFAULT_MAX_PIXELS,
     SHAPES,
@@ -169,6 +169,8 @@ def _opened(source: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Imag
     """
     try:
         with _pixel_limit(max_pixels), Image.open(source) as image:
+            if image.format == "PNG" and (cicp := png_colour.read_cicp(source)) is not None:
+                image.info["cicp"] = cicp
             refuse_what_would_be_lost(image)
             yield image
     except ImageError as error:
@@ -351,7 +353,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def refuse_what_would_be_lost(image: Image.Image) -> None:
-    """Refuse what this codec does not store: several frames, deep colour, CMYK.
+    """Refuse what this codec does not store: several frames, deep or HDR colour, CMYK.
 
     Raises:
         ImageError: the text continues the image's name.
@@ -369,6 +371,7 @@ def refuse_what_would_be_lost(image: Image.Image) -> None:
     if image.mode not in GREY_MODES + COLOUR_MODES:
         reason = f"{image.mode} colours"
         raise ImageError(f"is in {reason}; convert it to RGB first", reason)
+    png_colour.refuse_hdr(image.info)
 
 
 def _loses_bits(image: Image.Image) -> bool:
@@ -397,23 +400,24 @@ def bits_of(raw_mode: str) -> int:
 
 
 def profile_of(image: Image.Image, name: str, *, strict_color: bool = False) -> bytes | None:
-    """Return the profile that an image of Pillow's has and that can be applied to it, if any.
+    """Return the profile of an image of Pillow's, None for sRGB or where it cannot be applied.
+
+    Of PNG files it may be made for the chunks cICP, gAMA and cHRM.
 
     Raises:
         ImageError: with `strict_color`, it has one that cannot be applied; without, that is an
             `ImageWarning` of `name`. The text of the error continues the image's name.
     """
-    icc = image.info.get("icc_profile")
-    if not icc:
-        return None
     try:
-        check_profile(image, icc)
+        icc = png_colour.declared_profile(image.info, grey=_colour_mode(image) == "L")
+        if icc:
+            check_profile(image, icc)
+        return icc
     except ImageError as error:
         if strict_color:
             raise
         warnings.warn(f"{name} has a {error.reason}; it is ignored", ImageWarning, stacklevel=2)
         return None
-    return icc
 
 
 def check_profile(image: Image.Image, icc: bytes) -> None:
