@@ -590,6 +590,27 @@ def test_library_warnings_are_lines_of_our_own(
     assert len(set(lines)) == len(lines)
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_damaged_and_deep_images_are_encoded_if_asked_for(
+    photo: Path, model: CMamba, model_dir: str, many: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deep, cut = photo.with_name("deep.png"), photo.with_name("cut.png")
+    Image.fromarray(np.asarray(Image.open(photo).convert("L"), np.uint16) * 257).save(deep)
+    cut.write_bytes(photo.read_bytes()[:-100])
+    photo.unlink()
+    runs = [["encode", str(photo.parent), "--jobs", "1"]] if many else []
+    runs = runs or [["encode", str(path)] for path in (deep, cut)]
+    assert all(main([*args, "--model", model_dir]) == 1 for args in runs)
+    assert "or convert it here with --convert" in capsys.readouterr().err
+    asked_for = ["--model", model_dir, "--convert", "--lenient"]
+    assert all(main([*args, *asked_for]) == 0 for args in runs)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"cmamba: warning: {cut} is damaged or truncated")
+    expected = cmamba_ref.encode(read_image(deep, convert=True), model)
+    assert deep.with_suffix(".cmb").read_bytes() == expected
+    assert cut.with_suffix(".cmb").exists()
+
+
 # ---------------------------------------------------------------- as a program
 
 

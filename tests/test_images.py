@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from codec_helpers import PNG_SIGNATURE, png_chunk
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from cmamba_ref import ImageError, ImageWarning, atomic_write
 from cmamba_ref.atomic_write import write_atomically
@@ -462,7 +462,103 @@ def test_unused_transparent_colour_is_opaque(tmp_path: Path, rgb: np.ndarray) ->
 def test_cmyk_is_refused(tmp_path: Path, rgb: np.ndarray) -> None:
     for name in ("a.jpg", "a.tif"):
         path = save(Image.fromarray(rgb).convert("CMYK"), tmp_path / name)
-        assert refusal(path) == "is in CMYK colours; convert it to RGB first"
+        assert refusal(path) == (
+            "is in CMYK colours; convert it to RGB first, or convert it here with --convert "
+            "(`convert=True`)"
+        )
+
+
+def cmyk_profile() -> bytes:
+    """A printer's profile, version 2, whose one table turns 2^4 mixtures of inks to XYZ."""
+    cyan, magenta, yellow, black = np.meshgrid(*[(0, 1)] * 4, indexing="ij")
+    rgb = np.stack([1 - cyan, 1 - magenta, 1 - yellow], axis=-1) * (1 - black)[..., None]
+    grey = rgb.mean(axis=-1)  # a profile of strange inks: every mixture is grey
+    white = np.array([0.9642, 1.0, 0.8249])
+    levels = np.round(grey[..., None] * white * 32768).astype(">u2").tobytes()
+    lut = b"mft2" + bytes(4) + bytes([4, 3, 2, 0])
+    lut += struct.pack(">9i", *(65536 if i % 4 == 0 else 0 for i in range(9)))
+    lut += struct.pack(">HH", 2, 2) + struct.pack(">HH", 0, 65535) * 4
+    lut += levels + struct.pack(">HH", 0, 65535) * 3
+    point = b"XYZ " + struct.pack(">4i", 0, 63190, 65536, 54061)
+    tags = struct.pack(">I4sII4sII", 2, b"A2B0", 156, len(lut), b"wtpt", 156 + len(lut), 20)
+    size = 156 + len(lut) + 20
+    head = struct.pack(">I4xI", size, 0x02100000) + b"prtrCMYKXYZ " + bytes(12) + b"acsp"
+    head += bytes(28) + struct.pack(">3i", 63190, 65536, 54061) + bytes(48)
+    return head + tags + lut + point
+
+
+def test_cmyk_is_converted_by_its_profile(tmp_path: Path, rgb: np.ndarray) -> None:
+    """Whose inks are all grey, which Pillow's own formula could not know."""
+    cmyk = Image.fromarray(255 - rgb).convert("CMYK")
+    path = save(cmyk, tmp_path / "a.tif", icc_profile=cmyk_profile())
+    image = read_image(path, convert=True)
+    assert image.shape == (HEIGHT, WIDTH, 3) and np.ptp(image.astype(int), axis=2).max() <= 2
+    assert image.std() > 10
+    kept, metadata = parse_image(path.read_bytes(), "a", convert=True, keep_metadata=True)
+    np.testing.assert_array_equal(kept, image)
+    assert metadata.icc_profile is None
+
+
+def test_cmyk_without_a_profile_is_converted_with_a_warning(
+    tmp_path: Path, rgb: np.ndarray
+) -> None:
+    path = save(Image.fromarray(rgb).convert("CMYK"), tmp_path / "a.tif")
+    with pytest.warns(ImageWarning, match=r"a\.tif is in CMYK colours without a profile"):
+        np.testing.assert_array_equal(read_image(path, convert=True), rgb)
+    path = save(Image.fromarray(rgb).convert("CMYK"), tmp_path / "b.tif", icc_profile=profile(1.0))
+    with pytest.warns(ImageWarning) as caught:
+        np.testing.assert_array_equal(read_image(path, convert=True), rgb)
+    ignored, formula = (str(warning.message) for warning in caught)
+    assert "colour profile that cannot be applied" in ignored and "CMYK" in formula
+    assert "cannot be applied" in refusal(path, convert=True, strict_color=True)
+
+
+def test_16_bits_are_converted_to_8(tmp_path: Path, rgb: np.ndarray) -> None:
+    """Grey is rounded; of colours Pillow keeps the upper 8 bits."""
+    deep = (np.arange(HEIGHT * WIDTH) * 65535 // (HEIGHT * WIDTH - 1)).reshape(HEIGHT, WIDTH)
+    expected = np.floor(deep / 257 + 0.5)
+    deep = deep.astype(np.uint16)
+    big_endian = Image.frombytes("I;16B", (WIDTH, HEIGHT), deep.astype(">u2").tobytes())
+    (tmp_path / "a.pgm").write_bytes(
+        b"P5 %d %d 65535\n" % (WIDTH, HEIGHT) + deep.astype(">u2").tobytes()
+    )
+    white_is_0 = {262: 0}
+    for path in (
+        save(deep, tmp_path / "a.png"),
+        save(deep, tmp_path / "a.tif"),
+        save(deep, tmp_path / "lzw.tif", compression="tiff_lzw"),
+        save(big_endian, tmp_path / "b.tif"),
+        tmp_path / "a.pgm",
+    ):
+        np.testing.assert_array_equal(read_image(path, convert=True), expected, path.name)
+    negative = save(65535 - deep, tmp_path / "negative.tif", tiffinfo=white_is_0)
+    with Image.open(negative) as opened:
+        assert opened.tag_v2[262] == 0
+    np.testing.assert_array_equal(read_image(negative, convert=True), expected)
+    keyed = with_chunks(tmp_path / "key.png", deep, png_chunk(b"tRNS", deep[5, 7].tobytes()[::-1]))
+    alpha = np.where(deep == deep[5, 7], 0, 255)
+    np.testing.assert_array_equal(read_image(keyed, convert=True), np.dstack([expected, alpha]))
+    colours = rgb.astype(np.uint16) * 257
+    rows = b"".join(b"\0" + row.tobytes() for row in colours.astype(">u2"))
+    key = png_chunk(b"tRNS", colours[2, 5].astype(">u2").tobytes())
+    data = png(WIDTH, HEIGHT, 16, 2, key, png_chunk(b"IDAT", zlib.compress(rows)))
+    (tmp_path / "rgb.png").write_bytes(data)
+    alpha = np.where((rgb == rgb[2, 5]).all(axis=2), 0, 255)
+    np.testing.assert_array_equal(
+        read_image(tmp_path / "rgb.png", convert=True), np.dstack([rgb, alpha])
+    )
+    assert "--convert" in refusal(tmp_path / "rgb.png")
+
+
+def test_12_bits_of_a_tiff_fill_the_range(tmp_path: Path) -> None:
+    """0 and 4095 are black and white."""
+    rows = bytes([0x00, 0x0F, 0xFF]) * 2  # two pixels of 12 bits in 3 bytes, two rows
+    fields = {256: 2, 257: 2, 258: 12, 259: 1, 262: 1, 273: 110, 277: 1, 279: len(rows)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    head = b"II*\0" + struct.pack("<IH", 8, len(fields))
+    path = tmp_path / "a.tif"
+    path.write_bytes((head + entries).ljust(110, b"\0") + rows)
+    np.testing.assert_array_equal(read_image(path, convert=True), [[0, 255], [0, 255]])
 
 
 def test_more_than_8_bits_are_refused(tmp_path: Path, rgb: np.ndarray) -> None:
@@ -485,6 +581,8 @@ def test_more_than_8_bits_are_refused(tmp_path: Path, rgb: np.ndarray) -> None:
     ]
     for path in paths:
         assert refusal(path).startswith("has more than 8 bits per channel")
+    for name in ("I.tif", "F.tif"):  # of no known range
+        assert "convert=" not in refusal(tmp_path / name, convert=True)
 
 
 @pytest.mark.parametrize(("bits", "shifts"), [(5, (10, 5, 0)), (6, (11, 5, 0))])
@@ -551,6 +649,38 @@ def test_truncated_file_is_refused(tmp_path: Path, name: str) -> None:
         path.write_bytes(whole[:length])
         message = refusal(path)
         assert "damaged or truncated" in message or "no image" in message
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_truncated_file_is_read_as_far_as_it_goes(tmp_path: Path, name: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = save(noise, tmp_path / name)
+    complete, data = read_image(path), path.read_bytes()
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    np.testing.assert_array_equal(read_image(path, lenient=True), complete)
+    path.write_bytes(data[: len(data) * 3 // 4])
+    with pytest.warns(ImageWarning, match="damaged or truncated: .*; it is read as far as it goes"):
+        image = read_image(path, lenient=True)
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    np.testing.assert_array_equal(image[:24], complete[:24])
+    assert (image[-8:] != complete[-8:]).any()
+    assert "damaged or truncated" in refusal(path)
+
+
+def test_lenient_readers_and_strict_ones_take_turns(tmp_path: Path, rgb: np.ndarray) -> None:
+    """In threads: no strict reader ever gets what a lenient one is allowed."""
+    path = save(rgb, tmp_path / "a.png")
+    path.write_bytes(path.read_bytes()[:-30])
+
+    def attempt(i: int) -> bool:
+        try:
+            return read_image(path, lenient=i % 2 == 0).shape == rgb.shape
+        except ImageError:
+            return False
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
+        warnings.simplefilter("ignore", ImageWarning)
+        assert list(pool.map(attempt, range(200))) == [True, False] * 100
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.tif", "a.webp"])

@@ -64,13 +64,15 @@ class Keep:
         metadata: for `encode`, keep EXIF, XMP and the ICC profile, with the pixels in its space.
         time: give the output the input's time of change.
         background: for `encode`, the colour to lay transparent images onto; None keeps alpha.
-        strict_color: for `encode`, as in `cmamba_ref.codec.images.read_image`.
+        strict_color, lenient, convert: for `encode`, as in `cmamba_ref.codec.images.read_image`.
     """
 
     metadata: bool = False
     time: bool = False
     background: tuple[int, int, int] | None = None
     strict_color: bool = False
+    lenient: bool = False
+    convert: bool = False
 
 
 @dataclass(frozen=True)
@@ -349,6 +351,8 @@ def parse_source(
         max_pixels=max_pixels,
         background=keep.background,
         strict_color=keep.strict_color,
+        lenient=keep.lenient,
+        convert=keep.convert,
         keep_metadata=keep.metadata,
     )
     return (image, metadata, []) if keep.metadata else (image, NO_METADATA, metadata.names())

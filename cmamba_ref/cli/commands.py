@@ -329,7 +329,7 @@ def _keep(args: argparse.Namespace) -> Keep:
     """Return what the options of `encode` or `decode` say about all that is not pixels."""
     from cmamba_ref.cli.batch import Keep
 
-    names = ("background", "strict_color")
+    names = ("background", "strict_color", "lenient", "convert")
     of_encode = {name: getattr(args, name) for name in names if hasattr(args, name)}
     return Keep(getattr(args, "keep_metadata", False), args.keep_time, **of_encode)
 
@@ -550,6 +550,18 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="refuse images with a colour profile that cannot be applied (default: ignore the "
         "profile, with a warning)",
+    )
+    encode.add_argument(
+        "--lenient",
+        action="store_true",
+        help="read what there is of damaged and truncated images, with a warning (default: refuse "
+        "them)",
+    )
+    encode.add_argument(
+        "--convert",
+        action="store_true",
+        help="convert images of 16 bits to 8, and CMYK to sRGB, by its profile if there is one "
+        "(default: refuse them)",
     )
     encode.set_defaults(command=_encode)
 

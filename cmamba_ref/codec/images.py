@@ -1,7 +1,7 @@
 """Image I/O: files to arrays and back; one reader for the codec and for training.
 
 Pillow decodes. What a `.cmb` file cannot hold (16 bits, several frames, CMYK) is refused with a
-suggested fix instead of being dropped silently.
+suggested fix instead of being dropped silently; CMYK and 16 bits are converted if asked for.
 
 AVIF and JPEG 2000 files of more than 8 bits arrive here rounded to 8 by Pillow.
 """
@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    Image,
+    ImageCms,
+    ImageFile,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.codec import png_colour
@@ -35,6 +43,9 @@ from cmamba_ref.errors import ImageError, ImageWarning, InvalidArgumentError
 GREY_MODES = ("1", "L", "LA", "La")
 COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")
 DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
+
+# Reasons of an ImageError for which another try may read what there is of the file.
+NO_IMAGE, DAMAGED = "no image", "damaged or truncated"
 
 # The transpose that turns a stored image upright, by its EXIF orientation; 1 is upright already.
 UPRIGHT_BY = {
@@ -63,6 +74,8 @@ def read_image(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     background: tuple[int, int, int] | None = None,
     strict_color: bool = False,
+    lenient: bool = False,
+    convert: bool = False,
 ) -> np.ndarray:
     """Return an image as viewers show it: upright, in sRGB.
 
@@ -78,6 +91,10 @@ def read_image(
             the same limit read at the same time, others take turns.
         background: lay transparent images onto this colour, in sRGB.
         strict_color: refuse a profile that cannot be applied, in place of ignoring it.
+        lenient: read what there is of a damaged or truncated file, with an `ImageWarning`.
+        convert: convert grey of up to 16 bits, rounding, colour of 16 bits, of which Pillow keeps
+            the upper 8, and CMYK, by its profile, or without one as Pillow does, with an
+            `ImageWarning`.
 
     Returns:
         uint8 `[H, W, 3]`, or `[H, W]` where the file is grey or black-and-white; with an alpha
@@ -89,7 +106,13 @@ def read_image(
     """
     data = Path(path).read_bytes()
     image, _ = parse_image(
-        data, str(path), max_pixels=max_pixels, background=background, strict_color=strict_color
+        data,
+        str(path),
+        max_pixels=max_pixels,
+        background=background,
+        strict_color=strict_color,
+        lenient=lenient,
+        convert=convert,
     )
     return image
 
@@ -115,32 +138,47 @@ def parse_image(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     background: tuple[int, int, int] | None = None,
     strict_color: bool = False,
+    lenient: bool = False,
+    convert: bool = False,
     keep_metadata: bool = False,
 ) -> tuple[np.ndarray, Metadata]:
     """Return the image in `data` as `read_image` does, and its metadata; errors call it `name`.
 
     Args:
         keep_metadata: leave the pixels in the file's own colour space, except with a background.
-            A profile that is ignored is not kept.
+            A profile that is ignored is not kept, nor one of CMYK.
 
     Returns:
         the image, and the metadata that describes it; without `keep_metadata`, what of it is lost
         if it is not stored. The orientation in it is 1, as that of the image.
     """
-    with _opened(io.BytesIO(data), name, max_pixels) as image:
-        icc = profile_of(image, name, strict_color=strict_color)
-        keep_profile = keep_metadata and background is None
-        array = to_array(image, icc=None if keep_profile else icc, background=background)
-        try:
-            metadata = metadata_of(image, icc if keep_profile else None).upright()
-        except InvalidArgumentError as error:  # too much of it, which is no reason not to drop it
-            if keep_metadata:
-                reason = "more metadata than a file can hold"
-                raise ImageError(f"has {reason}: {error}", reason) from error
-            metadata = NO_METADATA
-    if orientation_in(metadata) in UPRIGHT_BY:  # it could not be set, where Pillow reads it
-        metadata = NO_METADATA
-    return array, metadata
+
+    def parse(*, truncated: bool) -> tuple[np.ndarray, Metadata]:
+        limits = max_pixels, truncated
+        with _opened(io.BytesIO(data), name, limits, convert=convert) as image:
+            icc = profile_of(image, name, strict_color=strict_color)
+            keep_profile = keep_metadata and background is None and image.mode != "CMYK"
+            array = to_array(image, icc=None if keep_profile else icc, background=background)
+            try:
+                metadata = metadata_of(image, icc if keep_profile else None).upright()
+            except InvalidArgumentError as error:  # too much of it: no reason not to drop it
+                if keep_metadata:
+                    reason = "more metadata than a file can hold"
+                    raise ImageError(f"has {reason}: {error}", reason) from error
+                metadata = NO_METADATA
+        # The orientation could not be set, where Pillow reads it.
+        is_upright = orientation_in(metadata) not in UPRIGHT_BY
+        return array, metadata if is_upright else NO_METADATA
+
+    try:
+        return parse(truncated=False)
+    except ImageError as error:
+        if not lenient or error.reason not in (NO_IMAGE, DAMAGED):
+            raise
+        damage = error
+    result = parse(truncated=True)
+    warnings.warn(f"{damage}; it is read as far as it goes", ImageWarning, stacklevel=2)
+    return result
 
 
 def check_header(
@@ -156,29 +194,31 @@ def check_header(
     Raises:
         ImageError, OSError: as `read_image`.
     """
-    with open(path, "rb") as file, _opened(file, str(path), max_pixels) as image:
+    with open(path, "rb") as file, _opened(file, str(path), (max_pixels, False)) as image:
         width, height = image.size
         return (height, width) if _orientation(image) in SIDEWAYS else (width, height)
 
 
 @contextmanager
-def _opened(source: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
-    """Open an image of a kind that can be stored, within the limit of pixels.
+def _opened(
+    source: BinaryIO, name: str, limits: tuple[int, bool], *, convert: bool = False
+) -> Iterator[Image.Image]:
+    """Open an image of a kind that can be stored, within limits as those of `_PixelLimit`.
 
     Any failure inside is an ImageError of `name`.
     """
     try:
-        with _pixel_limit(max_pixels), Image.open(source) as image:
+        with _pixel_limit(*limits), Image.open(source) as image:
             if image.format == "PNG" and (cicp := png_colour.read_cicp(source)) is not None:
                 image.info["cicp"] = cicp
-            refuse_what_would_be_lost(image)
+            refuse_what_would_be_lost(image, convert=convert)
             yield image
     except ImageError as error:
         raise ImageError(f"{name} {error}", error.reason) from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is no image in a format that Pillow reads", "no image") from error
+        raise ImageError(f"{name} is no image in a format that Pillow reads", NO_IMAGE) from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        reason = f"more than {max_pixels} pixels"
+        reason = f"more than {limits[0]} pixels"
         raise ImageError(
             f"{name} has {reason}; raise `max_pixels` if you trust it", reason
         ) from error
@@ -186,8 +226,7 @@ def _opened(source: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Imag
         raise
     # On damaged data Pillow raises a dozen types, SyntaxError and struct.error among them.
     except Exception as error:
-        reason = "damaged or truncated"
-        raise ImageError(f"{name} is {reason}: {error}", reason) from error
+        raise ImageError(f"{name} is {DAMAGED}: {error}", DAMAGED) from error
 
 
 def write_png(path: str | os.PathLike, image: np.ndarray, metadata: Metadata = NO_METADATA) -> None:
@@ -225,23 +264,25 @@ def png_bytes(image: np.ndarray, metadata: Metadata = NO_METADATA) -> bytes:
 class _PixelLimit:
     """Pillow's guard against decompression bombs, set to one limit while anyone reads under it.
 
-    The guard and the filter of warnings belong to the process. So readers with the same limit
-    share them, and a reader with another limit waits until those are done.
+    With `truncated`, Pillow also reads truncated files. Guard, that switch and the filter of
+    warnings belong to the process. So readers with the same limits share them, and a reader with
+    others waits until those are done.
     """
 
     def __init__(self) -> None:
         self._turn = threading.Lock()  # held by whoever waits: later readers queue behind it
         self._changed = threading.Condition()
         self._readers = 0
-        self._limit = 0
+        self._limits = 0, False
         self._to_restore = ExitStack()
 
     @contextmanager
-    def __call__(self, max_pixels: int) -> Iterator[None]:
+    def __call__(self, max_pixels: int, truncated: bool = False) -> Iterator[None]:
+        limits = max_pixels, truncated
         with self._turn, self._changed:
-            self._changed.wait_for(lambda: not self._readers or self._limit == max_pixels)
+            self._changed.wait_for(lambda: not self._readers or self._limits == limits)
             if not self._readers:
-                self._set(max_pixels)
+                self._set(*limits)
             self._readers += 1
         try:
             yield
@@ -252,10 +293,14 @@ class _PixelLimit:
                     self._to_restore.close()
                     self._changed.notify()
 
-    def _set(self, max_pixels: int) -> None:
-        self._limit = max_pixels
-        self._to_restore.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-        Image.MAX_IMAGE_PIXELS = max_pixels
+    def _set(self, max_pixels: int, truncated: bool) -> None:
+        self._limits = max_pixels, truncated
+        for module, name, value in (
+            (Image, "MAX_IMAGE_PIXELS", max_pixels),
+            (ImageFile, "LOAD_TRUNCATED_IMAGES", truncated or ImageFile.LOAD_TRUNCATED_IMAGES),
+        ):
+            self._to_restore.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
         # By itself Pillow only warns up to twice the limit.
         self._to_restore.enter_context(warnings.catch_warnings())
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -280,7 +325,10 @@ def to_array(
         orientation: to turn the image by, 1...8; None for that in its EXIF data.
     """
     _scale_colour_key(image)
+    depth = _depth(image)
     upright = _upright(image, orientation)
+    if image.mode in DEEP_MODES:
+        upright = _rounded_to_8_bits(upright, depth, is_negative=_is_negative(image))
     mode, alpha = _colour_mode(image), None
     if upright.has_transparency_data:
         upright = upright.convert("LA" if mode == "L" else "RGBA")
@@ -288,6 +336,8 @@ def to_array(
     colours = upright.convert(mode)
     if icc:
         colours = _to_srgb(colours, icc)
+    elif mode == "CMYK":
+        colours = colours.convert("RGB")
     if alpha is None or alpha.getextrema()[0] == 255:
         return np.array(colours)
     if background is None:
@@ -299,13 +349,32 @@ def to_array(
 
 
 def _scale_colour_key(image: Image.Image) -> None:
-    """Scale the transparent grey of a PNG of 2 or 4 bits to the 256 levels that Pillow reads.
+    """Scale the transparent colour of a PNG to the 256 levels that Pillow reads.
 
-    Pillow leaves it as it is in the file, and would find it nowhere.
+    Pillow leaves grey of 2 or 4 and colours of 16 bits as they are in the file, and would find them
+    nowhere.
     """
     key, tiles = image.info.get("transparency"), getattr(image, "tile", ())
     if image.format == "PNG" and tiles and isinstance(key, int):
         image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(tiles[0][3], 1)
+    elif image.format == "PNG" and tiles and isinstance(key, tuple) and _depth(image) == 16:
+        image.info["transparency"] = tuple(level >> 8 for level in key)
+
+
+def _rounded_to_8_bits(image: Image.Image, depth: int, *, is_negative: bool) -> Image.Image:
+    """Return grey of more bits in 8; a transparent level becomes an alpha channel."""
+    deep, top = np.asarray(image).astype(np.int32), 2**depth - 1
+    levels = (deep * 255 + top // 2) // top
+    grey = Image.fromarray((255 - levels if is_negative else levels).astype(np.uint8))
+    if "transparency" in image.info:
+        opaque = (deep != image.info["transparency"]).astype(np.uint8) * 255
+        grey.putalpha(Image.fromarray(opaque))
+    return grey
+
+
+def _is_negative(image: Image.Image) -> bool:
+    """Return whether a TIFF declares white as 0, which Pillow ignores in grey of 16 bits."""
+    return getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
 
 
 def metadata_of(image: Image.Image, icc: bytes | None) -> Metadata:
@@ -352,8 +421,11 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def refuse_what_would_be_lost(image: Image.Image) -> None:
+def refuse_what_would_be_lost(image: Image.Image, *, convert: bool = False) -> None:
     """Refuse what this codec does not store: several frames, deep or HDR colour, CMYK.
+
+    Args:
+        convert: let pass CMYK and deep colour of a known range, see `read_image`.
 
     Raises:
         ImageError: the text continues the image's name.
@@ -365,24 +437,33 @@ def refuse_what_would_be_lost(image: Image.Image) -> None:
             f"has {frames} frames or pages; a .cmb file holds one image: extract the one you want",
             "several frames or pages",
         )
-    if image.mode in DEEP_MODES or _loses_bits(image):
-        reason = "more than 8 bits per channel"
-        raise ImageError(f"has {reason}; this codec stores 8: convert it to 8 bits first", reason)
-    if image.mode not in GREY_MODES + COLOUR_MODES:
-        reason = f"{image.mode} colours"
-        raise ImageError(f"is in {reason}; convert it to RGB first", reason)
     png_colour.refuse_hdr(image.info)
+    has_range = _depth(image) <= 16
+    by_option = ", or convert it here with --convert (`convert=True`)"
+    if _depth(image) > 8 and not (convert and has_range):
+        reason = "more than 8 bits per channel"
+        fix = "convert it to 8 bits first" + (by_option if has_range else "")
+        raise ImageError(f"has {reason}; this codec stores 8: {fix}", reason)
+    is_known = image.mode in GREY_MODES + COLOUR_MODES + DEEP_MODES
+    if not (is_known or (convert and image.mode == "CMYK")):
+        reason = f"{image.mode} colours"
+        fix = "convert it to RGB first" + (by_option if image.mode == "CMYK" else "")
+        raise ImageError(f"is in {reason}; {fix}", reason)
 
 
-def _loses_bits(image: Image.Image) -> bool:
-    """Return whether Pillow is going to cut 16-bit colour down to the 8 bits of its modes."""
+def _depth(image: Image.Image) -> int:
+    """Return the bits per channel of an image, before it is loaded; 32 where white is unknown."""
+    # Pillow scales grey of PPM files to 16 bits; other whole numbers and floats may be anything.
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        return 32
+    depths = [16 if image.mode in DEEP_MODES else 8]
     for tile in getattr(image, "tile", ()):
         args = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
-        if tile[0] == "SGI16" or any(bits_of(arg) > 8 for arg in args if isinstance(arg, str)):
-            return True
-        if tile[0].startswith("ppm") and args[-1] > 255:  # (mode, largest value)
-            return True
-    return False
+        depths = [bits_of(arg) for arg in args if isinstance(arg, str)]
+        # The second of (mode, largest value).
+        if tile[0] == "SGI16" or (tile[0].startswith("ppm") and args[-1] > 255):
+            return 16
+    return max(depths, default=8)
 
 
 def bits_of(raw_mode: str) -> int:
@@ -412,12 +493,15 @@ def profile_of(image: Image.Image, name: str, *, strict_color: bool = False) -> 
         icc = png_colour.declared_profile(image.info, grey=_colour_mode(image) == "L")
         if icc:
             check_profile(image, icc)
-        return icc
     except ImageError as error:
         if strict_color:
             raise
         warnings.warn(f"{name} has a {error.reason}; it is ignored", ImageWarning, stacklevel=2)
-        return None
+        icc = None
+    if image.mode == "CMYK" and not icc:
+        text = "is in CMYK colours without a profile; it is converted as if its inks were ideal"
+        warnings.warn(f"{name} {text}", ImageWarning, stacklevel=2)
+    return icc
 
 
 def check_profile(image: Image.Image, icc: bytes) -> None:
@@ -430,12 +514,14 @@ def check_profile(image: Image.Image, icc: bytes) -> None:
 
 
 def _colour_mode(image: Image.Image) -> str:
-    """Return the mode that an image has without its alpha channel when it is stored."""
-    return "L" if image.mode in GREY_MODES else "RGB"
+    """Return the mode of an image's colours, without alpha: "L", "CMYK" or "RGB"."""
+    if image.mode == "CMYK":
+        return "CMYK"
+    return "L" if image.mode in GREY_MODES + DEEP_MODES else "RGB"
 
 
 def _transform(mode: str, icc: bytes) -> ImageCms.ImageCmsTransform:
-    """Return the transform from an embedded profile to sRGB, of an RGB or grey image."""
+    """Return the transform from an embedded profile to sRGB, of images of a `_colour_mode`."""
     try:
         return ImageCms.buildTransform(
             ImageCms.ImageCmsProfile(io.BytesIO(icc)),
@@ -454,8 +540,10 @@ def _transform(mode: str, icc: bytes) -> ImageCms.ImageCmsTransform:
 
 
 def _to_srgb(image: Image.Image, icc: bytes) -> Image.Image:
-    """Apply an embedded profile to an RGB or grey image."""
+    """Apply an embedded profile to an image without alpha."""
     transform = _transform(image.mode, icc)
+    if image.mode == "CMYK":
+        return transform.apply(image)
 
     def apply(to: Image.Image) -> Image.Image:
         done = transform.apply(to)
