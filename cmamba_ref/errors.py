@@ -1,4 +1,4 @@
-"""The exceptions of this package: all are a `CMambaError`, so one `except` catches them."""
+"""The exceptions of this package: all errors are a `CMambaError`, so one `except` catches them."""
 
 
 class CMambaError(Exception):
@@ -47,6 +47,10 @@ class ImageError(CMambaError, ValueError):
     def __init__(self, message: str = "", reason: str = "") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class ImageWarning(UserWarning):
+    """An image is read, and something in its file is left out; the message names both."""
 
 
 class WeightsError(CMambaError, RuntimeError):

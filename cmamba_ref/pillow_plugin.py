@@ -14,7 +14,7 @@ Options of `save`; others are ignored, as Pillow's own formats do:
     exif, icc_profile, xmp: bytes to keep, or an `Image.Exif`; none where they are left out. The
         image is turned by the orientation in `exif`, which becomes 1; by that of its own EXIF data
         where none is given. With a profile, the pixels are taken to be in it; without, that of the
-        image is applied.
+        image is applied, or ignored with an `ImageWarning` if it cannot be.
     max_pixels, max_memory: as in `cmamba_ref.encode`.
 
 A .cmb file holds images of the modes L, LA, RGB and RGBA. `save` treats other modes as `cmamba
@@ -27,8 +27,8 @@ that model's name. Pillow's limit on pixels, `Image.MAX_IMAGE_PIXELS`, holds whe
 
 A faulty file or image raises a `PillowError`, which is an `OSError` and has the reason as its
 cause. Pillow empties an existing file before `save` begins, and it is lost if that fails; of
-colours with 16 bits it may keep 8 when it loads them, and of grey with 2 or 4 bits it loses which
-level is transparent; neither can be noticed here.
+colours with 16 bits it may keep 8 when it loads them, of grey with 2 or 4 bits it loses which level
+is transparent, and of a PNG file the chunk cICP; none can be noticed here.
 
 torch is imported when the first image is decoded or encoded.
 """
@@ -169,8 +169,7 @@ class CMambaImageFile(ImageFile.ImageFile):
 
 
 def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
-    from cmamba_ref.codec import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, encode
-    from cmamba_ref.codec.images import check_profile, orientation_in, to_array
+    from cmamba_ref.codec import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, encode, images
     from cmamba_ref.model import CMamba
 
     options = im.encoderinfo
@@ -182,9 +181,14 @@ def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
             options.get("icc_profile") or None,
             (xmp.encode() if isinstance(xmp, str) else xmp) or None,
         )
-        orientation = orientation_in(given) if given.exif else None
-        image = to_array(im, keep_profile=bool(given.icc_profile), orientation=orientation)
-        check_profile(image, given.icc_profile)
+        orientation = images.orientation_in(given) if given.exif else None
+        images.refuse_what_would_be_lost(im)
+        icc = None
+        if given.icc_profile:
+            images.check_profile(im, given.icc_profile)
+        else:
+            icc = images.profile_of(im, "the image")
+        image = images.to_array(im, icc=icc, orientation=orientation)
     data = encode(
         image,
         model if isinstance(model, CMamba) else use_model(model),

@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import os
 import re
+import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Generator
@@ -13,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import cmamba_ref
 from cmamba_ref import CMamba, atomic_write, codec, model_id
@@ -608,6 +610,81 @@ def test_the_demo_says_where_a_baseline_falls_short() -> None:
     missing = dataclasses.replace(jpeg, format="NOSUCHFORMAT")
     line = demo.baseline_line(missing, original, 30.0, ours=1)
     assert "not compared: this Pillow cannot write it" in line
+
+
+# ---------------------------------------------------------------- warnings
+
+
+@pytest.fixture
+def grey_with_rgb_profile(photo: Path) -> Path:
+    """A PNG file whose profile is not one of its pixels; the photo itself is removed."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    path = photo.with_name("grey.png")
+    Image.open(photo).convert("L").save(path, icc_profile=srgb)
+    photo.unlink()
+    return path
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_ignored_profile_is_a_warning_of_one_line(
+    grey_with_rgb_profile: Path, model_dir: str, many: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = grey_with_rgb_profile
+    for folder in ("b", "c"):
+        (path.parent / folder).mkdir()
+        shutil.copy(path, path.parent / folder)
+    use = ["--model", model_dir, "--force", *(["--jobs", "2"] if many else [])]
+    args = ["encode", str(path.parent if many else path), *use]
+    assert main(args) == 0
+    warned = sorted(path.parent.rglob("*.png")) if many else [path]
+    ignored = "has a colour profile that cannot be applied; it is ignored"
+    lines = capsys.readouterr().err.splitlines()
+    assert sorted(lines) == [f"cmamba: warning: {one} {ignored}" for one in warned]
+    for file in path.parent.rglob("*.cmb"):
+        file.unlink()
+    assert main([*args, "--strict-color"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(warned)
+    assert all(line.startswith("cmamba: error: ") for line in lines)
+    assert not list(path.parent.rglob("*.cmb"))
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_library_warnings_are_lines_of_our_own(
+    photo: Path, model_dir: str, many: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pillow's about EXIF data, which it raises several times: each once, without its source."""
+    entry = struct.pack(">HHI", 0x0112, 3, 2**31)  # an orientation of 4 GB
+    path = photo.with_name("a.jpg")
+    Image.open(photo).save(path, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1" + entry + b"\0\0\0\x08")
+    photo.unlink()
+    use = ["--model", model_dir, "--jobs", "1"]
+    assert main(["encode", str(path.parent if many else path), *use]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert f"cmamba: warning: {path}: Tag data larger than file. Skipping tag 274" in lines
+    assert all(line.startswith(f"cmamba: warning: {path}: ") for line in lines)
+    assert len(set(lines)) == len(lines)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_damaged_and_deep_images_are_encoded_if_asked_for(
+    photo: Path, model: CMamba, model_dir: str, many: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deep, cut = photo.with_name("deep.png"), photo.with_name("cut.png")
+    Image.fromarray(np.asarray(Image.open(photo).convert("L"), np.uint16) * 257).save(deep)
+    cut.write_bytes(photo.read_bytes()[:-100])
+    photo.unlink()
+    runs = [["encode", str(photo.parent), "--jobs", "1"]] if many else []
+    runs = runs or [["encode", str(path)] for path in (deep, cut)]
+    assert all(main([*args, "--model", model_dir]) == 1 for args in runs)
+    assert "or convert it here with --convert" in capsys.readouterr().err
+    asked_for = ["--model", model_dir, "--convert", "--lenient"]
+    assert all(main([*args, *asked_for]) == 0 for args in runs)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"cmamba: warning: {cut} is damaged or truncated")
+    expected = cmamba_ref.encode(read_image(deep, convert=True), model)
+    assert deep.with_suffix(".cmb").read_bytes() == expected
+    assert cut.with_suffix(".cmb").exists()
 
 
 # ---------------------------------------------------------------- as a program

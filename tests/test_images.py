@@ -11,11 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 from codec_helpers import PNG_SIGNATURE, png_chunk
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
-from cmamba_ref import ImageError, atomic_write
+from cmamba_ref import ImageError, ImageWarning, atomic_write
 from cmamba_ref.atomic_write import write_atomically
-from cmamba_ref.codec.images import read_image, read_opaque_image, write_png
+from cmamba_ref.codec.images import (
+    bits_of,
+    check_header,
+    parse_image,
+    read_image,
+    read_opaque_image,
+    refuse_what_would_be_lost,
+    to_array,
+    write_png,
+)
 
 HEIGHT, WIDTH = 12, 20
 
@@ -34,7 +43,7 @@ def save(image: Image.Image | np.ndarray, path: Path, **options: Any) -> Path:
     return path
 
 
-def refusal(path: Path, **options: int) -> str:
+def refusal(path: Path, **options: Any) -> str:
     """The message of the ImageError, which is one line and begins with the file's name."""
     with pytest.raises(ImageError) as caught:
         read_image(path, **options)
@@ -196,11 +205,185 @@ def test_a_profile_and_a_rotation_and_alpha_together(tmp_path: Path, rgb: np.nda
 
 @pytest.mark.parametrize("grey", [True, False])
 def test_inapplicable_profile_is_refused(tmp_path: Path, rgb: np.ndarray, grey: bool) -> None:
-    """Broken, or of another kind of image: sRGB's on grey."""
+    """Broken, or of another kind of image: sRGB's on grey. Without `strict_color`, ignored."""
     icc = profile(1.0) if grey else b"no profile at all"
-    path = save(rgb[..., 0] if grey else rgb, tmp_path / "a.png", icc_profile=icc)
-    assert "colour profile that cannot be applied" in refusal(path)
-    assert "convert it to sRGB first" in refusal(path)
+    image = rgb[..., 0] if grey else rgb
+    path = save(image, tmp_path / "a.png", icc_profile=icc)
+    message = refusal(path, strict_color=True)
+    assert "colour profile that cannot be applied" in message
+    assert "convert it to sRGB first" in message
+    with pytest.warns(ImageWarning) as caught:
+        np.testing.assert_array_equal(read_image(path), image)
+    (warned,) = caught
+    ignored = "has a colour profile that cannot be applied; it is ignored"
+    assert str(warned.message) == f"{path} {ignored}"
+    with pytest.raises(ImageError, match="cannot be applied"):
+        read_opaque_image(path)
+
+
+def test_grey_profile_on_colours_is_ignored(tmp_path: Path, rgb: np.ndarray) -> None:
+    """The profile of a grey gamma of 1, written by hand: applied to grey, not to colours."""
+    curve = b"curv" + struct.pack(">IIH", 0, 1, 256) + bytes(2)
+    white = b"XYZ " + struct.pack(">4i", 0, 63190, 65536, 54061)
+    tags = struct.pack(">I4sII4sII", 2, b"kTRC", 156, 14, b"wtpt", 172, 20)
+    head = struct.pack(
+        ">I4xI12s12x4s28x3i48x", 192, 0x02100000, b"mntrGRAYXYZ ", b"acsp", 63190, 65536, 54061
+    )
+    icc = head + tags + curve + white
+    grey = save(rgb[..., 0], tmp_path / "grey.png", icc_profile=icc)
+    assert np.abs(read_image(grey).astype(int) - rgb[..., 0]).max() > 40
+    path = save(rgb, tmp_path / "rgb.png", icc_profile=icc)
+    with pytest.warns(ImageWarning, match="it is ignored"):
+        np.testing.assert_array_equal(read_image(path), rgb)
+
+
+# ---------------------------------------------------------------- colour spaces of PNG chunks
+
+
+def with_chunks(path: Path, image: np.ndarray, *chunks: bytes, **options: Any) -> Path:
+    """A PNG file with these chunks before all others but IHDR."""
+    save(image, path, **options)
+    data = path.read_bytes()
+    path.write_bytes(data[:33] + b"".join(chunks) + data[33:])
+    return path
+
+
+def cicp(*codes: int) -> bytes:
+    return png_chunk(b"cICP", bytes(codes))
+
+
+def gama(value: int) -> bytes:
+    return png_chunk(b"gAMA", struct.pack(">I", value))
+
+
+def chrm(*xy: float) -> bytes:
+    return png_chunk(b"cHRM", struct.pack(">8I", *(round(value * 100_000) for value in xy)))
+
+
+def to_srgb(image: np.ndarray, xy: tuple[float, ...], gamma: float | None) -> np.ndarray:
+    """Exact colours in sRGB of an image with these primaries, and white at D65.
+
+    `gamma` is the exponent to light, None for sRGB's curve.
+    """
+
+    def to_xyz(white_and_primaries: tuple[float, ...]) -> np.ndarray:
+        x, y = np.reshape(white_and_primaries, (4, 2)).T
+        columns = np.stack([x / y, np.ones(4), (1 - x - y) / y])
+        return columns[:, 1:] * (np.linalg.inv(columns[:, 1:]) @ columns[:, 0])
+
+    value = image / 255
+    srgb_light = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    light = srgb_light if gamma is None else value**gamma
+    light = light @ (np.linalg.inv(to_xyz(SRGB_XY)) @ to_xyz(xy)).T
+    light = light.clip(0, 1)
+    return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+SRGB_XY = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
+P3_XY = (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060)
+BT2020_XY = (0.3127, 0.3290, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "xy", "gamma"),
+    [
+        ([cicp(12, 13, 0, 1)], P3_XY, None),
+        ([cicp(9, 4, 0, 1)], BT2020_XY, 2.2),
+        ([cicp(12, 13, 0, 1), gama(100_000)], P3_XY, None),
+        ([chrm(*P3_XY), gama(45455)], P3_XY, None),
+        ([chrm(*P3_XY)], P3_XY, None),
+        ([gama(100_000)], SRGB_XY, 1.0),
+        ([gama(55_556), chrm(*P3_XY)], P3_XY, 1.8),
+    ],
+    ids=["p3", "bt2020", "over-gamma", "p3-chrm", "chrm-alone", "linear", "apple"],
+)
+def test_declared_colours_are_converted_to_srgb(
+    tmp_path: Path, rgb: np.ndarray, chunks: list[bytes], xy: tuple[float, ...], gamma: float
+) -> None:
+    path = with_chunks(tmp_path / "a.png", rgb, *chunks)
+    image = read_image(path)
+    assert np.abs(image - to_srgb(rgb, xy, gamma)).max() <= 2
+    assert np.abs(image.astype(int) - rgb).max() > 5
+    data = path.read_bytes()
+    kept, metadata = parse_image(data, "a", keep_metadata=True)
+    np.testing.assert_array_equal(kept, rgb)
+    again = save(rgb, tmp_path / "b.png", icc_profile=metadata.icc_profile)
+    np.testing.assert_array_equal(read_image(again), image)
+
+
+def test_declared_gamma_of_grey_is_applied(tmp_path: Path, rgb: np.ndarray) -> None:
+    grey = rgb[..., 0]
+    path = with_chunks(tmp_path / "a.png", grey, gama(100_000), chrm(*P3_XY))
+    expected = to_srgb(np.dstack([grey] * 3), SRGB_XY, 1.0)[..., 0]
+    assert np.abs(read_image(path) - expected).max() <= 2
+
+
+def test_white_of_other_chromaticity_stays_white(tmp_path: Path) -> None:
+    white = np.full((2, 2, 3), 255, np.uint8)
+    d50 = chrm(0.3457, 0.3585, *P3_XY[2:])
+    assert (read_image(with_chunks(tmp_path / "a.png", white, d50)) == 255).all()
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [cicp(1, 13, 0, 1), gama(100_000)],
+        [gama(45455), chrm(*SRGB_XY)],
+        [gama(45455)],
+        [gama(100_000), png_chunk(b"sRGB", b"\0"), chrm(*P3_XY)],
+    ],
+    ids=["cicp", "gama-chrm", "gama", "srgb-first"],
+)
+def test_declared_srgb_leaves_pixels_alone(
+    tmp_path: Path, rgb: np.ndarray, chunks: list[bytes]
+) -> None:
+    path = with_chunks(tmp_path / "a.png", rgb, *chunks)
+    image, metadata = parse_image(path.read_bytes(), "a", keep_metadata=True)
+    np.testing.assert_array_equal(image, rgb)
+    np.testing.assert_array_equal(read_image(path), rgb)
+    assert metadata.icc_profile is None
+
+
+def test_cicp_wins_over_a_profile_and_a_profile_over_gamma(tmp_path: Path, rgb: np.ndarray) -> None:
+    linear = profile(1.0)
+    by_profile = read_image(save(rgb, tmp_path / "a.png", icc_profile=linear))
+    path = with_chunks(tmp_path / "b.png", rgb, gama(30_000), icc_profile=linear)
+    np.testing.assert_array_equal(read_image(path), by_profile)
+    path = with_chunks(tmp_path / "c.png", rgb, cicp(1, 13, 0, 1), icc_profile=linear)
+    np.testing.assert_array_equal(read_image(path), rgb)
+
+
+@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
+def test_hdr_is_refused(tmp_path: Path, rgb: np.ndarray, transfer: int, name: str) -> None:
+    path = with_chunks(tmp_path / "a.png", rgb, cicp(9, transfer, 0, 1))
+    assert refusal(path) == f"has HDR colours ({name}); convert it to sRGB first"
+    with pytest.raises(ImageError, match="HDR"):
+        check_header(path)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        cicp(2, 2, 0, 1),
+        cicp(1, 13, 1, 1),
+        cicp(1, 13, 0, 0),
+        cicp(1, 13),
+        cicp(),
+        gama(0),
+        gama(1),
+        chrm(*[0] * 8),
+        chrm(0.3127, 0.0, *SRGB_XY[2:]),
+        chrm(*SRGB_XY[:2], *[0.3, 0.3] * 3),
+    ],
+    ids=lambda chunk: f"{chunk[4:8].decode()}-{chunk[8:-4].hex()[:16]}",
+)
+def test_senseless_colour_chunks_are_ignored_with_a_warning(
+    tmp_path: Path, rgb: np.ndarray, chunk: bytes
+) -> None:
+    path = with_chunks(tmp_path / "a.png", rgb, chunk)
+    with pytest.warns(ImageWarning, match=r"a\.png has a .* chunk that cannot be applied; it is"):
+        np.testing.assert_array_equal(read_image(path), rgb)
+    assert "chunk that cannot be applied (" in refusal(path, strict_color=True)
 
 
 # ---------------------------------------------------------------- refused
@@ -279,7 +462,103 @@ def test_unused_transparent_colour_is_opaque(tmp_path: Path, rgb: np.ndarray) ->
 def test_cmyk_is_refused(tmp_path: Path, rgb: np.ndarray) -> None:
     for name in ("a.jpg", "a.tif"):
         path = save(Image.fromarray(rgb).convert("CMYK"), tmp_path / name)
-        assert refusal(path) == "is in CMYK colours; convert it to RGB first"
+        assert refusal(path) == (
+            "is in CMYK colours; convert it to RGB first, or convert it here with --convert "
+            "(`convert=True`)"
+        )
+
+
+def cmyk_profile() -> bytes:
+    """A printer's profile, version 2, whose one table turns 2^4 mixtures of inks to XYZ."""
+    cyan, magenta, yellow, black = np.meshgrid(*[(0, 1)] * 4, indexing="ij")
+    rgb = np.stack([1 - cyan, 1 - magenta, 1 - yellow], axis=-1) * (1 - black)[..., None]
+    grey = rgb.mean(axis=-1)  # a profile of strange inks: every mixture is grey
+    white = np.array([0.9642, 1.0, 0.8249])
+    levels = np.round(grey[..., None] * white * 32768).astype(">u2").tobytes()
+    lut = b"mft2" + bytes(4) + bytes([4, 3, 2, 0])
+    lut += struct.pack(">9i", *(65536 if i % 4 == 0 else 0 for i in range(9)))
+    lut += struct.pack(">HH", 2, 2) + struct.pack(">HH", 0, 65535) * 4
+    lut += levels + struct.pack(">HH", 0, 65535) * 3
+    point = b"XYZ " + struct.pack(">4i", 0, 63190, 65536, 54061)
+    tags = struct.pack(">I4sII4sII", 2, b"A2B0", 156, len(lut), b"wtpt", 156 + len(lut), 20)
+    size = 156 + len(lut) + 20
+    head = struct.pack(">I4xI", size, 0x02100000) + b"prtrCMYKXYZ " + bytes(12) + b"acsp"
+    head += bytes(28) + struct.pack(">3i", 63190, 65536, 54061) + bytes(48)
+    return head + tags + lut + point
+
+
+def test_cmyk_is_converted_by_its_profile(tmp_path: Path, rgb: np.ndarray) -> None:
+    """Whose inks are all grey, which Pillow's own formula could not know."""
+    cmyk = Image.fromarray(255 - rgb).convert("CMYK")
+    path = save(cmyk, tmp_path / "a.tif", icc_profile=cmyk_profile())
+    image = read_image(path, convert=True)
+    assert image.shape == (HEIGHT, WIDTH, 3) and np.ptp(image.astype(int), axis=2).max() <= 2
+    assert image.std() > 10
+    kept, metadata = parse_image(path.read_bytes(), "a", convert=True, keep_metadata=True)
+    np.testing.assert_array_equal(kept, image)
+    assert metadata.icc_profile is None
+
+
+def test_cmyk_without_a_profile_is_converted_with_a_warning(
+    tmp_path: Path, rgb: np.ndarray
+) -> None:
+    path = save(Image.fromarray(rgb).convert("CMYK"), tmp_path / "a.tif")
+    with pytest.warns(ImageWarning, match=r"a\.tif is in CMYK colours without a profile"):
+        np.testing.assert_array_equal(read_image(path, convert=True), rgb)
+    path = save(Image.fromarray(rgb).convert("CMYK"), tmp_path / "b.tif", icc_profile=profile(1.0))
+    with pytest.warns(ImageWarning) as caught:
+        np.testing.assert_array_equal(read_image(path, convert=True), rgb)
+    ignored, formula = (str(warning.message) for warning in caught)
+    assert "colour profile that cannot be applied" in ignored and "CMYK" in formula
+    assert "cannot be applied" in refusal(path, convert=True, strict_color=True)
+
+
+def test_16_bits_are_converted_to_8(tmp_path: Path, rgb: np.ndarray) -> None:
+    """Grey is rounded; of colours Pillow keeps the upper 8 bits."""
+    deep = (np.arange(HEIGHT * WIDTH) * 65535 // (HEIGHT * WIDTH - 1)).reshape(HEIGHT, WIDTH)
+    expected = np.floor(deep / 257 + 0.5)
+    deep = deep.astype(np.uint16)
+    big_endian = Image.frombytes("I;16B", (WIDTH, HEIGHT), deep.astype(">u2").tobytes())
+    (tmp_path / "a.pgm").write_bytes(
+        b"P5 %d %d 65535\n" % (WIDTH, HEIGHT) + deep.astype(">u2").tobytes()
+    )
+    white_is_0 = {262: 0}
+    for path in (
+        save(deep, tmp_path / "a.png"),
+        save(deep, tmp_path / "a.tif"),
+        save(deep, tmp_path / "lzw.tif", compression="tiff_lzw"),
+        save(big_endian, tmp_path / "b.tif"),
+        tmp_path / "a.pgm",
+    ):
+        np.testing.assert_array_equal(read_image(path, convert=True), expected, path.name)
+    negative = save(65535 - deep, tmp_path / "negative.tif", tiffinfo=white_is_0)
+    with Image.open(negative) as opened:
+        assert opened.tag_v2[262] == 0
+    np.testing.assert_array_equal(read_image(negative, convert=True), expected)
+    keyed = with_chunks(tmp_path / "key.png", deep, png_chunk(b"tRNS", deep[5, 7].tobytes()[::-1]))
+    alpha = np.where(deep == deep[5, 7], 0, 255)
+    np.testing.assert_array_equal(read_image(keyed, convert=True), np.dstack([expected, alpha]))
+    colours = rgb.astype(np.uint16) * 257
+    rows = b"".join(b"\0" + row.tobytes() for row in colours.astype(">u2"))
+    key = png_chunk(b"tRNS", colours[2, 5].astype(">u2").tobytes())
+    data = png(WIDTH, HEIGHT, 16, 2, key, png_chunk(b"IDAT", zlib.compress(rows)))
+    (tmp_path / "rgb.png").write_bytes(data)
+    alpha = np.where((rgb == rgb[2, 5]).all(axis=2), 0, 255)
+    np.testing.assert_array_equal(
+        read_image(tmp_path / "rgb.png", convert=True), np.dstack([rgb, alpha])
+    )
+    assert "--convert" in refusal(tmp_path / "rgb.png")
+
+
+def test_12_bits_of_a_tiff_fill_the_range(tmp_path: Path) -> None:
+    """0 and 4095 are black and white."""
+    rows = bytes([0x00, 0x0F, 0xFF]) * 2  # two pixels of 12 bits in 3 bytes, two rows
+    fields = {256: 2, 257: 2, 258: 12, 259: 1, 262: 1, 273: 110, 277: 1, 279: len(rows)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    head = b"II*\0" + struct.pack("<IH", 8, len(fields))
+    path = tmp_path / "a.tif"
+    path.write_bytes((head + entries).ljust(110, b"\0") + rows)
+    np.testing.assert_array_equal(read_image(path, convert=True), [[0, 255], [0, 255]])
 
 
 def test_more_than_8_bits_are_refused(tmp_path: Path, rgb: np.ndarray) -> None:
@@ -302,6 +581,53 @@ def test_more_than_8_bits_are_refused(tmp_path: Path, rgb: np.ndarray) -> None:
     ]
     for path in paths:
         assert refusal(path).startswith("has more than 8 bits per channel")
+    for name in ("I.tif", "F.tif"):  # of no known range
+        assert "convert=" not in refusal(tmp_path / name, convert=True)
+
+
+@pytest.mark.parametrize(("bits", "shifts"), [(5, (10, 5, 0)), (6, (11, 5, 0))])
+def test_bmp_of_16_bits_per_pixel_is_read(
+    tmp_path: Path, rgb: np.ndarray, bits: int, shifts: tuple[int, int, int]
+) -> None:
+    """5-5-5 and 5-6-5: every level at the one of 256 that is nearest to it."""
+    depths = (5, bits, 5)
+    levels = [rgb[..., i].astype(int) >> 8 - depth for i, depth in enumerate(depths)]
+    pixels = sum(level << shift for level, shift in zip(levels, shifts, strict=True))
+    masks = [(1 << d) - 1 << shift for d, shift in zip(depths, shifts, strict=True)]
+    rows = pixels[::-1].astype("<u2").tobytes()  # from the bottom; 40 bytes each, a multiple of 4
+    header = struct.pack("<IiiHHIIiiII3I", 40, WIDTH, HEIGHT, 1, 16, 3, 0, 0, 0, 0, 0, *masks)
+    path = tmp_path / "a.bmp"
+    path.write_bytes(b"BM" + struct.pack("<IHHI", 66 + len(rows), 0, 0, 66) + header + rows)
+    expected = [lev * 255 / (2**d - 1) for lev, d in zip(levels, depths, strict=True)]
+    assert np.abs(read_image(path) - np.stack(expected, axis=-1)).max() < 1
+
+
+def test_depth_of_every_raw_mode() -> None:
+    """All raw modes in Pillow's binary; 16 bits are deep unless they are those of a pixel."""
+    binary = Path(Image.core.__file__).read_bytes()
+    found = {raw.decode() for raw in re.findall(rb"(?<=\0)[A-Za-z]+;\d+[A-Z]*(?=\0)", binary)}
+    assert {"BGR;16", "RGB;15", "RGB;16B", "LA;16B", "CMYK;16L", "I;12"} <= found
+    packed = {"BGR;15", "BGR;16", "RGB;15", "RGB;16", "BGRA;15", "BGRA;15Z", "RGBA;15"}
+    deep = {raw for raw in found if re.search(r";(12|16|32|64)", raw)} - packed
+    assert {raw for raw in found if bits_of(raw) > 8} == deep
+    assert all(bits_of(mode) == 8 for mode in Image.MODES if ";" not in mode)
+
+
+def test_every_mode_is_read_or_refused() -> None:
+    for mode in Image.MODES:
+        image = Image.new(mode, (3, 2))
+        try:
+            refuse_what_would_be_lost(image)
+            assert to_array(image, icc=None).shape[:2] == (2, 3)
+        except ImageError as error:
+            deep = mode[0] in "IF"
+            assert ("more than 8 bits" in str(error)) == deep
+            assert deep or mode in ("CMYK", "HSV", "LAB")
+
+
+def test_sgi_of_16_bits_is_refused(tmp_path: Path, rgb: np.ndarray) -> None:
+    """Stored without compression, where no raw mode tells."""
+    assert "more than 8 bits" in refusal(save(rgb, tmp_path / "a.sgi", bpc=2))
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
@@ -325,8 +651,41 @@ def test_truncated_file_is_refused(tmp_path: Path, name: str) -> None:
         assert "damaged or truncated" in message or "no image" in message
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_truncated_file_is_read_as_far_as_it_goes(tmp_path: Path, name: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = save(noise, tmp_path / name)
+    complete, data = read_image(path), path.read_bytes()
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    np.testing.assert_array_equal(read_image(path, lenient=True), complete)
+    path.write_bytes(data[: len(data) * 3 // 4])
+    with pytest.warns(ImageWarning, match="damaged or truncated: .*; it is read as far as it goes"):
+        image = read_image(path, lenient=True)
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    np.testing.assert_array_equal(image[:24], complete[:24])
+    assert (image[-8:] != complete[-8:]).any()
+    assert "damaged or truncated" in refusal(path)
+
+
+def test_lenient_readers_and_strict_ones_take_turns(tmp_path: Path, rgb: np.ndarray) -> None:
+    """In threads: no strict reader ever gets what a lenient one is allowed."""
+    path = save(rgb, tmp_path / "a.png")
+    path.write_bytes(path.read_bytes()[:-30])
+
+    def attempt(i: int) -> bool:
+        try:
+            return read_image(path, lenient=i % 2 == 0).shape == rgb.shape
+        except ImageError:
+            return False
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
+        warnings.simplefilter("ignore", ImageWarning)
+        assert list(pool.map(attempt, range(200))) == [True, False] * 100
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.tif", "a.webp"])
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # damaged metadata, no pixels
+@pytest.mark.filterwarnings("ignore::cmamba_ref.ImageWarning")  # a damaged profile
 def test_damaged_bytes_never_crash(tmp_path: Path, rgb: np.ndarray, name: str) -> None:
     """Any byte wrong: an image or an ImageError, nothing else."""
     exif = Image.Exif()

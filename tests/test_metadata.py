@@ -17,7 +17,7 @@ from cmamba_ref.cli import main
 from cmamba_ref.codec.container import Container
 from cmamba_ref.codec.images import parse_image, png_bytes, read_image
 from cmamba_ref.codec.metadata import NO_METADATA, Metadata
-from cmamba_ref.errors import ImageError, InvalidArgumentError
+from cmamba_ref.errors import ImageError, ImageWarning, InvalidArgumentError
 
 IMAGE = make_image(40, 60)
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -283,8 +283,13 @@ def test_a_profile_that_cannot_be_applied_is_not_kept(tmp_path: Path) -> None:
     Image.fromarray(IMAGE).save(tmp_path / "noise.png", icc_profile=b"noise")
     Image.fromarray(IMAGE).save(tmp_path / "text.tif", tiffinfo={34675: "noise"})
     for path in tmp_path.iterdir():
+        data = path.read_bytes()
         with pytest.raises(ImageError, match="colour profile that cannot be applied"):
-            parse_image(path.read_bytes(), path.name, keep_metadata=True)
+            parse_image(data, path.name, keep_metadata=True, strict_color=True)
+        with pytest.warns(ImageWarning, match=f"{path.name} has a colour profile that cannot"):
+            image, metadata = parse_image(data, path.name, keep_metadata=True)
+        np.testing.assert_array_equal(image, IMAGE[..., 0] if path.stem == "grey" else IMAGE)
+        assert metadata == NO_METADATA
 
 
 def test_a_profile_too_large_to_keep_is_applied_all_the_same(tmp_path: Path) -> None:

@@ -17,7 +17,13 @@ import cmamba_ref
 from cmamba_ref import CMamba, MemoryLimitError, codec, pillow_plugin
 from cmamba_ref.codec import image_codec, memory
 from cmamba_ref.codec.images import read_image
-from cmamba_ref.errors import BitstreamError, ImageError, ModelMismatchError, PillowError
+from cmamba_ref.errors import (
+    BitstreamError,
+    ImageError,
+    ImageWarning,
+    ModelMismatchError,
+    PillowError,
+)
 
 IMAGE = make_image(70, 90)
 
@@ -284,11 +290,15 @@ def test_save_reads_images_like_the_command_line(tmp_path: Path, model: CMamba) 
         shown = Image.open(buffer)
         assert shown.size == expected.shape[1::-1], name
         assert not shown.getexif() and shown.info == {}
+    ignored, buffer = "^the image has a colour profile that cannot be applied", io.BytesIO()
+    with Image.open(tmp_path / "profile.png") as opened, pytest.warns(ImageWarning, match=ignored):
+        opened.save(buffer, "CMAMBA", model=model)
+    assert buffer.getvalue() == cmamba_ref.encode(IMAGE, model)
     with (
         Image.open(tmp_path / "profile.png") as opened,
         pytest.raises(PillowError, match="colour profile that cannot"),
     ):
-        opened.save(io.BytesIO(), "CMAMBA", model=model)
+        opened.save(io.BytesIO(), "CMAMBA", model=model, icc_profile=profile)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])

@@ -8,15 +8,17 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmamba_ref.atomic_write import check_writable, write_atomically
 from cmamba_ref.cli import process_pool
+from cmamba_ref.cli.warning_lines import warning_lines
 from cmamba_ref.errors import (
     InvalidArgumentError,
     MemoryLimitError,
@@ -50,17 +52,21 @@ class Task:
 
 @dataclass(frozen=True)
 class Keep:
-    """What becomes of that in a file which is not pixels.
+    """How `encode` reads files, and what the output keeps beside pixels.
 
     Attributes:
         metadata: for `encode`, keep EXIF, XMP and the ICC profile, with the pixels in its space.
         time: give the output the input's time of change.
         background: for `encode`, the colour to lay transparent images onto; None keeps alpha.
+        strict_color, lenient, convert: for `encode`, as in `cmamba_ref.codec.images.read_image`.
     """
 
     metadata: bool = False
     time: bool = False
     background: tuple[int, int, int] | None = None
+    strict_color: bool = False
+    lenient: bool = False
+    convert: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ class Outcome:
         detail: the description that `verify` gives of a good file; what `encode` has dropped.
         unchecked: the error is not the file's: it cannot be read, its model or version is not
             available, or memory is short.
+        warnings: one line each, with the file's name.
     """
 
     source: Path
@@ -108,6 +115,7 @@ class Outcome:
     detail: str = ""
     error: str | None = None
     unchecked: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------- which files
@@ -283,6 +291,7 @@ _here: tuple[Job, CMamba] | Exception | None = None
 
 def _prepare_here(job: Job, threads: int) -> None:
     global _here
+    warnings.simplefilter("ignore")  # of libraries as they load: the same in every process
     try:
         import torch
 
@@ -301,6 +310,13 @@ def _work_here(task: Task) -> Outcome:
 
 
 def _outcome(model: CMamba, job: Job, task: Task) -> Outcome:
+    lines: list[str] = []
+    with warning_lines(str(task.source), lines.append):
+        outcome = _work(model, job, task)
+    return replace(outcome, warnings=tuple(lines))
+
+
+def _work(model: CMamba, job: Job, task: Task) -> Outcome:
     try:
         if task.target is None:
             return _verify(model, job, task.source)
@@ -358,6 +374,9 @@ def parse_source(
         name,
         max_pixels=max_pixels,
         background=keep.background,
+        strict_color=keep.strict_color,
+        lenient=keep.lenient,
+        convert=keep.convert,
         keep_metadata=keep.metadata,
     )
     return (image, metadata, []) if keep.metadata else (image, NO_METADATA, metadata.names())

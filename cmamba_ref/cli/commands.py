@@ -31,6 +31,7 @@ from cmamba_ref.atomic_write import check_writable, write_atomically
 from cmamba_ref.cli import stdio
 from cmamba_ref.cli.stdio import STREAM
 from cmamba_ref.cli.threads import use_one_thread_if_busy
+from cmamba_ref.cli.warning_lines import warning_lines
 from cmamba_ref.errors import (
     BitstreamError,
     CMambaError,
@@ -63,10 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    inputs = getattr(args, "inputs", ())
+    name = stdio.label(inputs[0], "input") if len(inputs) == 1 else ""
     try:
-        code = args.command(args)
-        stdio.flush_output()
-        return code
+        with warning_lines(name, _warn):
+            code = args.command(args)
+            stdio.flush_output()
+            return code
     except KeyboardInterrupt:
         print("cmamba: interrupted", file=sys.stderr)
         return 130
@@ -215,6 +219,8 @@ def _many(args: argparse.Namespace, command: str) -> int:
 
         def report(outcome: batch.Outcome) -> None:
             summary.add(outcome)
+            for line in outcome.warnings:
+                _warn(line)
             if outcome.error:
                 bar.write(f"cmamba: error: {outcome.error}", file=sys.stderr)
             bar.update()
@@ -249,6 +255,8 @@ def _verify(args: argparse.Namespace) -> int:
 
         def report(outcome: batch.Outcome) -> None:
             outcomes.append(outcome)
+            for line in outcome.warnings:
+                _warn(line)
             if outcome.unchecked:
                 line = f"not checked: {outcome.error}"
             elif outcome.error:
@@ -377,8 +385,9 @@ def _keep(args: argparse.Namespace) -> Keep:
     """Return what the options of `encode` or `decode` say about all that is not pixels."""
     from cmamba_ref.cli.batch import Keep
 
-    metadata, background = (getattr(args, n, None) for n in ("keep_metadata", "background"))
-    return Keep(bool(metadata), args.keep_time, background)
+    names = ("background", "strict_color", "lenient", "convert")
+    of_encode = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return Keep(getattr(args, "keep_metadata", False), args.keep_time, **of_encode)
 
 
 def _check_time(args: argparse.Namespace, source: Path, target: Path) -> None:
@@ -538,6 +547,13 @@ def _stages(count: int) -> Iterator[Callable[[str], None]]:
         yield begin
 
 
+def _warn(line: str) -> None:
+    """Report a warning in one line, above any progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(f"cmamba: warning: {line}", file=sys.stderr)
+
+
 def _fail(reason: str | None) -> int:
     """Report an expected error in one line."""
     print(f"cmamba: error: {reason}", file=sys.stderr)
@@ -594,6 +610,24 @@ def _parser() -> argparse.ArgumentParser:
         type=_colour,
         metavar="COLOUR",
         help="lay transparent images onto a colour, such as white or #336699 (default: keep alpha)",
+    )
+    encode.add_argument(
+        "--strict-color",
+        action="store_true",
+        help="refuse images with a colour profile that cannot be applied (default: ignore the "
+        "profile, with a warning)",
+    )
+    encode.add_argument(
+        "--lenient",
+        action="store_true",
+        help="read what there is of damaged and truncated images, with a warning (default: refuse "
+        "them)",
+    )
+    encode.add_argument(
+        "--convert",
+        action="store_true",
+        help="convert images of 16 bits to 8, and CMYK to sRGB, by its profile if there is one "
+        "(default: refuse them)",
     )
     encode.set_defaults(command=_encode)
 

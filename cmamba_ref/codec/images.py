@@ -1,10 +1,9 @@
 """Image I/O: files to arrays and back; one reader for the codec and for training.
 
 Pillow decodes. What a `.cmb` file cannot hold (16 bits, several frames, CMYK) is refused with a
-suggested fix instead of being dropped silently.
+suggested fix instead of being dropped silently; CMYK and 16 bits are converted if asked for.
 
-Not applied, as in Pillow itself: the PNG chunks gAMA, cHRM and cICP. AVIF and JPEG 2000 files of
-more than 8 bits arrive here rounded to 8 by Pillow.
+AVIF and JPEG 2000 files of more than 8 bits arrive here rounded to 8 by Pillow.
 """
 
 from __future__ import annotations
@@ -21,23 +20,33 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    Image,
+    ImageCms,
+    ImageFile,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
 from cmamba_ref.atomic_write import write_atomically
-from cmamba_ref.codec import formats
+from cmamba_ref.codec import formats, png_colour
 from cmamba_ref.codec.image_codec import (
     DEFAULT_MAX_PIXELS,
     SHAPES,
     has_alpha,
-    is_grey,
     is_image,
 )
 from cmamba_ref.codec.metadata import NO_METADATA, Metadata
-from cmamba_ref.errors import ImageError, InvalidArgumentError
+from cmamba_ref.errors import ImageError, ImageWarning, InvalidArgumentError
 
 GREY_MODES = ("1", "L", "LA", "La")
 COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")
 DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
+
+# Reasons of an ImageError for which another try may read what there is of the file.
+NO_IMAGE, DAMAGED = "no image", "damaged or truncated"
 
 # The transpose that turns a stored image upright, by its EXIF orientation; 1 is upright already.
 UPRIGHT_BY = {
@@ -65,12 +74,16 @@ def read_image(
     *,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     background: tuple[int, int, int] | None = None,
+    strict_color: bool = False,
+    lenient: bool = False,
+    convert: bool = False,
 ) -> np.ndarray:
     """Return an image as viewers show it: upright, in sRGB.
 
     EXIF rotation and an embedded colour profile are applied; EXIF that cannot be read is ignored,
-    as viewers do, a profile that cannot be applied is an error. Of a phone's multi-picture JPEG
-    (MPO) the main image is read. Palettes become RGB, their transparency an alpha channel.
+    as viewers do, and so is a profile that is broken or of another kind of image, with an
+    `ImageWarning`. Of a phone's multi-picture JPEG (MPO) the main image is read. Palettes become
+    RGB, their transparency an alpha channel.
 
     Args:
         path: a file in any format that Pillow reads.
@@ -78,6 +91,11 @@ def read_image(
             is that of Pillow's own, process-wide guard against decompression bombs; threads with
             the same limit read at the same time, others take turns.
         background: lay transparent images onto this colour, in sRGB.
+        strict_color: refuse a profile that cannot be applied, in place of ignoring it.
+        lenient: read what there is of a damaged or truncated file, with an `ImageWarning`.
+        convert: convert grey of up to 16 bits, rounding, colour of 16 bits, of which Pillow keeps
+            the upper 8, and CMYK, by its profile, or without one as Pillow does, with an
+            `ImageWarning`.
 
     Returns:
         uint8 `[H, W, 3]`, or `[H, W]` where the file is grey or black-and-white; with an alpha
@@ -87,17 +105,26 @@ def read_image(
         ImageError: no image, damaged, or of a kind that this codec does not store.
         OSError: the file cannot be read.
     """
-    with _opened(io.BytesIO(Path(path).read_bytes()), str(path), max_pixels) as image:
-        return to_array(image, background=background)
+    data = Path(path).read_bytes()
+    image, _ = parse_image(
+        data,
+        str(path),
+        max_pixels=max_pixels,
+        background=background,
+        strict_color=strict_color,
+        lenient=lenient,
+        convert=convert,
+    )
+    return image
 
 
 def read_opaque_image(path: str | os.PathLike) -> np.ndarray:
-    """Return an image as `read_image` does, uint8 `[H, W, 3]` or `[H, W]`.
+    """Return an image as `read_image` does with `strict_color`, uint8 `[H, W, 3]` or `[H, W]`.
 
     Raises:
         ImageError, OSError: as there; also where a pixel is not opaque.
     """
-    image = read_image(path)
+    image = read_image(path, strict_color=True)
     if has_alpha(image):
         raise ImageError(
             f"{path} has transparency; flatten it onto a background first", "transparency"
@@ -111,32 +138,48 @@ def parse_image(
     *,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     background: tuple[int, int, int] | None = None,
+    strict_color: bool = False,
+    lenient: bool = False,
+    convert: bool = False,
     keep_metadata: bool = False,
 ) -> tuple[np.ndarray, Metadata]:
     """Return the image in `data` as `read_image` does, and its metadata; errors call it `name`.
 
     Args:
         keep_metadata: leave the pixels in the file's own colour space, except with a background.
+            A profile that is ignored is not kept, nor one of CMYK.
 
     Returns:
         the image, and the metadata that describes it; without `keep_metadata`, what of it is lost
         if it is not stored. The orientation in it is 1, as that of the image.
     """
-    with _opened(io.BytesIO(data), name, max_pixels) as image:
-        keep_profile = keep_metadata and background is None
-        array = to_array(image, background=background, keep_profile=keep_profile)
-        if keep_profile:
-            check_profile(array, image.info.get("icc_profile"))
-        try:
-            metadata = metadata_of(image, with_profile=keep_profile).upright()
-        except InvalidArgumentError as error:  # too much of it, which is no reason not to drop it
-            if keep_metadata:
-                reason = "more metadata than a file can hold"
-                raise ImageError(f"has {reason}: {error}", reason) from error
-            metadata = NO_METADATA
-    if orientation_in(metadata) in UPRIGHT_BY:  # it could not be set, where Pillow reads it
-        metadata = NO_METADATA
-    return array, metadata
+
+    def parse(*, truncated: bool) -> tuple[np.ndarray, Metadata]:
+        limits = max_pixels, truncated
+        with _opened(io.BytesIO(data), name, limits, convert=convert) as image:
+            icc = profile_of(image, name, strict_color=strict_color)
+            keep_profile = keep_metadata and background is None and image.mode != "CMYK"
+            array = to_array(image, icc=None if keep_profile else icc, background=background)
+            try:
+                metadata = metadata_of(image, icc if keep_profile else None).upright()
+            except InvalidArgumentError as error:  # too much of it: no reason not to drop it
+                if keep_metadata:
+                    reason = "more metadata than a file can hold"
+                    raise ImageError(f"has {reason}: {error}", reason) from error
+                metadata = NO_METADATA
+        # The orientation could not be set, where Pillow reads it.
+        is_upright = orientation_in(metadata) not in UPRIGHT_BY
+        return array, metadata if is_upright else NO_METADATA
+
+    try:
+        return parse(truncated=False)
+    except ImageError as error:
+        if not lenient or error.reason not in (NO_IMAGE, DAMAGED):
+            raise
+        damage = error
+    result = parse(truncated=True)
+    warnings.warn(f"{damage}; it is read as far as it goes", ImageWarning, stacklevel=2)
+    return result
 
 
 def check_header(
@@ -152,18 +195,25 @@ def check_header(
     Raises:
         ImageError, OSError: as `read_image`.
     """
-    with open(path, "rb") as file, _opened(file, str(path), max_pixels) as image:
-        _refuse_what_would_be_lost(image)
+    with open(path, "rb") as file, _opened(file, str(path), (max_pixels, False)) as image:
         width, height = image.size
         return (height, width) if _orientation(image) in SIDEWAYS else (width, height)
 
 
 @contextmanager
-def _opened(source: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
-    """Open an image within the limit of pixels; any failure inside is an ImageError of `name`."""
+def _opened(
+    source: BinaryIO, name: str, limits: tuple[int, bool], *, convert: bool = False
+) -> Iterator[Image.Image]:
+    """Open an image of a kind that can be stored, within limits as those of `_PixelLimit`.
+
+    Any failure inside is an ImageError of `name`.
+    """
     formats.register_heif()
     try:
-        with _pixel_limit(max_pixels), Image.open(source) as image:
+        with _pixel_limit(*limits), Image.open(source) as image:
+            if image.format == "PNG" and (cicp := png_colour.read_cicp(source)) is not None:
+                image.info["cicp"] = cicp
+            refuse_what_would_be_lost(image, convert=convert)
             yield image
     except ImageError as error:
         raise ImageError(f"{name} {error}", error.reason) from error
@@ -171,19 +221,19 @@ def _opened(source: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Imag
         source.seek(0)
         hint = f"; {formats.HEIF_HINT}" if formats.is_heif(source.read(12)) else ""
         raise ImageError(
-            f"{name} is no image in a format that Pillow reads{hint}", "no image"
+            f"{name} is no image in a format that Pillow reads{hint}", NO_IMAGE
         ) from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        reason = f"more than {max_pixels} pixels"
+        reason = f"more than {limits[0]} pixels"
         raise ImageError(
             f"{name} has {reason}; raise `max_pixels` if you trust it", reason
         ) from error
-    except MemoryError:
+    except (MemoryError, ImageWarning):
         raise
     # On damaged data Pillow raises a dozen types, SyntaxError and struct.error among them.
     except Exception as error:
         unsupported = re.search("support|loader|cannot load this|Ghostscript|available", str(error))
-        reason = "not supported" if unsupported else "damaged or truncated"
+        reason = "not supported" if unsupported else DAMAGED
         raise ImageError(f"{name} is {reason}: {error}", reason) from error
 
 
@@ -222,23 +272,25 @@ def png_bytes(image: np.ndarray, metadata: Metadata = NO_METADATA) -> bytes:
 class _PixelLimit:
     """Pillow's guard against decompression bombs, set to one limit while anyone reads under it.
 
-    The guard and the filter of warnings belong to the process. So readers with the same limit
-    share them, and a reader with another limit waits until those are done.
+    With `truncated`, Pillow also reads truncated files. Guard, that switch and the filter of
+    warnings belong to the process. So readers with the same limits share them, and a reader with
+    others waits until those are done.
     """
 
     def __init__(self) -> None:
         self._turn = threading.Lock()  # held by whoever waits: later readers queue behind it
         self._changed = threading.Condition()
         self._readers = 0
-        self._limit = 0
+        self._limits = 0, False
         self._to_restore = ExitStack()
 
     @contextmanager
-    def __call__(self, max_pixels: int) -> Iterator[None]:
+    def __call__(self, max_pixels: int, truncated: bool = False) -> Iterator[None]:
+        limits = max_pixels, truncated
         with self._turn, self._changed:
-            self._changed.wait_for(lambda: not self._readers or self._limit == max_pixels)
+            self._changed.wait_for(lambda: not self._readers or self._limits == limits)
             if not self._readers:
-                self._set(max_pixels)
+                self._set(*limits)
             self._readers += 1
         try:
             yield
@@ -249,10 +301,14 @@ class _PixelLimit:
                     self._to_restore.close()
                     self._changed.notify()
 
-    def _set(self, max_pixels: int) -> None:
-        self._limit = max_pixels
-        self._to_restore.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-        Image.MAX_IMAGE_PIXELS = max_pixels
+    def _set(self, max_pixels: int, truncated: bool) -> None:
+        self._limits = max_pixels, truncated
+        for module, name, value in (
+            (Image, "MAX_IMAGE_PIXELS", max_pixels),
+            (ImageFile, "LOAD_TRUNCATED_IMAGES", truncated or ImageFile.LOAD_TRUNCATED_IMAGES),
+        ):
+            self._to_restore.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
         # By itself Pillow only warns up to twice the limit.
         self._to_restore.enter_context(warnings.catch_warnings())
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -264,31 +320,32 @@ _pixel_limit = _PixelLimit()
 def to_array(
     image: Image.Image,
     *,
+    icc: bytes | None,
     background: tuple[int, int, int] | None = None,
-    keep_profile: bool = False,
     orientation: int | None = None,
 ) -> np.ndarray:
-    """Return an image of Pillow's as viewers show it: upright, in sRGB; see `read_image`.
+    """Return an image of Pillow's as viewers show it, upright; see `read_image`.
 
     Args:
+        image: one that `refuse_what_would_be_lost` lets pass.
+        icc: the profile to convert to sRGB from, see `profile_of`; None to leave colours as stored.
         background: as in `read_image`.
-        keep_profile: leave the pixels in the image's own colour space.
         orientation: to turn the image by, 1...8; None for that in its EXIF data.
-
-    Raises:
-        ImageError: of a kind that this codec does not store; the text continues the file's name.
     """
-    _refuse_what_would_be_lost(image)
     _scale_colour_key(image)
-    icc = image.info.get("icc_profile")
+    depth = _depth(image)
     upright = _upright(image, orientation)
-    mode, alpha = "L" if upright.mode in GREY_MODES else "RGB", None
+    if image.mode in DEEP_MODES:
+        upright = _rounded_to_8_bits(upright, depth, is_negative=_is_negative(image))
+    mode, alpha = _colour_mode(image), None
     if upright.has_transparency_data:
         upright = upright.convert("LA" if mode == "L" else "RGBA")
         alpha = upright.getchannel("A")
     colours = upright.convert(mode)
-    if icc and not keep_profile:
+    if icc:
         colours = _to_srgb(colours, icc)
+    elif mode == "CMYK":
+        colours = colours.convert("RGB")
     if alpha is None or alpha.getextrema()[0] == 255:
         return np.array(colours)
     if background is None:
@@ -300,19 +357,38 @@ def to_array(
 
 
 def _scale_colour_key(image: Image.Image) -> None:
-    """Scale the transparent grey of a PNG of 2 or 4 bits to the 256 levels that Pillow reads.
+    """Scale the transparent colour of a PNG to the 256 levels that Pillow reads.
 
-    Pillow leaves it as it is in the file, and would find it nowhere.
+    Pillow leaves grey of 2 or 4 and colours of 16 bits as they are in the file, and would find them
+    nowhere.
     """
     key, tiles = image.info.get("transparency"), getattr(image, "tile", ())
     if image.format == "PNG" and tiles and isinstance(key, int):
         image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(tiles[0][3], 1)
+    elif image.format == "PNG" and tiles and isinstance(key, tuple) and _depth(image) == 16:
+        image.info["transparency"] = tuple(level >> 8 for level in key)
 
 
-def metadata_of(image: Image.Image, *, with_profile: bool) -> Metadata:
-    """Return the metadata of an image of Pillow's that has been loaded, as its file has it.
+def _rounded_to_8_bits(image: Image.Image, depth: int, *, is_negative: bool) -> Image.Image:
+    """Return grey of more bits in 8; a transparent level becomes an alpha channel."""
+    deep, top = np.asarray(image).astype(np.int32), 2**depth - 1
+    levels = (deep * 255 + top // 2) // top
+    grey = Image.fromarray((255 - levels if is_negative else levels).astype(np.uint8))
+    if "transparency" in image.info:
+        opaque = (deep != image.info["transparency"]).astype(np.uint8) * 255
+        grey.putalpha(Image.fromarray(opaque))
+    return grey
 
-    Of a TIFF only profile and XMP: its EXIF is not one piece of data but the file itself.
+
+def _is_negative(image: Image.Image) -> bool:
+    """Return whether a TIFF declares white as 0, which Pillow ignores in grey of 16 bits."""
+    return getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+
+
+def metadata_of(image: Image.Image, icc: bytes | None) -> Metadata:
+    """Return that profile and the metadata of an image that Pillow has loaded, as its file has it.
+
+    Of a TIFF only XMP: its EXIF is not one piece of data but the file itself.
 
     Raises:
         InvalidArgumentError: more than a file can hold.
@@ -322,7 +398,6 @@ def metadata_of(image: Image.Image, *, with_profile: bool) -> Metadata:
     if not exif and isinstance(raw, str):
         with suppress(ValueError):
             exif = bytes.fromhex("".join(raw.split("\n")[3:]))
-    icc = image.info.get("icc_profile") if with_profile else None
     found = {"exif": exif, "icc_profile": icc, "xmp": xmp}
     return Metadata(**{k: v for k, v in found.items() if isinstance(v, bytes) and v})
 
@@ -354,8 +429,15 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _refuse_what_would_be_lost(image: Image.Image) -> None:
-    """Refuse what the header says: several frames, deep colour, CMYK."""
+def refuse_what_would_be_lost(image: Image.Image, *, convert: bool = False) -> None:
+    """Refuse what this codec does not store: several frames, deep or HDR colour, CMYK.
+
+    Args:
+        convert: let pass CMYK and deep colour of a known range, see `read_image`.
+
+    Raises:
+        ImageError: the text continues the image's name.
+    """
     # MPO is excepted: phones put a small preview or a gain map behind the main image.
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
@@ -363,32 +445,96 @@ def _refuse_what_would_be_lost(image: Image.Image) -> None:
             f"has {frames} frames or pages; a .cmb file holds one image: extract the one you want",
             "several frames or pages",
         )
-    if image.mode in DEEP_MODES or _loses_bits(image):
+    png_colour.refuse_hdr(image.info)
+    has_range = _depth(image) <= 16
+    by_option = ", or convert it here with --convert (`convert=True`)"
+    if _depth(image) > 8 and not (convert and has_range):
         reason = "more than 8 bits per channel"
-        raise ImageError(f"has {reason}; this codec stores 8: convert it to 8 bits first", reason)
-    if image.mode not in GREY_MODES + COLOUR_MODES:
+        fix = "convert it to 8 bits first" + (by_option if has_range else "")
+        raise ImageError(f"has {reason}; this codec stores 8: {fix}", reason)
+    is_known = image.mode in GREY_MODES + COLOUR_MODES + DEEP_MODES
+    if not (is_known or (convert and image.mode == "CMYK")):
         reason = f"{image.mode} colours"
-        raise ImageError(f"is in {reason}; convert it to RGB first", reason)
+        fix = "convert it to RGB first" + (by_option if image.mode == "CMYK" else "")
+        raise ImageError(f"is in {reason}; {fix}", reason)
 
 
-def _loses_bits(image: Image.Image) -> bool:
-    """Return whether Pillow is going to cut 16-bit colour down to the 8 bits of its modes."""
+def _depth(image: Image.Image) -> int:
+    """Return the bits per channel of an image, before it is loaded; 32 where white is unknown."""
+    # Pillow scales grey of PPM files to 16 bits; other whole numbers and floats may be anything.
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        return 32
+    depths = [16 if image.mode in DEEP_MODES else 8]
     for tile in getattr(image, "tile", ()):
         args = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
-        if any(isinstance(arg, str) and ";16" in arg for arg in args):
-            return True
-        if tile[0].startswith("ppm") and args[-1] > 255:  # (mode, largest value)
-            return True
-    return False
+        depths = [bits_of(arg) for arg in args if isinstance(arg, str)]
+        # The second of (mode, largest value).
+        if tile[0] == "SGI16" or (tile[0].startswith("ppm") and args[-1] > 255):
+            return 16
+    return max(depths, default=8)
 
 
-def _transform(image: Image.Image, icc: bytes) -> ImageCms.ImageCmsTransform:
-    """Return the transform from an embedded profile to sRGB, of an RGB or grey image."""
+def bits_of(raw_mode: str) -> int:
+    """Return the bits per channel of a raw mode of Pillow's, such as "L", "RGB;16B" or "BGR;16".
+
+    The number is that of a channel where a byte order follows or there is one channel, else that
+    of a pixel: "BGR;16" has 5, 6 and 5 bits.
+    """
+    channels, _, layout = raw_mode.partition(";")
+    number = layout.rstrip("BFILNRSZ")
+    if not number.isdecimal():
+        return 8
+    of_channel = len(channels) == 1 or layout[len(number) :].startswith(("B", "L", "N"))
+    return int(number) if of_channel else int(number) // len(channels)
+
+
+def profile_of(image: Image.Image, name: str, *, strict_color: bool = False) -> bytes | None:
+    """Return the profile of an image of Pillow's, None for sRGB or where it cannot be applied.
+
+    Of PNG files it may be made for the chunks cICP, gAMA and cHRM.
+
+    Raises:
+        ImageError: with `strict_color`, it has one that cannot be applied; without, that is an
+            `ImageWarning` of `name`. The text of the error continues the image's name.
+    """
+    try:
+        icc = png_colour.declared_profile(image.info, grey=_colour_mode(image) == "L")
+        if icc:
+            check_profile(image, icc)
+    except ImageError as error:
+        if strict_color:
+            raise
+        warnings.warn(f"{name} has a {error.reason}; it is ignored", ImageWarning, stacklevel=2)
+        icc = None
+    if image.mode == "CMYK" and not icc:
+        text = "is in CMYK colours without a profile; it is converted as if its inks were ideal"
+        warnings.warn(f"{name} {text}", ImageWarning, stacklevel=2)
+    return icc
+
+
+def check_profile(image: Image.Image, icc: bytes) -> None:
+    """Refuse a profile that cannot be applied to an image of Pillow's.
+
+    Raises:
+        ImageError: the text continues the image's name.
+    """
+    _transform(_colour_mode(image), icc)
+
+
+def _colour_mode(image: Image.Image) -> str:
+    """Return the mode of an image's colours, without alpha: "L", "CMYK" or "RGB"."""
+    if image.mode == "CMYK":
+        return "CMYK"
+    return "L" if image.mode in GREY_MODES + DEEP_MODES else "RGB"
+
+
+def _transform(mode: str, icc: bytes) -> ImageCms.ImageCmsTransform:
+    """Return the transform from an embedded profile to sRGB, of images of a `_colour_mode`."""
     try:
         return ImageCms.buildTransform(
             ImageCms.ImageCmsProfile(io.BytesIO(icc)),
             ImageCms.createProfile("sRGB"),
-            image.mode,
+            mode,
             "RGB",
         )
     # TypeError: a TIFF whose profile is no bytes.  ImportError: a Pillow without LittleCMS.
@@ -401,19 +547,11 @@ def _transform(image: Image.Image, icc: bytes) -> ImageCms.ImageCmsTransform:
         ) from error
 
 
-def check_profile(image: np.ndarray, icc: bytes | None) -> None:
-    """Refuse a profile that cannot be applied to an image, so that no file gets one.
-
-    Raises:
-        ImageError: the text continues the image's name.
-    """
-    if icc:
-        _transform(Image.new("L" if is_grey(image) else "RGB", (1, 1)), icc)
-
-
 def _to_srgb(image: Image.Image, icc: bytes) -> Image.Image:
-    """Apply an embedded profile to an RGB or grey image."""
-    transform = _transform(image, icc)
+    """Apply an embedded profile to an image without alpha."""
+    transform = _transform(image.mode, icc)
+    if image.mode == "CMYK":
+        return transform.apply(image)
 
     def apply(to: Image.Image) -> Image.Image:
         done = transform.apply(to)
