@@ -53,6 +53,10 @@ class ImageWarning(UserWarning):
     """An image is read, and something in its file is left out; the message names both."""
 
 
+class TargetError(CMambaError, RuntimeError):
+    """No quality gives the size or the PSNR that was asked for; the message names the nearest."""
+
+
 class WeightsError(CMambaError, RuntimeError):
     """Weights are missing, damaged, or do not fit the configuration beside them."""
 

@@ -9,6 +9,7 @@
 Options of `save`; others are ignored, as Pillow's own formats do:
 
     quality: 1 (small) to 8 (good), any number in between; 4 where it is left out. Not 1 to 100.
+    effort: 0 (fast) to 9 (slow), as in `cmamba_ref.encode`; 0 where it is left out.
     model: the name of a bundled model, a directory with one, a repository of the Hugging Face
         Hub, or a `CMamba`; "tiny" where it is left out.
     exif, icc_profile, xmp: bytes to keep, or an `Image.Exif`; none where they are left out. The
@@ -193,6 +194,7 @@ def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
         image,
         model if isinstance(model, CMamba) else use_model(model),
         options.get("quality"),
+        effort=options.get("effort") or 0,
         metadata=given.upright(),
         max_pixels=options.get("max_pixels") or DEFAULT_MAX_PIXELS,
         max_memory=options.get("max_memory"),

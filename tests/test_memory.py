@@ -32,12 +32,15 @@ def test_24_megapixels_take_less_than_8_gib_with_small():
 MEASURED = """
 import sys, numpy as np, torch
 from cmamba_ref import CMamba, encode, decode
+from cmamba_ref.codec import refinement
 from tools import resident
+refinement.STEPS = (0, 2)
 torch.set_num_threads(1)
 model, side = CMamba.from_pretrained("tiny"), int(sys.argv[1])
-encode(np.zeros((64, 64, 3), np.uint8), model)
+encode(np.zeros((64, 64, 3), np.uint8), model, effort=1)
 image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-for work in (lambda: encode(image, model), lambda: decode(data, model)):
+refine = lambda: encode(image, model, effort=1)
+for work in (refine, lambda: encode(image, model), lambda: decode(data, model)):
     resident.trim_heap()
     before = resident.resident_bytes()
     resident.restart_peak()
@@ -51,9 +54,9 @@ def test_prediction_matches_measured_memory(root):
     side = 1024
     command = [sys.executable, "-c", MEASURED, str(side)]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    predicted = memory.predict(TINY, side, side)
-    for measured in map(int, run.stdout.split()):
-        assert 0.4 * predicted < measured < 1.1 * predicted
+    for measured, refined in zip(run.stdout.split(), (True, False, False), strict=True):
+        predicted = memory.predict(TINY, side, side, refined=refined)
+        assert 0.4 * predicted < int(measured) < 1.1 * predicted
 
 
 @pytest.fixture

@@ -230,9 +230,10 @@ def decode_forged(data: bytes) -> str:
 
     path = coder.float64_modules()
     z = draw((1, coder.config.hyper_widths[-1], *hyper_latent_shape(height, width)))
-    path["context"](path["h_s"](z + coder.medians()), code)
+    y_bar = path["context"](path["h_s"](z + coder.medians()), code)
     quality = int(rng.integers(100, 801)) / 100
-    (y_string,), (z_string,) = coder.encode(LatentSymbols(z, y, log_scales), quality)["strings"]
+    symbols = LatentSymbols(z, y, log_scales, y_bar)
+    (y_string,), (z_string,) = coder.encode(symbols, quality)["strings"]
     model_id = golden_model().model_id
     return decode(container.Container(model_id, width, height, False, y_string, z_string).pack())
 

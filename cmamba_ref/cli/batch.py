@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cmamba_ref.atomic_write import check_writable, write_atomically
 from cmamba_ref.cli import process_pool
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cmamba_ref.codec.metadata import Metadata
+    from cmamba_ref.codec.refinement import Progress
     from cmamba_ref.model import CMamba
 
 OUTPUT_SUFFIX = {"encode": ".cmb", "decode": ".png"}
@@ -70,13 +71,29 @@ class Keep:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """What size or quality `encode` is asked for, and how hard it tries.
+
+    Attributes:
+        quality: as in `cmamba_ref.encode`.
+        target: in place of a quality, as `cmamba_ref.codec.targets.Target`.
+        nearest, effort: as in `cmamba_ref.codec.targets.encode_to`.
+    """
+
+    quality: float | None = None
+    target: tuple[str, float] | None = None
+    nearest: bool = False
+    effort: int = 0
+
+
+@dataclass(frozen=True)
 class Job:
     """What to do with every file.
 
     Attributes:
         command: "encode", "decode" or "verify".
-        load: callback that checks `quality` and returns the model; called once in every process.
-        quality: for `encode`, as in `cmamba_ref.encode`.
+        load: callback that checks the quality and returns the model; called once in every process.
+        rate: for `encode`.
         max_pixels: as in `cmamba_ref.encode` and `decode`; None for the default.
         max_memory: as in `cmamba_ref.encode` and `decode`, for each process.
         check: for `encode`, decode the file that was written before it gets its name.
@@ -85,7 +102,7 @@ class Job:
 
     command: str
     load: Callable[[], CMamba]
-    quality: float | None
+    rate: Rate
     max_pixels: int | None
     max_memory: int | None
     check: bool = False
@@ -338,14 +355,13 @@ def _work(model: CMamba, job: Job, task: Task) -> Outcome:
 
 
 def _encode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
-    from cmamba_ref.codec import encode
     from cmamba_ref.codec.verify import verify_encoded
 
     limits = {"max_pixels": job.pixel_limit(), "max_memory": job.max_memory}
     image, metadata, dropped = parse_source(
         source.read_bytes(), str(source), job.keep, job.pixel_limit()
     )
-    data = encode(image, model, job.quality, metadata=metadata, **limits)
+    data, _ = encode_at(job.rate, image, model, metadata=metadata, **limits)
 
     def check(written: Path) -> None:
         verify_encoded(written.read_bytes(), data, image, model, **limits)
@@ -356,6 +372,31 @@ def _encode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
     height, width = image.shape[:2]
     size = source.stat().st_size
     return Outcome(source, size, len(data), height * width, detail=", ".join(dropped))
+
+
+def encode_at(
+    rate: Rate, image: np.ndarray, model: CMamba, progress: Progress | None = None, **options: Any
+) -> tuple[bytes, float | None]:
+    """Encode an image as `rate` asks for.
+
+    Args:
+        progress, options: as in `cmamba_ref.encode`.
+
+    Returns:
+        the file, and the quality that was found if it was not given.
+
+    Raises:
+        TargetError, CMambaError: as `cmamba_ref.codec.targets.encode_to` and `cmamba_ref.encode`.
+    """
+    from cmamba_ref.codec import encode
+    from cmamba_ref.codec.targets import Target, encode_to
+
+    options |= {"effort": rate.effort, "progress": progress}
+    if rate.target is None:
+        return encode(image, model, rate.quality, **options), None
+    target = Target(*rate.target)
+    found = encode_to(image, model, target=target, nearest=rate.nearest, **options)
+    return found.data, found.quality
 
 
 def parse_source(

@@ -16,13 +16,14 @@ import argparse
 import gc
 import io
 import json
+import math
 import os
 import signal
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -41,7 +42,8 @@ from cmamba_ref.errors import (
 )
 
 if TYPE_CHECKING:
-    from cmamba_ref.cli.batch import Keep
+    from cmamba_ref.cli.batch import Keep, Rate
+    from cmamba_ref.codec.refinement import Progress
     from cmamba_ref.model import CMamba
 
 COUNTING = "cmamba: {n_fmt}/{total_fmt} |{bar}| {elapsed} elapsed, {remaining} left"
@@ -112,7 +114,7 @@ def _encode(args: argparse.Namespace) -> int:
     with _stages(4) as begin:
         begin("reading")
         from cmamba_ref.cli import batch
-        from cmamba_ref.codec import DEFAULT_MAX_PIXELS, encode
+        from cmamba_ref.codec import DEFAULT_MAX_PIXELS
         from cmamba_ref.codec.verify import verify_encoded
         from cmamba_ref.metrics import bits_per_pixel
 
@@ -130,7 +132,11 @@ def _encode(args: argparse.Namespace) -> int:
         model = load_model(args.model, args.device, args.quality)
         begin("encoding")
         start = time.perf_counter()
-        data = encode(image, model, args.quality, metadata=metadata, **limits)
+        rate = _rate(args)
+        with _search() if rate.effort else nullcontext() as progress:
+            data, quality = batch.encode_at(
+                rate, image, model, progress, metadata=metadata, **limits
+            )
         seconds = time.perf_counter() - start
         begin("writing and verifying" if args.verify else "writing")
 
@@ -142,10 +148,12 @@ def _encode(args: argparse.Namespace) -> int:
         _write(target, data, check, time_from=source if args.keep_time else None)
     height, width = image.shape[:2]
     bpp = bits_per_pixel(len(data), width, height)
+    found = "" if quality is None else f", quality {quality:g}"
     verified = ", verified" if args.verify else ""
     _say(
         target,
-        f"{len(data)} bytes, {bpp:.3f} bpp, {width}x{height}, encoded in {seconds:.2f} s{verified}",
+        f"{len(data)} bytes, {bpp:.3f} bpp{found}, {width}x{height}, "
+        f"encoded in {seconds:.2f} s{verified}",
     )
     if dropped:
         _say(target, f"dropped {', '.join(dropped)}; --keep-metadata keeps it")
@@ -202,11 +210,11 @@ def _many(args: argparse.Namespace, command: str) -> int:
     found = batch.find(args.inputs, command)
     tasks, refused = batch.with_targets(found.files, output, command)
     waiting = batch.to_do(tasks, args.force)
-    quality = getattr(args, "quality", None)
+    rate = _rate(args) if command == "encode" else batch.Rate()
     job = batch.Job(
         command,
-        partial(load_model, args.model, args.device, quality),
-        quality,
+        partial(load_model, args.model, args.device, rate.quality),
+        rate,
         args.max_pixels,
         args.max_memory,
         getattr(args, "verify", False),
@@ -245,7 +253,7 @@ def _verify(args: argparse.Namespace) -> int:
     job = batch.Job(
         "verify",
         partial(load_model, args.model, args.device),
-        None,
+        batch.Rate(),
         args.max_pixels,
         args.max_memory,
     )
@@ -388,6 +396,17 @@ def _keep(args: argparse.Namespace) -> Keep:
     names = ("background", "strict_color", "lenient", "convert")
     of_encode = {name: getattr(args, name) for name in names if hasattr(args, name)}
     return Keep(getattr(args, "keep_metadata", False), args.keep_time, **of_encode)
+
+
+def _rate(args: argparse.Namespace) -> Rate:
+    """Return what the options of `encode` say about size and quality."""
+    from cmamba_ref.cli.batch import Rate
+
+    targets = {kind: getattr(args, f"target_{kind}") for kind in ("size", "bpp", "psnr")}
+    target = next(((kind, value) for kind, value in targets.items() if value is not None), None)
+    if args.nearest and target is None:
+        raise UsageError("`--nearest` must come with a target, such as --target-size 20000")
+    return Rate(args.quality, target, args.nearest, args.effort)
 
 
 def _check_time(args: argparse.Namespace, source: Path, target: Path) -> None:
@@ -547,6 +566,39 @@ def _stages(count: int) -> Iterator[Callable[[str], None]]:
         yield begin
 
 
+@contextmanager
+def _search() -> Iterator[Progress]:
+    """A line on stderr, if that is a terminal, about a search, which Ctrl-C ends, once.
+
+    A second Ctrl-C ends the command.
+    """
+    from tqdm import tqdm
+
+    is_ended = False
+
+    def end(*_: object) -> None:
+        nonlocal is_ended
+        is_ended = True
+        signal.signal(signal.SIGINT, before)
+
+    form = "cmamba: step {n_fmt} of {total_fmt}, {remaining} left; Ctrl-C keeps the best so far"
+    with tqdm(bar_format=form, leave=False, disable=None, delay=1e-6) as bar:
+
+        def progress(done: int, total: int) -> bool:
+            if done == 1:
+                bar.reset(total)
+            bar.update()
+            if is_ended:
+                _warn(f"the search was ended after step {done} of {total}")
+            return is_ended
+
+        before = signal.signal(signal.SIGINT, end)
+        try:
+            yield progress
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
 def _warn(line: str) -> None:
     """Report a warning in one line, above any progress bar."""
     from tqdm import tqdm
@@ -593,7 +645,20 @@ def _parser() -> argparse.ArgumentParser:
 
     encode = commands.add_parser("encode", help="images to .cmb", parents=[_model_options()])
     _add_files(encode, "an image in any format that Pillow reads, or a folder of them", ".cmb")
-    _add_quality(encode)
+    _add_quality(encode, targets=True)
+    encode.add_argument(
+        "--effort",
+        type=int,
+        choices=range(10),
+        default=0,
+        metavar="N",
+        help="0 (fast) to 9: search longer for a better file; decoding stays as fast (default: 0)",
+    )
+    encode.add_argument(
+        "--nearest",
+        action="store_true",
+        help="where no quality reaches the target, take the nearest file (default: an error)",
+    )
     encode.add_argument(
         "--verify",
         action="store_true",
@@ -741,13 +806,26 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_quality(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_quality(parser: argparse.ArgumentParser, *, targets: bool = False) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
         "--quality",
         type=float,
         metavar="Q",
         help="1 (small) to 8 (good), also in between, such as 3.5 (default: 4)",
     )
+    if targets:
+        for name, unit, text in (
+            ("size", "BYTES", "95 to 100 % of this size"),
+            ("bpp", "BITS", "95 to 100 % of these bits per pixel"),
+            ("psnr", "DB", "at least this PSNR, and little more"),
+        ):
+            group.add_argument(
+                f"--target-{name}",
+                type=_above_zero,
+                metavar=unit,
+                help=f"the quality that gives {text}, in at most six encodes",
+            )
 
 
 def _positive(text: str) -> int:
@@ -771,9 +849,13 @@ def _colour(text: str) -> tuple[int, int, int]:
 
 
 def _gibibytes(text: str) -> int:
+    return int(_above_zero(text) * 2**30)
+
+
+def _above_zero(text: str) -> float:
     try:
-        if float(text) > 0:
-            return int(float(text) * 2**30)
-    except (ValueError, OverflowError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"must be a number of GiB above 0, got {text!r}")
+    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")

@@ -15,6 +15,7 @@ from torch import Tensor
 from cmamba_ref.codec import memory
 from cmamba_ref.codec.container import Container
 from cmamba_ref.codec.metadata import NO_METADATA, Metadata
+from cmamba_ref.codec.refinement import Progress, check_effort, refine
 from cmamba_ref.entropy.latent_coder import MULTIPLE, hyper_latent_shape
 from cmamba_ref.errors import (
     InvalidArgumentError,
@@ -74,6 +75,8 @@ def encode(
     model: CMamba | None = None,
     quality: float | None = None,
     *,
+    effort: int = 0,
+    progress: Progress | None = None,
     metadata: Metadata = NO_METADATA,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     max_memory: int | None = None,
@@ -89,6 +92,10 @@ def encode(
         model: None for the bundled model "tiny".
         quality: 1 (small) to 8 (good), any number in between in steps of 0.01; None for the
             default of 4, and for a fixed-rate model.
+        effort: 0 (fast) to 9: search for a better file, for longer and longer; see
+            `cmamba_ref.codec.refinement`. Decoding stays the same.
+        progress: with an effort above 0, called after each step of the search with the number of
+            steps done and of all; if it returns True, the search ends with the best so far.
         metadata: stored as it is: use `Metadata.upright` where pixels were turned.  With an ICC
             profile, the pixels are in that profile in place of sRGB.
         max_pixels: refuse larger images; sides count as padded to multiples of 64.
@@ -112,7 +119,7 @@ def encode(
     _check_image(image)
     if not isinstance(metadata, Metadata):
         raise InvalidArgumentError(f"`metadata` must be a Metadata, got {_described(metadata)}")
-    model = _checked_model(model)
+    model, steps = _checked_model(model), check_effort(effort)
     height, width = image.shape[:2]
     rows, columns = hyper_latent_shape(height, width)
     if not 0 < rows * columns * MULTIPLE**2 <= max_pixels:
@@ -120,7 +127,7 @@ def encode(
             f"`image` must have 1 to {max_pixels} pixels when its sides are padded to multiples of "
             f"{MULTIPLE}, got {width}x{height}; raise `max_pixels` if there is the memory"
         )
-    _check_memory(model, height, width, max_memory)
+    _check_memory(model, height, width, max_memory, refined=steps > 0)
     colours, alpha = _split_alpha(image)
     packed_alpha = None
     if alpha is not None:
@@ -131,7 +138,11 @@ def encode(
     grey = colours.ndim == 2
     rgb = np.stack([colours] * 3, axis=-1) if grey else np.array(colours)
     x = torch.from_numpy(rgb).permute(2, 0, 1)[None].float() / 255
-    (y,), (z,) = model.compress(x, quality)["strings"]
+    if steps:
+        coded = refine(model, x, quality, steps, progress)
+    else:
+        coded = model.compress(x, quality)
+    (y,), (z,) = coded["strings"]
     file = Container(model.model_id, width, height, grey, y, z, packed_alpha, metadata)
     return file.pack()
 
@@ -310,6 +321,8 @@ def _decode_latent(
     return model.decode_latent([[container.y], [container.z]], (rows, columns))
 
 
-def _check_memory(model: CMamba, height: int, width: int, max_memory: int | None) -> None:
+def _check_memory(
+    model: CMamba, height: int, width: int, max_memory: int | None, *, refined: bool = False
+) -> None:
     if next(model.parameters()).device.type == "cpu":
-        memory.check(model.config, height, width, max_memory)
+        memory.check(model.config, height, width, max_memory, refined=refined)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cmamba_ref.codec import refinement
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.errors import MemoryLimitError
 from cmamba_ref.nn import tiled
@@ -25,13 +26,18 @@ STRIP_MAPS = 6
 # Latents in float64 that are held beside the context: y, y_bar, both halves of Phi', symbols,
 # scales, and what is made of them one after the other.
 LATENTS = 8
+# Maps of each stage that a refinement keeps of one tile for its gradients.
+REFINED_MAPS = 24
 
 
-def predict(config: CMambaConfig, height: int, width: int) -> int:
+def predict(config: CMambaConfig, height: int, width: int, *, refined: bool = False) -> int:
     """Return the peak bytes that encoding or decoding one image takes, beside model and program.
 
-    Without gradient, on the CPU, in float32 and with the default scans; another type, autocast or
-    another backend takes more. Measured peaks are in benchmarks/cpu.md.
+    On the CPU, in float32 and with the default scans; another type, autocast or another backend
+    takes more. Measured peaks are in benchmarks/cpu.md.
+
+    Args:
+        refined: encoding with an effort above 0.
     """
     positions = (-(-height // 64) * 64) * (-(-width // 64) * 64)
     image = FLOAT * IMAGE_FLOATS * positions
@@ -50,7 +56,14 @@ def predict(config: CMambaConfig, height: int, width: int) -> int:
     context = 3 * config.latent_channels  # Phi' and all slices but for one
     convolved = context + 2 * max(config.lrp_widths)  # padded, and before and after a function
     coding = DOUBLE * (LATENTS * config.latent_channels + context + convolved) * positions
-    return image + max(transforms, coding)
+    refining = 0
+    if refined:
+        tile = refinement.largest_window(-(-height // 64) * 4, -(-width // 64) * 4)
+        stages = zip(config.depths, config.widths, (4, 16, 64), strict=True)
+        maps = sum(depth * channels / area for depth, channels, area in stages)
+        refining = round(FLOAT * REFINED_MAPS * maps * tile)
+        coding += DOUBLE * LATENTS * config.latent_channels * positions  # of two states at a time
+    return image + max(transforms, coding, refining)
 
 
 def available() -> int | None:
@@ -72,17 +85,20 @@ def available() -> int | None:
     return min(found, default=None)
 
 
-def check(config: CMambaConfig, height: int, width: int, max_memory: int | None) -> None:
+def check(
+    config: CMambaConfig, height: int, width: int, max_memory: int | None, *, refined: bool = False
+) -> None:
     """Refuse an image before any work if it will take too much.
 
     Args:
+        refined: as for `predict`.
         max_memory: bytes; None for what is available, as far as that can be found out.
 
     Raises:
         MemoryLimitError: it will.
     """
     limit = available() if max_memory is None else max_memory
-    needed = predict(config, height, width)
+    needed = predict(config, height, width, refined=refined)
     if limit is not None and needed > limit:
         source = "are available" if max_memory is None else "are allowed"
         raise MemoryLimitError(

@@ -85,6 +85,7 @@ class LatentSymbols(NamedTuple):
         z: symbols of z `[B, Z, h, w]`.
         y: symbols of each slice of y, `[B, C, 4 h, 4 w]`.
         log_scales: logarithm of the scale of each symbol of `y`.
+        y_bar: what a decoder makes of them `[B, M, 4 h, 4 w]`.
 
     All are float64, symbols rounded.
     """
@@ -92,6 +93,7 @@ class LatentSymbols(NamedTuple):
     z: Tensor
     y: list[Tensor]
     log_scales: list[Tensor]
+    y_bar: Tensor
 
 
 def hyper_latent_shape(height: int, width: int) -> tuple[int, int]:
@@ -218,7 +220,7 @@ class LatentCoder:
 
             y_bar = coding["context"](coding["h_s"](z_symbols + medians), quantise)
             check_finite(y_bar, CMambaError, NOT_FINITE_INPUT)
-        return LatentSymbols(z_symbols, y_symbols, all_log_scales)
+        return LatentSymbols(z_symbols, y_symbols, all_log_scales, y_bar)
 
     def encode(self, symbols: LatentSymbols, quality: float | None) -> CompressOutput:
         """Code symbols into strings.

@@ -31,8 +31,8 @@ def count_symbols(
     for image in images:
         x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
         for quality in qualities:
-            _, symbols, log_scales = model.latent_symbols(x, quality)
-            for values, log_scale in zip(symbols, log_scales, strict=True):
+            symbols = model.latent_symbols(x, quality)
+            for values, log_scale in zip(symbols.y, symbols.log_scales, strict=True):
                 # The shift that a file chooses moves boundaries by 0.004 of a level at most.
                 level = scale_index(log_scale, 0)
                 magnitude = values.abs().clamp(max=MAGNITUDES).long()

@@ -1,0 +1,104 @@
+"""Targets: a size, a rate or a PSNR in place of a quality."""
+
+import numpy as np
+import pytest
+from codec_helpers import ONE_RATE, load_image, make_image, random_model, shipped_model
+
+from cmamba_ref import InvalidArgumentError, decode, encode
+from cmamba_ref.cli.demo import DEMO_IMAGE
+from cmamba_ref.codec import targets
+from cmamba_ref.codec.targets import Target, encode_to
+from cmamba_ref.errors import TargetError
+from cmamba_ref.metrics import psnr
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return load_image(DEMO_IMAGE)[100:228, 200:328]
+
+
+@pytest.fixture(scope="module")
+def sizes(image) -> tuple[int, int]:
+    """Of the smallest and the largest file."""
+    return len(encode(image, shipped_model(), 1)), len(encode(image, shipped_model(), 8))
+
+
+@pytest.fixture
+def encodes(monkeypatch) -> list[tuple[float, int]]:
+    """Quality and effort of each file that is encoded from here on."""
+    made = []
+
+    def watched(image, model, quality, **options):
+        made.append((quality, options["effort"]))
+        return encode(image, model, quality, **options)
+
+    monkeypatch.setattr(targets, "encode", watched)
+    return made
+
+
+@pytest.mark.parametrize("part", [0.05, 0.35, 0.7, 0.97])
+@pytest.mark.parametrize("kind", ["size", "bpp"])
+def test_a_size_is_met_and_never_exceeded(image, sizes, encodes, kind, part):
+    size = sizes[0] + part * (sizes[1] - sizes[0])
+    target = Target(kind, size if kind == "size" else 8 * size / image[..., 0].size)
+    found = encode_to(image, shipped_model(), target=target)
+    assert 0.95 * size <= len(found.data) <= size
+    assert found.data == encode(image, shipped_model(), found.quality)
+    assert found.reached == len(found.data)
+    assert len(encodes) <= 6
+
+
+@pytest.mark.parametrize("decibels", [30.5, 32.0])
+def test_a_psnr_is_met(image, encodes, decibels):
+    found = encode_to(image, shipped_model(), target=Target("psnr", decibels))
+    assert decibels <= psnr(image, decode(found.data, shipped_model())) <= decibels + 0.1
+    assert found.reached == psnr(image, decode(found.data, shipped_model()))
+    assert len(encodes) <= 6
+
+
+def test_with_an_effort_the_search_begins_without(image, sizes, encodes):
+    size = sum(sizes) / 2
+    found = encode_to(image, shipped_model(), target=Target("size", size), effort=1)
+    assert 0.95 * size <= len(found.data) <= size
+    efforts = [effort for _, effort in encodes]
+    assert efforts == sorted(efforts) and efforts[-1] == 1 and len(efforts) <= 6
+    assert found.data == encode(image, shipped_model(), found.quality, effort=1)
+
+
+def test_a_search_that_is_ended_returns_a_file_within_the_target(image, sizes, encodes):
+    size = sum(sizes) / 2
+    target = Target("size", size)
+    found = encode_to(image, shipped_model(), target=target, effort=3, progress=lambda *_: True)
+    assert [effort for _, effort in encodes].count(3) == 1
+    assert len(found.data) <= size
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "nearest"),
+    [("size", 10, 1), ("size", 10**6, 8), ("bpp", 0.001, 1), ("psnr", 60, 8), ("psnr", 5, 1)],
+)
+def test_what_is_out_of_reach_names_the_nearest(image, kind, value, nearest):
+    target = Target(kind, value)
+    with pytest.raises(TargetError, match=f"cannot be reached; the nearest is .* {nearest};"):
+        encode_to(image, shipped_model(), target=target)
+    found = encode_to(image, shipped_model(), target=target, nearest=True)
+    assert found.data == encode(image, shipped_model(), nearest)
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+def test_targets_are_checked(image, value):
+    with pytest.raises(InvalidArgumentError, match="positive number"):
+        encode_to(image, shipped_model(), target=Target("size", value))
+
+
+def test_a_model_of_one_rate_has_no_targets(image):
+    with pytest.raises(InvalidArgumentError, match="several qualities"):
+        encode_to(image, random_model(ONE_RATE), target=Target("size", 1000))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 64, 4), (64, 64, 2)])
+def test_alpha_and_grey_have_targets_too(shape):
+    image = make_image(64, 64)[..., : max(shape[2:], default=1)]
+    image = image.reshape(shape) if len(shape) == 2 else np.resize(image, shape)
+    found = encode_to(image, shipped_model(), target=Target("psnr", 20), nearest=True)
+    assert decode(found.data).shape == image.shape
