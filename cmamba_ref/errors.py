@@ -79,7 +79,12 @@ def explain(error: BaseException) -> str | None:
     if is_out_of_memory(error):
         return "not enough memory for this image; encode a smaller one or use another --device"
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return printable(f"{error.filename}: {error.strerror}")
     if isinstance(error, CMambaError | OSError):
-        return " ".join(str(error).split())
+        return printable(" ".join(str(error).split()))
     return None
+
+
+def printable(text: object) -> str:
+    """Escape line breaks and control characters: a file's name may hold any, for a terminal too."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))

@@ -381,7 +381,7 @@ class CMamba(nn.Module):
         if isinstance(quality, Tensor):
             self._check_qualities(quality, batch)
         else:
-            quality = torch.tensor(self.check_quality(quality))
+            quality = torch.tensor(self.check_quality(quality), device="cpu")
         return self.gain(quality.float().to(self._device(), non_blocking=True).expand(batch))
 
     def _check_qualities(self, quality: Tensor, batch: int) -> None:

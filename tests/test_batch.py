@@ -297,6 +297,42 @@ def test_what_a_folder_leaves_out_is_counted(
     assert "left out: 7 (.heic 2, " in capsys.readouterr().out.splitlines()[-2]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_in_a_folder_is_left_out(
+    tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reading it would wait for ever, xyb3rt/sxiv#252; one that is named is read."""
+    save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    assert batch.find([tmp_path], "encode").left_out == {"no regular file": 1}
+    assert main(["encode", str(tmp_path), "--model", model_dir, "--jobs", "1"]) == 0
+    assert "left out: 1 (no regular file 1)" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs such file names")
+def test_control_characters_in_names_are_escaped(
+    tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each file keeps one line, and moves no cursor: shutter-project/shutter#743."""
+    image = save(tmp_path / "new\nline\x1b[31m.png")
+    options = ["--model", model_dir, "--jobs", "1"]
+    shown = f"{tmp_path}/new\\nline\\x1b[31m"
+    assert main(["encode", str(image), *options]) == 0
+    assert capsys.readouterr().out.startswith(f"{shown}.cmb: ")
+    encoded, missing = str(image.with_suffix(".cmb")), str(tmp_path / "a\nb.cmb")
+    assert main(["verify", encoded, missing, *options]) == 1
+    good, unchecked, _ = capsys.readouterr().out.splitlines()
+    assert good.startswith(f"good: {shown}.cmb: ")
+    assert unchecked == f"not checked: {tmp_path}/a\\nb.cmb: No such file or directory"
+    assert main(["info", encoded]) == 0
+    assert capsys.readouterr().out.startswith(f"{shown}.cmb\n")
+    Path(encoded).write_bytes(b"damaged")
+    assert main(["decode", encoded, missing, "--force", *options]) == 1
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 2 and err.startswith(f"cmamba: error: {shown}.cmb: ")
+    assert f"  {tmp_path}/a\\nb.cmb\n  {shown}.cmb\n" in out
+
+
 def test_a_package_for_heic_is_used(
     tmp_path: Path,
     model_dir: str,

@@ -245,6 +245,18 @@ def test_decode_accepts_any_bytes_like_object():
             cmamba_ref.decode(wrong, model)
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+def test_the_default_device_changes_nothing(channels):
+    """A program of its own may have set one; "meta" has no values, so using it would fail."""
+    model, image = small_model(), make_image(70, 90)
+    image = np.dstack([image, image[..., 0]])[..., :channels]
+    data = cmamba_ref.encode(image, model, 4)
+    with torch.device("meta"):
+        assert cmamba_ref.encode(image, model, 4) == data
+        assert cmamba_ref.decode(data, model).shape == image.shape
+        assert model(torch.rand(1, 3, 64, 64, device="cpu"), 4.0)["x_hat"].device.type == "cpu"
+
+
 def test_compiled_model_codes_like_the_original():
     model = small_model()
     compiled = torch.compile(model, backend="eager")

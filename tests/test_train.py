@@ -663,8 +663,14 @@ def test_a_folder_with_too_few_images_is_refused(folder):
     (folder / "empty").mkdir()
     with pytest.raises(SystemExit, match="got 0 below .*empty"):
         train.main(arguments(folder, data=folder / "empty"))
-    with pytest.raises(SystemExit, match="nothing is left"):
+    message = (
+        r"at least 7 images of 64 pixels .* 6 to hold out \(--validation\).* lower --validation"
+    )
+    with pytest.raises(SystemExit, match=message):
         train.main(arguments(folder, validation=6))
+    for path in (folder / "nowhere", next((folder / "photos").glob("*.png"))):
+        with pytest.raises(SystemExit, match="must be a folder of images, .* no such folder"):
+            train.main(arguments(folder, data=path))
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,14 @@ def test_only_so_many_files_are_named(folder, rgb, caplog):
     assert "no image (23)" in lines[-1]
 
 
+def test_files_with_other_suffixes_are_counted(folder, caplog):
+    for name in ("a.tif", "b.TIF", "c.heic", "noname", ".hidden"):
+        (folder / name).touch()
+    find(folder)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == "left out: 4 (.tif 2, .heic 1, no suffix 1), not .jpeg .jpg .png .webp"
+
+
 def test_a_file_that_cannot_be_read_is_left_out(folder, monkeypatch, caplog):
     check = data.check_header
 

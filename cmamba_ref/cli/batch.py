@@ -26,6 +26,7 @@ from cmamba_ref.errors import (
     UnsupportedFileError,
     explain,
     is_out_of_memory,
+    printable,
 )
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class Found:
     Attributes:
         files: every file with the folder in the inputs below which it was found.
         failed: an outcome per folder that cannot be read.
-        left_out: how many files in folders have another suffix, by suffix.
+        left_out: how many files in folders have another suffix, by suffix; also pipes and devices.
     """
 
     files: list[tuple[Path, Path]] = field(default_factory=list)
@@ -200,8 +201,10 @@ def _search(folder: Path, command: str, found: Found) -> None:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in names if not name.startswith(".")):
             suffix = Path(name).suffix.lower()
-            if suffix in suffixes:
-                found.files.append((Path(path, name), folder))
+            if os.path.exists(file := Path(path, name)) and not os.path.isfile(file):
+                found.left_out["no regular file"] += 1  # a pipe, which nobody may ever write to
+            elif suffix in suffixes:
+                found.files.append((file, folder))
             elif suffix != OUTPUT_SUFFIX.get(command):  # what an earlier run has made
                 found.left_out[suffix or "no suffix"] += 1
 
@@ -247,7 +250,7 @@ def with_targets(
             else:
                 tasks.append(task)
                 continue
-            error = f"{task.source}: its output {str(task.target)!r} {reason}"
+            error = f"{printable(task.source)}: its output {str(task.target)!r} {reason}"
             refused.append(Outcome(task.source, error=error))
     return tasks, refused
 
@@ -453,7 +456,8 @@ def _died(task: Task) -> Outcome:
 
 
 def _naming(task: Task, text: str) -> str:
-    return text if str(task.source) in text else f"{task.source}: {text}"
+    name = printable(task.source)
+    return text if name in text else f"{name}: {text}"
 
 
 # ---------------------------------------------------------------- the summary
@@ -482,7 +486,9 @@ class Summary:
             f"{skipped} that exist already; --force replaces them" if self.skipped else skipped
         )
         lines.append(f"failed {len(self.failed)}")
-        lines += [f"  {outcome.source}" for outcome in sorted(self.failed, key=_by_source)]
+        lines += [
+            f"  {printable(outcome.source)}" for outcome in sorted(self.failed, key=_by_source)
+        ]
         if self.left_out:
             lines.append(self.left_out)
         dropped = sum(1 for outcome in self.done if outcome.detail)

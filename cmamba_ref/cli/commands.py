@@ -39,6 +39,7 @@ from cmamba_ref.errors import (
     InvalidArgumentError,
     UsageError,
     explain,
+    printable,
 )
 
 if TYPE_CHECKING:
@@ -270,7 +271,7 @@ def _verify(args: argparse.Namespace) -> int:
             elif outcome.error:
                 line = f"bad: {outcome.error}"
             else:
-                line = f"good: {outcome.source}: {outcome.detail}"
+                line = f"good: {printable(outcome.source)}: {outcome.detail}"
             bar.write(line, file=sys.stdout)
             bar.update()
 
@@ -494,7 +495,7 @@ def _describe(path: Path) -> dict[str, object]:
     container = Container.unpack(data)
     prefix, y_stream = unpack_latent(container.y)
     return {
-        "file": stdio.label(path, "input"),
+        "file": "standard input" if path == STREAM else str(path),
         "format": container.version,
         "model": container.model_id.hex(),
         "model_name": name_of(container.model_id),
@@ -534,7 +535,9 @@ def _as_text(facts: dict[str, Any]) -> str:
         f"skipped tables: {y['skipped_tables']}",
         "z": f"{z['bytes']} bytes, lanes: {z['lanes']}",
     }
-    return "\n".join([facts["file"], *(f"  {row:<8}  {value}" for row, value in rows.items())])
+    return "\n".join(
+        [printable(facts["file"]), *(f"  {row:<8}  {value}" for row, value in rows.items())]
+    )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from cmamba_ref.errors import UsageError
+from cmamba_ref.errors import UsageError, printable
 
 STREAM = Path("-")
 
@@ -22,7 +22,7 @@ def parse_path(text: str) -> Path:
 
 def label(path: Path, stream: str) -> str:
     """Return the display name: the path, or "standard input" or "standard output" for `-`."""
-    return f"standard {stream}" if path == STREAM else str(path)
+    return f"standard {stream}" if path == STREAM else printable(path)
 
 
 def check_alone(inputs: Sequence[Path], output: Path | None = None) -> None:

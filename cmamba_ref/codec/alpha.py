@@ -62,8 +62,8 @@ def fill_hidden(image: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     hidden = alpha == 0
     if not hidden.any():
         return image
-    colours = torch.tensor(np.atleast_3d(image)).permute(2, 0, 1)[None].float()
-    weight = torch.tensor(~hidden)[None, None].float()
+    colours = torch.tensor(np.atleast_3d(image), device="cpu").permute(2, 0, 1)[None].float()
+    weight = torch.tensor(~hidden, device="cpu")[None, None].float()
     filled = _fill(colours * weight, weight)[0].round().to(torch.uint8).permute(1, 2, 0).numpy()
     return np.where(np.atleast_3d(hidden), filled, np.atleast_3d(image)).reshape(image.shape)
 

@@ -365,7 +365,9 @@ class LatentCoder:
                 raise BitstreamError(
                     f"quality {value / QUALITY_UNITS} is out of range for {self.config.name!r}"
                 )
-        return torch.tensor(stored, dtype=torch.float64) / QUALITY_UNITS if is_variable else None
+        if not is_variable:
+            return None
+        return torch.tensor(stored, dtype=torch.float64, device="cpu") / QUALITY_UNITS
 
 
 def check_finite(values: Tensor, error: type[CMambaError], message: str) -> None:

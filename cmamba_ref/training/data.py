@@ -59,14 +59,29 @@ def find_images(
     """Return all images below `folder`, of which every n-th, by path, is held out.
 
     Files that `read_opaque_image` refuses, or with a side below `smallest_side` pixels, are left
-    out and named in the log with the reason. Of images to train on only the header is checked, as
-    to decode them all takes long; `CropCache` replaces those whose pixels cannot be used.
+    out and named in the log with the reason; those with other suffixes are counted. Of images to
+    train on only the header is checked, as to decode them all takes long; `CropCache` replaces
+    those whose pixels cannot be used.
 
     Raises:
-        TrainingError: nothing would be left to train on.
+        TrainingError: there is no such folder, or nothing would be left to train on.
     """
     root = Path(folder)
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not root.is_dir():
+        raise TrainingError(
+            f"`data` must be a folder of images, got {str(folder)!r}: no such folder"
+        )
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    paths = [p for p in files if p.suffix.lower() in SUFFIXES]
+    others = Counter(
+        path.suffix.lower() or "no suffix"
+        for path in files
+        if path.suffix.lower() not in SUFFIXES and not path.name.startswith(".")
+    )
+    if others:
+        counts = ", ".join(f"{suffix} {number}" for suffix, number in others.most_common())
+        known = " ".join(sorted(SUFFIXES))
+        logger.warning("left out: %d (%s), not %s", others.total(), counts, known)
     kept: dict[Path, tuple[int, int]] = {}
     left_out: dict[Path, ImageError] = {}
     with ThreadPoolExecutor(workers) as pool:
@@ -80,9 +95,10 @@ def find_images(
             if len(kept) <= held_out:
                 _log_left_out(left_out, len(paths), root)
                 raise TrainingError(
-                    f"`data` must have more images of at least {smallest_side} pixels a side than "
-                    f"the {held_out} of `validation`, got {len(kept)} below {str(folder)!r}: "
-                    "nothing is left to train on"
+                    f"`data` must have at least {held_out + 1} images of {smallest_side} pixels a "
+                    f"side, {held_out} to hold out (--validation) and 1 to train on, "
+                    f"got {len(kept)} below {str(folder)!r}; "
+                    "add images, or lower --validation or --crop"
                 )
             names = list(kept)
             apart = names[:: len(names) // held_out][:held_out]
