@@ -100,7 +100,7 @@ class CMamba(nn.Module):
         skipped as the encoder skips them.
 
         Args:
-            x: images `[B, 3, H, W]` in 0...1, any H, W >= 1; padded inside, by replication, to a
+            x: images `[B, 3, H, W]` in 0...1, any H, W >= 1; padded inside, see `pad`, to a
                 multiple of 64 (likelihoods are those of the padded image).
             quality: for a variable-rate model, 1...Q, one number or one per image `[B]`; None for
                 the default, 4.
@@ -153,7 +153,7 @@ class CMamba(nn.Module):
         with the quantiser off, padded.  Our choice: y is taken after the gain of the quality.
 
         Args:
-            x: images `[B, 3, H, W]` in 0...1, any H, W >= 1; padded inside, by replication, to a
+            x: images `[B, 3, H, W]` in 0...1, any H, W >= 1; padded inside, see `pad`, to a
                 multiple of 64.
             quality: as in `forward`.
 
@@ -218,7 +218,7 @@ class CMamba(nn.Module):
         """Code images into strings.
 
         Args:
-            x: images `[B, 3, H, W]` in 0...1, padded by replication to a multiple of 64; what
+            x: images `[B, 3, H, W]` in 0...1, padded to a multiple of 64, see `pad`; what
                 `decompress` returns has the padded size.
             quality: for a variable-rate model, 1...Q; None for the default, 4.
 
@@ -237,7 +237,7 @@ class CMamba(nn.Module):
         """Compute the integers that `compress` codes, see `LatentSymbols`.
 
         Args:
-            x: images `[B, 3, H, W]` in 0...1, padded by replication to a multiple of 64.
+            x: images `[B, 3, H, W]` in 0...1, padded to a multiple of 64, see `pad`.
             quality: as in `compress`.
 
         Raises:
@@ -414,9 +414,24 @@ class CMamba(nn.Module):
 
 
 def pad(x: Tensor) -> Tensor:
-    """Replicate the last row and column of `[B, C, H, W]` up to a multiple of 64."""
+    """Extend `[B, C, H, W]` to the right and downwards to multiples of 64.
+
+    Each line is the one before, smoothed over more of its neighbours: detail that nobody sees would
+    cost bits. Weights are powers of two, so that every machine computes the same.
+    """
     height, width = x.shape[-2:]
-    return F.pad(x, (0, -width % MULTIPLE, 0, -height % MULTIPLE), mode="replicate")
+    x = torch.cat([x, _lines_after(x[..., -1:, :], -height % MULTIPLE)], dim=-2)
+    return torch.cat([x, _lines_after(x[..., -1:].mT, -width % MULTIPLE).mT], dim=-1)
+
+
+def _lines_after(line: Tensor, count: int) -> Tensor:
+    """Return the `count` lines of `pad` that follow a line `[B, C, 1, L]`."""
+    lines = [line[..., :0, :]]
+    for reach in range(1, count + 1):
+        near = F.pad(line, (reach, reach, 0, 0), mode="replicate")
+        line = line / 2 + (near[..., : -2 * reach] + near[..., 2 * reach :]) / 4
+        lines.append(line)
+    return torch.cat(lines, dim=-2)
 
 
 def _check_images(x: Tensor, look: bool = False) -> None:

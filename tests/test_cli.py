@@ -667,6 +667,26 @@ def test_library_warnings_are_lines_of_our_own(
 
 
 @pytest.mark.parametrize("many", [False, True])
+def test_output_of_native_libraries_is_dropped(
+    photo: Path, model_dir: str, many: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """libtiff prints to the process's stderr, past Python, what it finds wrong."""
+    path = photo.with_name("a.tif")
+    Image.open(photo).save(path, compression="tiff_lzw")
+    photo.unlink()
+    data = bytearray(path.read_bytes())
+    data[400:-400] = bytes(len(data) - 800)
+    path.write_bytes(data)
+    with Image.open(path) as image, pytest.raises(OSError):
+        image.load()
+    assert "code" in capfd.readouterr().err
+    args = ["encode", str(path.parent if many else path), "--model", model_dir, "--jobs", "1"]
+    assert main(args) == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert lines and all(line.startswith("cmamba: ") for line in lines)
+
+
+@pytest.mark.parametrize("many", [False, True])
 def test_damaged_and_deep_images_are_encoded_if_asked_for(
     photo: Path, model: CMamba, model_dir: str, many: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -195,6 +195,12 @@ def test_pixel_limit_counts_padded_sides():
         cmamba_ref.decode(data, small_model(), max_pixels=64 * 128 - 1)
 
 
+def test_one_row_of_detail_does_not_cost_64():
+    """A row of black and white pixels, of which copies would fill 64 rows with stripes."""
+    stripes = np.tile(np.array([[0, 255]], np.uint8), (1, 1024))
+    assert len(cmamba_ref.encode(stripes)) < 1000
+
+
 def test_quality_may_be_any_real_number():
     image, model = make_image(8, 8), small_model()
     data = cmamba_ref.encode(image, model, 4)

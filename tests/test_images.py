@@ -83,6 +83,13 @@ def test_one_bit_becomes_black_and_white(tmp_path: Path, rgb: np.ndarray) -> Non
     np.testing.assert_array_equal(image, np.where(bits, 255, 0))
 
 
+def test_plain_bitmap_is_read(tmp_path: Path) -> None:
+    """The one PNM format without a largest value."""
+    (tmp_path / "a.pbm").write_text("P1\n3 2\n1 0 1\n0 0 1\n")
+    expected = [[0, 255, 0], [255, 255, 0]]
+    np.testing.assert_array_equal(read_image(tmp_path / "a.pbm"), expected)
+
+
 def test_a_palette_becomes_rgb(tmp_path: Path, rgb: np.ndarray) -> None:
     indexed = Image.fromarray(rgb).quantize(16)
     expected = np.array(indexed.convert("RGB"))

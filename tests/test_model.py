@@ -16,6 +16,7 @@ from cmamba_ref.entropy.latent_coder import SKIPPED_TABLES
 from cmamba_ref.entropy.precision import float64_copy
 from cmamba_ref.entropy.tables import gaussian_tables
 from cmamba_ref.losses import bits, rate_distortion_loss
+from cmamba_ref.model import pad
 from cmamba_ref.nn.blocks import CASSM, ResBlock, VSSBlock
 from cmamba_ref.nn.context import CAE
 from tools import complexity
@@ -203,6 +204,24 @@ def test_forward_takes_any_size(model, size, training):
     assert output["likelihoods"]["z"].shape == (2, 16, padded[0] // 64, padded[1] // 64)
     for likelihood in output["likelihoods"].values():
         assert (likelihood > 0).all() and (likelihood <= 1).all()
+
+
+def test_padding_continues_lines_and_smooths_them():
+    """By hand, and without rounding: weights and pixels are powers of two."""
+    x = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.5]).expand(1, 3, 1, 5)
+    padded = pad(x)
+    assert padded.shape == (1, 3, 64, 64)
+    first = torch.tensor([0.25, 0.5, 0.25, 0.125, 0.375])
+    second = first / 2 + torch.tensor([0.25 + 0.25, 0.25 + 0.125, 0.25 + 0.375, 0.875, 0.625]) / 4
+    assert torch.equal(padded[0, 0, :3, :5], torch.stack([x[0, 0, 0], first, second]))
+    assert padded[..., 5:].std() < 0.1 * x.std()
+    row = random_images(1, 1, 64)
+    assert torch.equal(pad(row).mT, pad(row.mT))
+    for shape in ((64, 128), (1, 1), (65, 3)):
+        grey = torch.full((2, 3, *shape), 0.7)
+        assert (pad(grey) == 0.7).all()
+    x = random_images(1, 64, 128)
+    assert torch.equal(pad(x), x)
 
 
 def test_training_is_noisy_and_evaluation_is_not(model):

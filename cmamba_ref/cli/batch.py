@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmamba_ref.atomic_write import check_writable, write_atomically
 from cmamba_ref.cli import process_pool
-from cmamba_ref.cli.warning_lines import warning_lines
+from cmamba_ref.cli.warning_lines import no_native_output, warning_lines
 from cmamba_ref.errors import (
     InvalidArgumentError,
     MemoryLimitError,
@@ -413,16 +413,17 @@ def parse_source(
     from cmamba_ref.codec.images import parse_image
     from cmamba_ref.codec.metadata import NO_METADATA
 
-    image, metadata = parse_image(
-        data,
-        name,
-        max_pixels=max_pixels,
-        background=keep.background,
-        strict_color=keep.strict_color,
-        lenient=keep.lenient,
-        convert=keep.convert,
-        keep_metadata=keep.metadata,
-    )
+    with no_native_output():
+        image, metadata = parse_image(
+            data,
+            name,
+            max_pixels=max_pixels,
+            background=keep.background,
+            strict_color=keep.strict_color,
+            lenient=keep.lenient,
+            convert=keep.convert,
+            keep_metadata=keep.metadata,
+        )
     return (image, metadata, []) if keep.metadata else (image, NO_METADATA, metadata.names())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,18 +17,38 @@ def warning_lines(name: str, tell: Callable[[str], object]) -> Iterator[None]:
 
     Args:
         name: of the file at work, or ""; lines that do not begin with it get it as a prefix.
-        tell: callback, called with each different line.
+        tell: callback, called at the end with each different line.
     """
-    told = set()
+    lines: dict[str, None] = {}
 
     def show(message: Warning | str, *_: object) -> None:
         text = " ".join(str(message).split())
-        line = text if text.startswith(name) else f"{name}: {text}"
-        if line not in told:
-            told.add(line)
+        lines[text if text.startswith(name) else f"{name}: {text}"] = None
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = show
+            yield
+    finally:
+        for line in lines:
             tell(line)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = show
+
+@contextmanager
+def no_native_output() -> Iterator[None]:
+    """Drop what libraries in C print to stderr, as libtiff does about every fault of a file."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed
         yield
+        return
+    if sys.stderr:
+        sys.stderr.flush()
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)

@@ -468,8 +468,9 @@ def _depth(image: Image.Image) -> int:
     for tile in getattr(image, "tile", ()):
         args = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
         depths = [bits_of(arg) for arg in args if isinstance(arg, str)]
-        # The second of (mode, largest value).
-        if tile[0] == "SGI16" or (tile[0].startswith("ppm") and args[-1] > 255):
+        # The second of (mode, largest value); plain PBM files have none.
+        by_top = tile[0].startswith("ppm") and isinstance(args[-1], int) and args[-1] > 255
+        if tile[0] == "SGI16" or by_top:
             return 16
     return max(depths, default=8)
 
