@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -182,6 +183,87 @@ def test_fixed_rate_model(tmp_path: Path, photo: Path, capsys: pytest.CaptureFix
     assert "`quality` must be None" in error_line(capsys)
 
 
+# ---------------------------------------------------------------- efforts and targets
+
+
+def test_an_effort_gives_what_the_api_gives(photo, model, model_dir) -> None:
+    assert main(["encode", str(photo), "--model", model_dir, "--effort", "1"]) == 0
+    refined = cmamba_ref.encode(read_image(photo), model, effort=1)
+    assert photo.with_suffix(".cmb").read_bytes() == refined
+
+
+def test_ctrl_c_ends_a_search_and_keeps_the_best(photo, model_dir, monkeypatch, capsys) -> None:
+    from cmamba_ref.codec import refinement
+
+    anneal, steps = refinement._Problem.anneal, []
+
+    def interrupted(*args):
+        for _ in anneal(*args):
+            steps.append(_)
+            if len(steps) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield
+
+    monkeypatch.setattr(refinement._Problem, "anneal", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    assert main(["encode", str(photo), "--model", model_dir, "--effort", "2"]) == 0
+    assert len(steps) == 3
+    out, err = capsys.readouterr()
+    assert err == "cmamba: warning: the search was ended after step 3 of 15\n"
+    assert main(["verify", str(photo.with_suffix(".cmb")), "--model", model_dir]) == 0
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_a_target_size_is_met(photo, model, model_dir, capsys) -> None:
+    image = read_image(photo)
+    smallest, largest = (len(cmamba_ref.encode(image, model, quality)) for quality in (1, 8))
+    size = (smallest + largest) // 2
+    args = ["encode", str(photo), "--model", model_dir]
+    assert main([*args, "--target-size", str(size)]) == 0
+    data = photo.with_suffix(".cmb").read_bytes()
+    assert 0.95 * size <= len(data) <= size
+    (quality,) = re.findall(r"bpp, quality ([\d.]+), ", capsys.readouterr().out)
+    assert data == cmamba_ref.encode(image, model, float(quality))
+
+    assert main([*args, "--force", "--target-bpp", "1000"]) == 1
+    assert "1000 bits per pixel cannot be reached; the nearest is" in error_line(capsys)
+    assert photo.with_suffix(".cmb").read_bytes() == data
+    assert main([*args, "--force", "--target-bpp", "1000", "--nearest"]) == 0
+    assert photo.with_suffix(".cmb").read_bytes() == cmamba_ref.encode(image, model, 8)
+
+
+def test_targets_hold_for_each_file_of_a_folder(photo, model_dir) -> None:
+    Image.open(photo).rotate(90, expand=True).save(photo.with_name("turned.png"))
+    args = ["encode", str(photo.parent), "--model", model_dir, "--jobs", "2"]
+    assert main([*args, "--target-bpp", "1000", "--nearest"]) == 0
+    for name in ("photo", "turned"):
+        image = read_image(photo.with_name(f"{name}.png"))
+        best = cmamba_ref.encode(image, CMamba.from_pretrained(model_dir), 8)
+        assert photo.with_name(f"{name}.cmb").read_bytes() == best
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--quality", "4", "--target-size", "1000"),
+        ("--target-psnr", "30", "--target-size", "1000"),
+        ("--target-size", "0"),
+        ("--target-bpp", "nan"),
+        ("--effort", "10"),
+        ("--effort", "2.5"),
+        ("--nearest",),
+    ],
+)
+def test_wrong_efforts_and_targets_are_refused(photo, model_dir, options) -> None:
+    command = ["encode", str(photo), "--model", model_dir, *options]
+    try:
+        code = main(command)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    assert names(photo.parent) == ["photo.png"]
+
+
 # ---------------------------------------------------------------- refused before the work
 
 
@@ -306,7 +388,7 @@ def test_refused_image_is_named(
 ) -> None:
     Image.new("CMYK", (8, 8)).save(photo.with_name("ink.jpg"))
     assert main(["encode", str(photo.with_name("ink.jpg")), "--model", model_dir]) == 1
-    assert error_line(capsys).endswith("ink.jpg is in CMYK colours; convert it to RGB first")
+    assert "ink.jpg is in CMYK colours; convert it to RGB first, or" in error_line(capsys)
     assert names(photo.parent) == ["ink.jpg", "photo.png"]
 
 

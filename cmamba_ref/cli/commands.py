@@ -819,8 +819,8 @@ def _add_quality(parser: argparse.ArgumentParser, *, targets: bool = False) -> N
     )
     if targets:
         for name, unit, text in (
-            ("size", "BYTES", "95 to 100 % of this size"),
-            ("bpp", "BITS", "95 to 100 % of these bits per pixel"),
+            ("size", "BYTES", "95 to 100 %% of this size"),
+            ("bpp", "BITS", "95 to 100 %% of these bits per pixel"),
             ("psnr", "DB", "at least this PSNR, and little more"),
         ):
             group.add_argument(
