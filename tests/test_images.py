@@ -534,6 +534,7 @@ def test_16_bits_are_converted_to_8(tmp_path: Path, rgb: np.ndarray) -> None:
         save(deep, tmp_path / "a.png"),
         save(deep, tmp_path / "a.tif"),
         save(deep, tmp_path / "lzw.tif", compression="tiff_lzw"),
+        save(deep, tmp_path / "a.jp2"),
         save(big_endian, tmp_path / "b.tif"),
         tmp_path / "a.pgm",
     ):
@@ -581,6 +582,7 @@ def test_more_than_8_bits_are_refused(tmp_path: Path, rgb: np.ndarray) -> None:
     paths = [
         save(deep, tmp_path / "I16.png"),
         save(deep, tmp_path / "I16.tif"),
+        save(deep, tmp_path / "I16.jp2"),
         save(deep.astype(np.int32), tmp_path / "I.tif"),
         save(deep.astype(np.float32), tmp_path / "F.tif"),
         tmp_path / "rgb.png",

@@ -464,15 +464,17 @@ def _depth(image: Image.Image) -> int:
     # Pillow scales grey of PPM files to 16 bits; other whole numbers and floats may be anything.
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         return 32
-    depths = [16 if image.mode in DEEP_MODES else 8]
+    depths = [8]
     for tile in getattr(image, "tile", ()):
         args = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
-        depths = [bits_of(arg) for arg in args if isinstance(arg, str)]
+        depths += [bits_of(arg) for arg in args if isinstance(arg, str)]
         # The second of (mode, largest value); plain PBM files have none.
         by_top = tile[0].startswith("ppm") and isinstance(args[-1], int) and args[-1] > 255
         if tile[0] == "SGI16" or by_top:
             return 16
-    return max(depths, default=8)
+    if image.mode in DEEP_MODES:  # not every decoder has a raw mode
+        return 12 if max(depths) == 12 else 16
+    return max(depths)
 
 
 def bits_of(raw_mode: str) -> int:
