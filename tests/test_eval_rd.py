@@ -289,6 +289,18 @@ def test_brief_sweeps_have_the_same_sizes_and_psnr(folder, evaluated, tmp_path, 
     assert "jpeg420: mean bpp and mean PSNR rise with quality, but for no step" in printed
 
 
+def test_efforts_are_curves(folder, evaluated, tmp_path):
+    output, kept = tmp_path / "rd.json", tmp_path / "kept"
+    options = ("--qualities", "1", "--codecs", "--brief", "--keep", str(kept))
+    assert run(folder, output, "--effort", "0", "1", *options) == 0
+    report, (plain, _) = json.loads(output.read_text()), evaluated
+    assert report["cmamba"]["results"]["bpp"] == plain["cmamba"]["results"]["bpp"][:1]
+    (file,) = kept.glob("cmamba-effort-1/*/colour.png.cmb")
+    model = cmamba_ref.CMamba.from_pretrained(MODEL)
+    image = rd_measure.read_rgb(folder / "colour.png")
+    assert file.read_bytes() == cmamba_ref.encode(image, model, 1, effort=1)
+
+
 def test_ranges_of_qualities_have_both_ends():
     assert eval_rd.quality_range("1:8:0.1") == [round(1 + k / 10, 10) for k in range(71)]
     assert eval_rd.quality_range("1:2:0.4") == [1.0, 1.4, 1.8]

@@ -5,6 +5,7 @@
     python tools/eval_rd.py photos --model mine=runs/a/model --model paper=low/model high/model
     python tools/eval_rd.py photos --qualities 1:8:0.1 --codecs --brief --jobs 2 -o fine.json
     python tools/eval_rd.py photos --reuse rd.json -o rd.json
+    python tools/eval_rd.py photos --effort 0 5 --codecs --anchor cmamba
 
 Every image is encoded to a file and decoded from it. bpp is 8 times the size of the file, header
 included, over the number of pixels; PSNR (RGB) and MS-SSIM (linear) are those of the decoded 8-bit
@@ -16,8 +17,9 @@ and times are longer than those of one alone.
 
 Each --model is a curve. A model with a range of qualities gives one point for each; several
 directories after one --model, for instance models trained for one lambda each, are points of one
-curve. The classical codecs run on the same images, as far as this Pillow has them. --brief measures
-only bpp and PSNR: MS-SSIM takes more than a third of the time of a point.
+curve. With several efforts (--effort) each is a curve. The classical codecs run on the same images,
+as far as this Pillow has them. --brief measures only bpp and PSNR: MS-SSIM takes more than a third
+of the time of a point.
 
 Along each curve, bpp and PSNR should rise from every quality to the next; where they do not, the
 steps are printed, and `meta` has them under `not_rising`.
@@ -45,7 +47,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -126,6 +128,17 @@ def find_points(
     if qualities and all(point.setting is None for point in points):
         raise CMambaError("--qualities are for models with a range of them; these have one rate")
     return points + [Point(key, setting) for key in codecs for setting in CODECS[key].settings]
+
+
+def at_efforts(points: Sequence[Point], efforts: Iterable[int]) -> list[Point]:
+    """Return the points with a curve of each of our models for each effort."""
+    ours = [point for point in points if point.model is not None]
+    curves = [
+        dataclasses.replace(p, codec=f"{p.codec}-effort-{e}" if e else p.codec, effort=e)
+        for e in efforts
+        for p in ours
+    ]
+    return curves + [point for point in points if point.model is None]
 
 
 def reusable(
@@ -363,6 +376,8 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
     add("--model", nargs="+", action="append", metavar="[NAME=]MODEL", help=models)
     range_ = "numbers, or FROM:TO:STEP (default: every whole quality of the model)"
     add("--qualities", type=quality_range, nargs="+", metavar="QUALITY", help=range_)
+    efforts = "efforts of our encoder, 0 to 9 (default: 0)"
+    add("--effort", nargs="+", type=int, choices=range(10), default=[0], metavar="N", help=efforts)
     classical = f"of {' '.join(CODECS)} (default: all; --codecs alone: none)"
     add("--codecs", nargs="*", choices=CODECS, metavar="CODEC", help=classical)
     add("--anchor", default="jpeg420", metavar="CODEC", help="of BD-rates (default: jpeg420)")
@@ -399,6 +414,7 @@ def main(argv: list[str] | None = None) -> int:
             reused, reused_from = reusable(args.reuse, codecs, images, args.brief)
         missing = [key for key in codecs if key not in reused]
         points = find_points(args.model or [[f"{OURS}=tiny"]], args.qualities, missing)
+        points = at_efforts(points, dict.fromkeys(args.effort))
         conditions = {key: provenance[key] for key in provenance if key not in ("command", "date")}
         conditions["images"] = hashlib.sha256(b"".join(map(Path.read_bytes, images))).hexdigest()
         kept = PartialResults(args.output, conditions, fresh=args.fresh)

@@ -49,6 +49,7 @@ class Point:
         setting: our quality, or a classical codec's setting; None for a model of one rate.
         model: name or directory of our model; None for a classical codec.
         model_id, name: its id in hexadecimal, and that of its configuration; "" for others.
+        effort: of our encoder.
     """
 
     codec: str
@@ -56,6 +57,7 @@ class Point:
     model: str | None = None
     model_id: str = ""
     name: str = ""
+    effort: int = 0
 
     @property
     def label(self) -> str:
@@ -136,7 +138,9 @@ def _measure(task: Task) -> Row:
     else:
         model = load_model(point.model)
         suffix, watched = ".cmb", functools.partial(_watched, model)
-        encode = functools.partial(cmamba_ref.encode, original, model, point.setting)
+        encode = functools.partial(
+            cmamba_ref.encode, original, model, point.setting, effort=point.effort
+        )
         decode = functools.partial(cmamba_ref.decode, model=model)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
