@@ -139,6 +139,14 @@ def test_soft_rounding_becomes_rounding():
     torch.testing.assert_close(sharp[far], values.round()[far], atol=1e-3, rtol=0)
 
 
+def test_compiled_models_and_default_devices_change_nothing():
+    model, image = random_model(), make_image(40, 70)
+    data = encode(image, model, effort=1)
+    assert encode(image, torch.compile(model, backend="eager"), effort=1) == data
+    with torch.device("meta"):
+        assert encode(image, model, effort=1) == data
+
+
 @pytest.mark.parametrize("effort", [-1, 10, 1.5, True, "3", None])
 def test_efforts_are_checked(effort):
     with pytest.raises(InvalidArgumentError, match="`effort` must be"):

@@ -31,9 +31,9 @@ STEPS = (0, 10, 15, 22, 32, 45, 64, 90, 110, 250)
 
 # Our choices, from crops of three Kodak images. The scaled latent grows with the root of lambda,
 # and the steps with it.
-LEARNING_RATE = 0.3  # times sqrt(lambda), falling to 0
+LEARNING_RATE = 0.4  # times sqrt(lambda), falling to 0
 BETAS = (0.8, 0.99)
-FIRST_TEMPERATURE = 0.6
+FIRST_TEMPERATURE = 0.8
 TEMPERATURE_DECAY = 2.0  # in the exponent, over all steps
 
 # Larger latents are refined in tiles: positions along one side, and how many around a tile take
@@ -157,7 +157,7 @@ class _Problem:
         self.coder = model.latent_coder
         self.model = _without_weight_gradients(model)
         self.quality = model.check_quality(quality)
-        self.lmbda = float(model.gain.lmbda(torch.tensor([self.quality]))[0])
+        self.lmbda = float(model.gain.lmbda(torch.tensor([self.quality], device="cpu"))[0])
         self.height, self.width = x.shape[2:]
         self.x = pad(x)
 
@@ -172,7 +172,7 @@ class _Problem:
         """What a decoder will see of y, and its loss."""
         symbols = self.coder.symbols(y, z)
         coded = self.coder.encode(symbols, self.quality)
-        x_hat = self.model.reconstruct(symbols.y_bar, torch.tensor([self.quality]))
+        x_hat = self.model.reconstruct(symbols.y_bar, torch.tensor([self.quality], device="cpu"))
         x_hat = (255 * x_hat).round() / 255
         bits = [
             _bits(self.model, values, torch.zeros_like(values), log_scales).sum((0, 1))
