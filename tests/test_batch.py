@@ -282,6 +282,8 @@ def test_what_a_folder_leaves_out_is_counted(
     tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of every format that Pillow decodes the files are taken; own output is not mentioned."""
+    import cmamba_ref.pillow_plugin  # noqa: F401  registers .cmb, which is no image to encode
+
     save(tmp_path / "a.sgi")
     save(tmp_path / "b.ICO")
     for name in ("1.heic", "2.HEIC", "3.mov", "4.mpg", "noname", "old.cmb", ".hidden.mov"):

@@ -9,7 +9,7 @@ from PIL import Image
 
 # What Pillow registers and does not decode, or only with another program.
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")
-OURS = "CMB"  # registered by `cmamba_ref.pillow_plugin`
+OURS = ".cmb"  # registered by `cmamba_ref.pillow_plugin`
 HEIF_SUFFIXES = (".heic", ".heif")
 HEIF_HINT = "HEIC needs pillow-heif (pip install pillow-heif)"
 
@@ -27,7 +27,7 @@ def suffixes() -> tuple[str, ...]:
     """Return the suffixes of the files to take of a folder of images, in lower case."""
     register_heif()
     found = Image.registered_extensions().items()
-    return tuple(sorted(s for s, name in found if name not in (*NOT_DECODED, OURS)))
+    return tuple(sorted(s for s, name in found if name not in NOT_DECODED and s != OURS))
 
 
 def is_heif(start: bytes) -> bool:
