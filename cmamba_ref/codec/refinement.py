@@ -31,9 +31,9 @@ STEPS = (0, 10, 15, 22, 32, 45, 64, 90, 110, 250)
 
 # Our choices, from crops of three Kodak images. The scaled latent grows with the root of lambda,
 # and the steps with it.
-LEARNING_RATE = 0.4  # times sqrt(lambda), falling to 0
+LEARNING_RATE = 0.55  # times sqrt(lambda), falling to 0
 BETAS = (0.8, 0.99)
-FIRST_TEMPERATURE = 0.8
+FIRST_TEMPERATURE = 1.0
 TEMPERATURE_DECAY = 2.0  # in the exponent, over all steps
 
 # Larger latents are refined in tiles: positions along one side, and how many around a tile take
