@@ -112,6 +112,7 @@ def _encode(args: argparse.Namespace) -> int:
     source, target = pair
     _check_target(target, source, args.force)
     _check_time(args, source, target)
+    rate = _rate(args)
     with _stages(4) as begin:
         begin("reading")
         from cmamba_ref.cli import batch
@@ -133,7 +134,6 @@ def _encode(args: argparse.Namespace) -> int:
         model = load_model(args.model, args.device, args.quality)
         begin("encoding")
         start = time.perf_counter()
-        rate = _rate(args)
         with _search() if rate.effort else nullcontext() as progress:
             data, quality = batch.encode_at(
                 rate, image, model, progress, metadata=metadata, **limits
