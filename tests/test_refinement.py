@@ -158,3 +158,8 @@ def test_a_model_of_one_rate_has_no_efforts(image):
     assert encode(image, model, effort=0)
     with pytest.raises(InvalidArgumentError, match="`effort` must be 0"):
         encode(image, model, effort=1)
+
+
+def test_a_model_in_bfloat16_is_refined_too():
+    model, image = random_model().bfloat16(), make_image(40, 70)
+    assert decode(encode(image, model, effort=1), model).shape == image.shape

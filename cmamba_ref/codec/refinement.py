@@ -107,7 +107,7 @@ def refine(
         z = model.h_a(y)
     best = problem.state(y, z)
     phi = problem.phi(best.symbols.z)
-    y = y.clone()
+    y = y.to(phi[0].dtype, copy=True)
     tiles = list(_tiles(*y.shape[2:]))
     done, total = 0, len(tiles) * steps
     for tile in tiles:
@@ -159,7 +159,7 @@ class _Problem:
         self.quality = model.check_quality(quality)
         self.lmbda = float(model.gain.lmbda(torch.tensor([self.quality], device="cpu"))[0])
         self.height, self.width = x.shape[2:]
-        self.x = pad(x)
+        self.x = pad(x).to(next(model.parameters()).device)
 
     @torch.no_grad()
     def phi(self, z_symbols: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,15 +182,11 @@ class _Problem:
         of_positions = errors.unfold(0, STRIDE, STRIDE).unfold(1, STRIDE, STRIDE).sum((2, 3))
         size = 8 * sum(len(string) for strings in coded["strings"] for string in strings)
         loss = size + float(self._weighted(errors.sum()))
-        loss_map = torch.stack(bits).sum(0) + self._weighted(of_positions)
+        loss_map = torch.stack(bits).sum(0).cpu() + self._weighted(of_positions).cpu()
         return _State(y, symbols, coded, loss, loss_map)
 
     def anneal(
-        self,
-        y: Tensor,
-        phi: tuple[Tensor, Tensor],
-        tile: _Tile,
-        steps: int,
+        self, y: Tensor, phi: tuple[Tensor, Tensor], tile: _Tile, steps: int
     ) -> Iterator[None]:
         """Refine the positions of a tile of y in place, a step at a time."""
         rows, columns = tile.window
@@ -265,7 +261,7 @@ class _Problem:
 
 
 def soft_round(values: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """Round softly and at random (Yang et al. 2020, equations 10 and 11).
+    """Round softly and at random (SGA, Yang et al. 2020).
 
     The probabilities of the two neighbours are proportional to exp(-atanh(distance) / temperature);
     a sample of the Gumbel-softmax distribution at the same temperature weighs them.
