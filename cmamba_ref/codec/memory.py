@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from cmamba_ref.codec import refinement
+from cmamba_ref.codec.refinement import STRIDE
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.errors import MemoryLimitError
 from cmamba_ref.nn import tiled
@@ -56,14 +57,16 @@ def predict(config: CMambaConfig, height: int, width: int, *, refined: bool = Fa
     context = 3 * config.latent_channels  # Phi' and all slices but for one
     convolved = context + 2 * max(config.lrp_widths)  # padded, and before and after a function
     coding = DOUBLE * (LATENTS * config.latent_channels + context + convolved) * positions
-    refining = 0
-    if refined:
-        tile = refinement.largest_window(-(-height // 64) * 4, -(-width // 64) * 4)
-        stages = zip(config.depths, config.widths, (4, 16, 64), strict=True)
-        maps = sum(depth * channels / area for depth, channels, area in stages)
-        refining = round(FLOAT * REFINED_MAPS * maps * tile)
-        coding += DOUBLE * LATENTS * config.latent_channels * positions  # of two states at a time
-    return image + max(transforms, coding, refining)
+    if not refined:
+        return image + max(transforms, coding)
+
+    tile = refinement.largest_window(-(-height // 64) * 4, -(-width // 64) * 4)
+    stages = zip(config.depths, config.widths, (4, 16, 64), strict=True)
+    maps = sum(depth * channels / area for depth, channels, area in stages)
+    refining = round(FLOAT * REFINED_MAPS * maps * tile)
+    # Meanwhile there are the encoder's symbols, and an image with its errors.
+    held = (DOUBLE * LATENTS * config.latent_channels + FLOAT * 6 * STRIDE**2) * positions
+    return image + max(transforms, coding, refining) + held
 
 
 def available() -> int | None:
