@@ -29,8 +29,8 @@ from cmamba_ref.model import CMamba, pad
 # Gradient steps of the efforts 0...9.
 STEPS = (0, 10, 15, 22, 32, 45, 64, 90, 110, 250)
 
-# Our choices, from crops of three Kodak images (docs/benchmarks.md). The scaled latent grows with the root of lambda,
-# and the steps with it.
+# Our choices, from crops of three Kodak images (docs/benchmarks.md). The scaled latent grows with
+# the root of lambda, and the steps with it.
 LEARNING_RATE = 0.55  # times sqrt(lambda), falling to 0
 BETAS = (0.8, 0.99)
 FIRST_TEMPERATURE = 1.0
