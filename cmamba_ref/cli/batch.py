@@ -391,12 +391,13 @@ def encode_at(
     Raises:
         TargetError, CMambaError: as `cmamba_ref.codec.targets.encode_to` and `cmamba_ref.encode`.
     """
-    from cmamba_ref.codec import encode
-    from cmamba_ref.codec.targets import Target, encode_to
-
     options |= {"effort": rate.effort, "progress": progress}
     if rate.target is None:
+        from cmamba_ref.codec import encode
+
         return encode(image, model, rate.quality, **options), None
+    from cmamba_ref.codec.targets import Target, encode_to
+
     target = Target(*rate.target)
     found = encode_to(image, model, target=target, nearest=rate.nearest, **options)
     return found.data, found.quality
