@@ -29,6 +29,7 @@ from cmamba_ref.errors import (
 
 if TYPE_CHECKING:
     from cmamba_ref.codec import decode, encode
+    from cmamba_ref.codec.files import decode_file, encode_file
     from cmamba_ref.model import CMamba
     from cmamba_ref.nn.blocks import CASSM, VSSBlock
     from cmamba_ref.nn.context import CAE, LRP, ContextModel
@@ -67,7 +68,9 @@ __all__ = [
     "WeightsError",
     "available_backends",
     "decode",
+    "decode_file",
     "encode",
+    "encode_file",
     "scan_backend",
     "selective_scan",
     "selective_scan_2d",
@@ -85,7 +88,9 @@ _LAZY = {
     "VSSBlock": "nn.blocks",
     "available_backends": "ops",
     "decode": "codec",
+    "decode_file": "codec.files",
     "encode": "codec",
+    "encode_file": "codec.files",
     "scan_backend": "ops",
     "selective_scan": "ops",
     "selective_scan_2d": "ops",

@@ -70,19 +70,15 @@ def use_model(model: str | os.PathLike | CMamba) -> CMamba:
     Raises:
         WeightsError: nothing there, damaged, or not to be downloaded.
     """
-    from cmamba_ref.codec import shipped_model
+    from cmamba_ref.codec import loaded_model
     from cmamba_ref.model import CMamba
-    from cmamba_ref.model_id import pretrained_names
 
     with _models_guard:
         if isinstance(model, CMamba):
             # By the object: its weights, and with them its id, may change.
             return _models.setdefault(id(model), model)
         name = os.fspath(model)
-        if name not in _models:
-            load = shipped_model if name in pretrained_names() else CMamba.from_pretrained
-            _models[name] = load(name)
-        return _models[name]
+        return _models.setdefault(name, loaded_model(name))
 
 
 def _model_of(model_id: bytes) -> CMamba:

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +26,7 @@ from cmamba_ref import CMamba, codec
 from cmamba_ref.cli import batch, main, process_pool
 from cmamba_ref.codec import formats
 from cmamba_ref.codec.container import Container
+from cmamba_ref.codec.files import DecodeOptions
 from cmamba_ref.codec.images import read_image
 
 
@@ -442,6 +445,19 @@ def test_only_the_item_that_kills_its_process_is_given_up() -> None:
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.parametrize("library", ["concurrent.futures", "loky"])
+def test_pools_of_libraries_lose_the_items_that_wait_when_a_process_dies(library: str) -> None:
+    """Why `process_pool` is more than such a pool: of this list it gives up one item."""
+    pools = pytest.importorskip(library, reason=f"{library} is not installed")
+    make = pools.ProcessPoolExecutor
+    if library == "concurrent.futures":  # loky starts processes anew by itself
+        make = partial(make, mp_context=multiprocessing.get_context("spawn"))
+    with make(1) as pool:
+        futures = [pool.submit(pool_helpers.work, item) for item in ["kill", "a", "b", "c"]]
+        errors = [future.exception(timeout=60) for future in futures]
+    assert all(isinstance(error, BrokenProcessPool) for error in errors)
+
+
 def test_a_file_whose_process_died_is_reported(
     album: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -539,7 +555,7 @@ def test_cores_are_divided_among_processes(monkeypatch: pytest.MonkeyPatch) -> N
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    job = batch.Job("decode", lambda: random_model(), batch.Rate(), None, None)
+    job = batch.Job("decode", lambda: random_model(), DecodeOptions())
     for threads in (1, 3, 8):
         batch._prepare_here(job, threads)
     monkeypatch.setattr(batch, "_here", None)

@@ -350,16 +350,6 @@ def test_an_unwritable_target_is_found_before_the_work(
     assert names(photo.parent) == before
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a", "a.png.tif"])
-def test_decode_writes_png_only(
-    encoded: Path, model_dir: str, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    target = encoded.with_name(name)
-    assert main(["decode", str(encoded), "-o", str(target), "--model", model_dir]) == 2
-    assert "`-o` must be a .png file, got" in error_line(capsys)
-    assert not target.exists()
-
-
 # ---------------------------------------------------------------- errors
 
 

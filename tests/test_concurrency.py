@@ -17,7 +17,7 @@ from PIL import Image
 import cmamba_ref
 from cmamba_ref import CMamba, codec, pillow_plugin, scan_backend, selective_scan_2d
 from cmamba_ref.codec import image_codec
-from cmamba_ref.codec.images import png_bytes
+from cmamba_ref.codec.output import png_bytes
 from cmamba_ref.entropy import latent_coder
 from cmamba_ref.ops import dispatch
 from cmamba_ref.testing import scan_2d_arguments
@@ -76,17 +76,17 @@ def test_the_coding_path_is_copied_once(monkeypatch):
 def test_a_bundled_model_is_loaded_once(monkeypatch):
     loaded = []
 
-    def load(name):
+    def load(name, device):
         loaded.append(name)
         time.sleep(0.05)
         return random_model()
 
     monkeypatch.setattr(image_codec.CMamba, "from_pretrained", load)
-    image_codec._load_shipped.cache_clear()
+    image_codec._load.cache_clear()
     try:
         models = at_once(lambda _: codec.default_model(), [0] * THREADS)
     finally:
-        image_codec._load_shipped.cache_clear()
+        image_codec._load.cache_clear()
     assert loaded == ["tiny"] and len(set(map(id, models))) == 1
 
 

@@ -21,7 +21,7 @@ from codec_helpers import make_image, random_model, run_python, start_cmamba
 
 import cmamba_ref
 from cmamba_ref.cli import batch, main
-from cmamba_ref.codec.images import png_bytes
+from cmamba_ref.codec.output import png_bytes
 
 PIXELS = make_image(70, 90)
 NOT_FOR_ROOT = pytest.mark.skipif(

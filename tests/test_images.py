@@ -23,8 +23,8 @@ from cmamba_ref.codec.images import (
     read_opaque_image,
     refuse_what_would_be_lost,
     to_array,
-    write_png,
 )
+from cmamba_ref.codec.output import write_png
 
 HEIGHT, WIDTH = 12, 20
 

@@ -15,8 +15,9 @@ from PIL import Image, ImageCms, PngImagePlugin
 import cmamba_ref
 from cmamba_ref.cli import main
 from cmamba_ref.codec.container import Container
-from cmamba_ref.codec.images import parse_image, png_bytes, read_image
+from cmamba_ref.codec.images import parse_image, read_image
 from cmamba_ref.codec.metadata import NO_METADATA, Metadata
+from cmamba_ref.codec.output import png_bytes
 from cmamba_ref.errors import ImageError, ImageWarning, InvalidArgumentError
 
 IMAGE = make_image(40, 60)

@@ -14,7 +14,7 @@ from PIL import Image
 import cmamba_ref
 from cmamba_ref import CMamba
 from cmamba_ref.cli import main, stdio
-from cmamba_ref.codec.images import png_bytes
+from cmamba_ref.codec.output import png_bytes
 
 IMAGE = make_image(70, 90)
 

@@ -55,7 +55,7 @@ import cmamba_ref
 from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.cli.demo import DEMO_IMAGE
-from cmamba_ref.codec import images, memory
+from cmamba_ref.codec import images, memory, output
 from cmamba_ref.model import MULTIPLE
 from cmamba_ref.weights import pretrained_names
 
@@ -268,7 +268,7 @@ def measure_startup(size: Size, repeats: int) -> Section:
         image, encoded, decoded = (
             str(Path(scratch) / name) for name in ("photo.png", "photo.cmb", "back.png")
         )
-        images.write_png(image, demo_image(*size))
+        output.write_png(image, demo_image(*size))
         commands: dict[str, Sequence[str]] = {name: ("-c", code) for name, code in ALONE.items()}
         for direction, source, target in ((ENCODE, image, encoded), (DECODE, encoded, decoded)):
             commands[direction] = ("-m", "cmamba_ref", direction, source, "-o", target, "--force")

@@ -30,7 +30,7 @@ from provenance import in_words, of_run, versions
 from tqdm import tqdm
 
 from cmamba_ref.atomic_write import write_atomically
-from cmamba_ref.codec.images import write_png
+from cmamba_ref.codec.output import write_png
 from cmamba_ref.ops.dispatch import BACKENDS
 
 HERE = Path(__file__).resolve().parent

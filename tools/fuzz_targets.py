@@ -30,7 +30,8 @@ from cmamba_ref import CMamba, MemoryLimitError, cli, codec, pillow_plugin
 from cmamba_ref.cli.demo import DEMO_IMAGE
 from cmamba_ref.codec import container
 from cmamba_ref.codec.alpha import pack_alpha, unpack_alpha
-from cmamba_ref.codec.images import parse_image, png_bytes
+from cmamba_ref.codec.images import parse_image
+from cmamba_ref.codec.output import png_bytes
 from cmamba_ref.entropy import rans
 from cmamba_ref.entropy.gaussian import is_skipped
 from cmamba_ref.entropy.latent_coder import SKIPPED_TABLES, LatentSymbols, hyper_latent_shape

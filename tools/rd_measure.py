@@ -22,7 +22,8 @@ import cmamba_ref
 from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.codec import formats
-from cmamba_ref.codec.images import read_opaque_image, write_png
+from cmamba_ref.codec.images import read_opaque_image
+from cmamba_ref.codec.output import write_png
 from cmamba_ref.errors import explain
 from cmamba_ref.metrics import bits_per_pixel, ms_ssim, psnr
 

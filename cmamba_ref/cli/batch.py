@@ -14,11 +14,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cmamba_ref.atomic_write import check_writable, write_atomically
+from cmamba_ref.atomic_write import check_writable
 from cmamba_ref.cli import process_pool
 from cmamba_ref.cli.warning_lines import no_native_output, warning_lines
+from cmamba_ref.codec.files import (
+    DecodeOptions,
+    EncodeOptions,
+    FileResult,
+    limits,
+    naming,
+    read_source,
+    write_decoded,
+    write_encoded,
+)
 from cmamba_ref.errors import (
     InvalidArgumentError,
     MemoryLimitError,
@@ -30,13 +40,10 @@ from cmamba_ref.errors import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from cmamba_ref.codec.metadata import Metadata
-    from cmamba_ref.codec.refinement import Progress
     from cmamba_ref.model import CMamba
 
-OUTPUT_SUFFIX = {"encode": ".cmb", "decode": ".png"}
+# The first is the one that outputs get where none is named.
+OUTPUT_SUFFIXES = {"encode": (".cmb",), "decode": (".png", ".jpg", ".jpeg", ".webp")}
 # Errors that say nothing against a file.
 CANNOT_CHECK = (ModelMismatchError, UnsupportedFileError, MemoryLimitError, OSError)
 PROCESS_DIED = "its process died, perhaps out of memory; try a smaller image"
@@ -53,66 +60,19 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Keep:
-    """How `encode` reads files, and what the output keeps beside pixels.
-
-    Attributes:
-        metadata: for `encode`, keep EXIF, XMP and the ICC profile, with the pixels in its space.
-        time: give the output the input's time of change.
-        background: for `encode`, the colour to lay transparent images onto; None keeps alpha.
-        strict_color, lenient, convert: for `encode`, as in `cmamba_ref.codec.images.read_image`.
-    """
-
-    metadata: bool = False
-    time: bool = False
-    background: tuple[int, int, int] | None = None
-    strict_color: bool = False
-    lenient: bool = False
-    convert: bool = False
-
-
-@dataclass(frozen=True)
-class Rate:
-    """What size or quality `encode` is asked for, and how hard it tries.
-
-    Attributes:
-        quality: as in `cmamba_ref.encode`.
-        target: in place of a quality, as `cmamba_ref.codec.targets.Target`.
-        nearest, effort: as in `cmamba_ref.codec.targets.encode_to`.
-    """
-
-    quality: float | None = None
-    target: tuple[str, float] | None = None
-    nearest: bool = False
-    effort: int = 0
-
-
-@dataclass(frozen=True)
 class Job:
     """What to do with every file.
 
     Attributes:
         command: "encode", "decode" or "verify".
         load: callback that checks the quality and returns the model; called once in every process.
-        rate: for `encode`.
-        max_pixels: as in `cmamba_ref.encode` and `decode`; None for the default.
-        max_memory: as in `cmamba_ref.encode` and `decode`, for each process.
-        check: for `encode`, decode the file that was written before it gets its name.
-        keep: what the output takes over beside the pixels.
+        options: `EncodeOptions` for `encode`, otherwise `DecodeOptions`; `max_memory` holds for
+            each process.
     """
 
     command: str
     load: Callable[[], CMamba]
-    rate: Rate
-    max_pixels: int | None
-    max_memory: int | None
-    check: bool = False
-    keep: Keep = Keep()
-
-    def pixel_limit(self) -> int:
-        from cmamba_ref.codec import DEFAULT_MAX_PIXELS
-
-        return self.max_pixels or DEFAULT_MAX_PIXELS
+    options: EncodeOptions | DecodeOptions
 
 
 @dataclass(frozen=True)
@@ -205,12 +165,12 @@ def _search(folder: Path, command: str, found: Found) -> None:
                 found.left_out["no regular file"] += 1  # a pipe, which nobody may ever write to
             elif suffix in suffixes:
                 found.files.append((file, folder))
-            elif suffix != OUTPUT_SUFFIX.get(command):  # what an earlier run has made
+            elif suffix not in OUTPUT_SUFFIXES.get(command, ()):  # what an earlier run has made
                 found.left_out[suffix or "no suffix"] += 1
 
 
 def with_targets(
-    files: Iterable[tuple[Path, Path]], output: Path | None, command: str
+    files: Iterable[tuple[Path, Path]], output: Path | None, suffix: str
 ) -> tuple[list[Task], list[Outcome]]:
     """Return where the output of each file goes, and an outcome per file without one of its own.
 
@@ -220,6 +180,7 @@ def with_targets(
     Args:
         files: as in `Found`.
         output: a folder, which need not exist; None for each output beside its input.
+        suffix: of the outputs.
 
     Raises:
         InvalidArgumentError: `output` is a file.
@@ -235,7 +196,7 @@ def with_targets(
     by_target: dict[str, dict[str, Task]] = {}
     for source, root in files:
         path = source if output is None else output / source.relative_to(root)
-        target = path.with_suffix(OUTPUT_SUFFIX[command])
+        target = path.with_suffix(suffix)
         sharing = by_target.setdefault(os.path.realpath(target), {})
         sharing.setdefault(os.path.realpath(source), Task(source, target))
     sources = {path: task for sharing in by_target.values() for path, task in sharing.items()}
@@ -339,14 +300,14 @@ def _outcome(model: CMamba, job: Job, task: Task) -> Outcome:
 def _work(model: CMamba, job: Job, task: Task) -> Outcome:
     try:
         if task.target is None:
-            return _verify(model, job, task.source)
+            return _verify(model, job.options, task.source)
         if task.target.is_dir():
             raise InvalidArgumentError(
                 f"the output must be a file, got the folder {str(task.target)!r}; move it away"
             )
         check_writable(task.target)
         work = _encode if job.command == "encode" else _decode
-        return work(model, job, task.source, task.target)
+        return work(model, job.options, task.source, task.target)
     except Exception as error:
         text = explain(error)
         if text is None:
@@ -354,112 +315,41 @@ def _work(model: CMamba, job: Job, task: Task) -> Outcome:
             _logger.exception("%s", task.source)
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"
         unchecked = isinstance(error, CANNOT_CHECK) or is_out_of_memory(error)
-        return Outcome(task.source, error=_naming(task, text), unchecked=unchecked)
+        return Outcome(task.source, error=naming(task.source, text), unchecked=unchecked)
 
 
-def _encode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
-    from cmamba_ref.codec.verify import verify_encoded
-
-    limits = {"max_pixels": job.pixel_limit(), "max_memory": job.max_memory}
-    image, metadata, dropped = parse_source(
-        source.read_bytes(), str(source), job.keep, job.pixel_limit()
-    )
-    data, _ = encode_at(job.rate, image, model, metadata=metadata, **limits)
-
-    def check(written: Path) -> None:
-        verify_encoded(written.read_bytes(), data, image, model, **limits)
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    time_from = source if job.keep.time else None
-    write_atomically(target, data, check if job.check else None, time_from=time_from)
-    height, width = image.shape[:2]
-    size = source.stat().st_size
-    return Outcome(source, size, len(data), height * width, detail=", ".join(dropped))
-
-
-def encode_at(
-    rate: Rate, image: np.ndarray, model: CMamba, progress: Progress | None = None, **options: Any
-) -> tuple[bytes, float | None]:
-    """Encode an image as `rate` asks for.
-
-    Args:
-        progress, options: as in `cmamba_ref.encode`.
-
-    Returns:
-        the file, and the quality that was found if it was not given.
-
-    Raises:
-        TargetError, CMambaError: as `cmamba_ref.codec.targets.encode_to` and `cmamba_ref.encode`.
-    """
-    options |= {"effort": rate.effort, "progress": progress}
-    if rate.target is None:
-        from cmamba_ref.codec import encode
-
-        return encode(image, model, rate.quality, **options), None
-    from cmamba_ref.codec.targets import Target, encode_to
-
-    target = Target(*rate.target)
-    found = encode_to(image, model, target=target, nearest=rate.nearest, **options)
-    return found.data, found.quality
-
-
-def parse_source(
-    data: bytes, name: str, keep: Keep, max_pixels: int
-) -> tuple[np.ndarray, Metadata, list[str]]:
-    """Parse an image to encode; return it, the metadata to store and the names of what is dropped.
-
-    Raises:
-        ImageError: as `cmamba_ref.codec.images.read_image`.
-    """
-    from cmamba_ref.codec.images import parse_image
-    from cmamba_ref.codec.metadata import NO_METADATA
-
+def _encode(model: CMamba, options: EncodeOptions, source: Path, target: Path) -> Outcome:
     with no_native_output():
-        image, metadata = parse_image(
-            data,
-            name,
-            max_pixels=max_pixels,
-            background=keep.background,
-            strict_color=keep.strict_color,
-            lenient=keep.lenient,
-            convert=keep.convert,
-            keep_metadata=keep.metadata,
-        )
-    return (image, metadata, []) if keep.metadata else (image, NO_METADATA, metadata.names())
+        read = read_source(source.read_bytes(), str(source), options)
+    return _done(write_encoded(source, target, read, model, options))
 
 
-def _decode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
-    from cmamba_ref.codec import decode_container
-    from cmamba_ref.codec.container import Container
-    from cmamba_ref.codec.images import png_bytes
-
-    data = source.read_bytes()
-    file = Container.unpack(data)
-    image = decode_container(file, model, max_pixels=job.pixel_limit(), max_memory=job.max_memory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    png = png_bytes(image, file.metadata)
-    write_atomically(target, png, time_from=source if job.keep.time else None)
-    height, width = image.shape[:2]
-    return Outcome(source, len(data), target.stat().st_size, height * width)
+def _decode(model: CMamba, options: DecodeOptions, source: Path, target: Path) -> Outcome:
+    return _done(write_decoded(source, target, model, options))
 
 
-def _verify(model: CMamba, job: Job, source: Path) -> Outcome:
+def _done(result: FileResult) -> Outcome:
+    return Outcome(
+        Path(result.source),
+        result.bytes_in,
+        result.bytes_out,
+        result.width * result.height,
+        detail=", ".join(result.dropped),
+    )
+
+
+def _verify(model: CMamba, options: DecodeOptions, source: Path) -> Outcome:
     from cmamba_ref.codec.verify import verify_file
 
-    limits = {"max_pixels": job.pixel_limit(), "max_memory": job.max_memory}
     try:
-        return Outcome(source, detail=verify_file(source.read_bytes(), model, **limits))
+        detail = verify_file(source.read_bytes(), model, **limits(options))
+        return Outcome(source, detail=detail)
     except ModelMismatchError as error:
         raise ModelMismatchError(f"{error}; name it with --model") from error
 
 
 def _died(task: Task) -> Outcome:
-    return Outcome(task.source, error=_naming(task, PROCESS_DIED), unchecked=True)
-
-
-def _naming(task: Task, text: str) -> str:
-    name = printable(task.source)
-    return text if name in text else f"{name}: {text}"
+    return Outcome(task.source, error=naming(task.source, PROCESS_DIED), unchecked=True)
 
 
 # ---------------------------------------------------------------- the summary

@@ -24,15 +24,18 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cmamba_ref.atomic_write import check_writable, write_atomically
-from cmamba_ref.cli import stdio
+from cmamba_ref.cli import batch, stdio
 from cmamba_ref.cli.stdio import STREAM
 from cmamba_ref.cli.threads import use_one_thread_if_busy
-from cmamba_ref.cli.warning_lines import warning_lines
+from cmamba_ref.cli.warning_lines import no_native_output, warning_lines
+from cmamba_ref.codec import files
+from cmamba_ref.codec.files import DecodeOptions, EncodeOptions
 from cmamba_ref.errors import (
     BitstreamError,
     CMambaError,
@@ -43,7 +46,6 @@ from cmamba_ref.errors import (
 )
 
 if TYPE_CHECKING:
-    from cmamba_ref.cli.batch import Keep, Rate
     from cmamba_ref.codec.refinement import Progress
     from cmamba_ref.model import CMamba
 
@@ -107,47 +109,36 @@ def _end(number: int, _: object) -> NoReturn:
 
 def _encode(args: argparse.Namespace) -> int:
     """One image; `_many` for several and for folders."""
-    if (pair := _single(args, ".cmb")) is None:
-        return _many(args, "encode")
+    if (pair := _single(args, "encode", ".cmb")) is None:
+        return _many(args, "encode", ".cmb", _encode_options(args))
     source, target = pair
     _check_target(target, source, args.force)
     _check_time(args, source, target)
-    rate = _rate(args)
+    options = _encode_options(args)
     with _stages(4) as begin:
         begin("reading")
-        from cmamba_ref.cli import batch
-        from cmamba_ref.codec import DEFAULT_MAX_PIXELS
         from cmamba_ref.codec.verify import verify_encoded
         from cmamba_ref.metrics import bits_per_pixel
 
-        limits = {
-            "max_pixels": args.max_pixels or DEFAULT_MAX_PIXELS,
-            "max_memory": args.max_memory,
-        }
-        image, metadata, dropped = batch.parse_source(
-            stdio.read_input(source),
-            stdio.label(source, "input"),
-            _keep(args),
-            limits["max_pixels"],
-        )
+        data = stdio.read_input(source)
+        with no_native_output():
+            read = files.read_source(data, stdio.label(source, "input"), options)
         begin("loading the model")
         model = load_model(args.model, args.device, args.quality)
         begin("encoding")
         start = time.perf_counter()
-        with _search() if rate.effort else nullcontext() as progress:
-            data, quality = batch.encode_at(
-                rate, image, model, progress, metadata=metadata, **limits
-            )
+        with _search() if args.effort else nullcontext() as progress:
+            data, quality = files.encode_source(read, model, options, progress)
         seconds = time.perf_counter() - start
         begin("writing and verifying" if args.verify else "writing")
 
         def check(written: bytes) -> None:
             if args.verify:
                 with _naming(target, "output"):
-                    verify_encoded(written, data, image, model, **limits)
+                    verify_encoded(written, data, read.image, model, **files.limits(options))
 
         _write(target, data, check, time_from=source if args.keep_time else None)
-    height, width = image.shape[:2]
+    height, width = read.image.shape[:2]
     bpp = bits_per_pixel(len(data), width, height)
     found = "" if quality is None else f", quality {quality:g}"
     verified = ", verified" if args.verify else ""
@@ -156,28 +147,29 @@ def _encode(args: argparse.Namespace) -> int:
         f"{len(data)} bytes, {bpp:.3f} bpp{found}, {width}x{height}, "
         f"encoded in {seconds:.2f} s{verified}",
     )
-    if dropped:
-        _say(target, f"dropped {', '.join(dropped)}; --keep-metadata keeps it")
+    if read.dropped:
+        _say(target, f"dropped {', '.join(read.dropped)}; --keep-metadata keeps it")
     return 0
 
 
 def _decode(args: argparse.Namespace) -> int:
     """One file; `_many` for several and for folders."""
-    if (pair := _single(args, ".png")) is None:
-        return _many(args, "decode")
+    options = DecodeOptions(args.output_quality, args.keep_time, args.max_pixels, args.max_memory)
+    suffix = f".{args.format or 'png'}"
+    if (pair := _single(args, "decode", suffix)) is None:
+        _check_output(suffix, args.output_quality)
+        return _many(args, "decode", suffix, options)
     source, target = pair
-    if target != STREAM and target.suffix.lower() != ".png":
-        raise UsageError(
-            f"`-o` must be a .png file, got {str(target)!r}; "
-            "decode to PNG, which loses nothing, and convert that"
-        )
+    if target != STREAM:
+        suffix = _suffix_of(target, args.format)
+    _check_output(suffix, args.output_quality)
     _check_target(target, source, args.force)
     _check_time(args, source, target)
     with _stages(4) as begin:
         begin("reading")
-        from cmamba_ref.codec import DEFAULT_MAX_PIXELS, decode_container
+        from cmamba_ref.codec import decode_container
         from cmamba_ref.codec.container import Container
-        from cmamba_ref.codec.images import png_bytes
+        from cmamba_ref.codec.output import image_bytes
 
         data = stdio.read_input(source)
         begin("loading the model")
@@ -185,13 +177,12 @@ def _decode(args: argparse.Namespace) -> int:
         begin("decoding")
         start = time.perf_counter()
         with _naming(source, "input"):
-            max_pixels = args.max_pixels or DEFAULT_MAX_PIXELS
             file = Container.unpack(data)
-            image = decode_container(file, model, max_pixels=max_pixels, max_memory=args.max_memory)
+            image = decode_container(file, model, **files.limits(options))
         seconds = time.perf_counter() - start
         begin("writing")
-        png = png_bytes(image, file.metadata)
-        _write(target, png, time_from=source if args.keep_time else None)
+        output = image_bytes(image, suffix, file.metadata, args.output_quality)
+        _write(target, output, time_from=source if args.keep_time else None)
     height, width = image.shape[:2]
     colours = ("grey" if file.grey else "RGB") + ("" if file.alpha is None else " with alpha")
     content = ", ".join([colours, *file.metadata.names()])
@@ -199,28 +190,20 @@ def _decode(args: argparse.Namespace) -> int:
     return 0
 
 
-def _many(args: argparse.Namespace, command: str) -> int:
+def _many(
+    args: argparse.Namespace, command: str, suffix: str, options: EncodeOptions | DecodeOptions
+) -> int:
     """Several files, or folders of them: by several processes, and with a summary at the end."""
     from tqdm import tqdm
-
-    from cmamba_ref.cli import batch
 
     output = None if args.output is None else stdio.parse_path(args.output)
     stdio.check_alone(args.inputs, output)
     processes = _process_count(args.jobs, args.device)
     found = batch.find(args.inputs, command)
-    tasks, refused = batch.with_targets(found.files, output, command)
+    tasks, refused = batch.with_targets(found.files, output, suffix)
     waiting = batch.to_do(tasks, args.force)
-    rate = _rate(args) if command == "encode" else batch.Rate()
-    job = batch.Job(
-        command,
-        partial(load_model, args.model, args.device, rate.quality),
-        rate,
-        args.max_pixels,
-        args.max_memory,
-        getattr(args, "verify", False),
-        _keep(args),
-    )
+    load = partial(load_model, args.model, args.device, getattr(args, "quality", None))
+    job = batch.Job(command, load, options)
     failed = [*found.failed, *refused]
     summary = batch.Summary(command, len(tasks) - len(waiting), found.left_out_line())
     count = len(failed) + len(waiting)
@@ -245,19 +228,12 @@ def _verify(args: argparse.Namespace) -> int:
     """A line per file as it is done, and a summary; 1 if one is bad or could not be checked."""
     from tqdm import tqdm
 
-    from cmamba_ref.cli import batch
-
     stdio.check_alone(args.inputs)
     processes = _process_count(args.jobs, args.device)
     found = batch.find(args.inputs, "verify")
     tasks = batch.without_targets(found.files)
-    job = batch.Job(
-        "verify",
-        partial(load_model, args.model, args.device),
-        batch.Rate(),
-        args.max_pixels,
-        args.max_memory,
-    )
+    options = DecodeOptions(max_pixels=args.max_pixels, max_memory=args.max_memory)
+    job = batch.Job("verify", partial(load_model, args.model, args.device), options)
     outcomes: list[batch.Outcome] = []
     count = len(found.failed) + len(tasks)
     with tqdm(total=count, bar_format=COUNTING, leave=False, disable=None) as bar:
@@ -286,8 +262,6 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     """Describe every file that can be read, also after one that cannot."""
-    from cmamba_ref.cli import batch
-
     found = batch.find(args.inputs, "describe")
     described, worst = [], max((_fail(outcome.error) for outcome in found.failed), default=0)
     for path, _ in found.files:
@@ -364,10 +338,10 @@ def _check_device(name: str) -> None:
         ) from error
 
 
-def _single(args: argparse.Namespace, suffix: str) -> tuple[Path, Path] | None:
+def _single(args: argparse.Namespace, command: str, suffix: str) -> tuple[Path, Path] | None:
     """Return the input and where the output goes; None for several inputs and for a folder.
 
-    `IN OUT` is `IN -o OUT` if OUT has the suffix of outputs. Without either, the output goes beside
+    `IN OUT` is `IN -o OUT` if OUT has a suffix of outputs. Without either, the output goes beside
     the input, and to stdout if the input comes from stdin. A folder is made where it is missing.
     """
     source, *others = args.inputs
@@ -375,7 +349,8 @@ def _single(args: argparse.Namespace, suffix: str) -> tuple[Path, Path] | None:
         return None
     target, output = source.with_suffix(suffix), args.output
     if others:
-        if output is not None or others[0].suffix.lower() != suffix or os.path.isdir(others[0]):
+        is_output = others[0].suffix.lower() in batch.OUTPUT_SUFFIXES[command]
+        if output is not None or not is_output or os.path.isdir(others[0]):
             return None
         return source, others[0]
     if output is None:
@@ -390,24 +365,40 @@ def _single(args: argparse.Namespace, suffix: str) -> tuple[Path, Path] | None:
     return source, path / target.name
 
 
-def _keep(args: argparse.Namespace) -> Keep:
-    """Return what the options of `encode` or `decode` say about all that is not pixels."""
-    from cmamba_ref.cli.batch import Keep
-
-    names = ("background", "strict_color", "lenient", "convert")
-    of_encode = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return Keep(getattr(args, "keep_metadata", False), args.keep_time, **of_encode)
-
-
-def _rate(args: argparse.Namespace) -> Rate:
-    """Return what the options of `encode` say about size and quality."""
-    from cmamba_ref.cli.batch import Rate
-
+def _encode_options(args: argparse.Namespace) -> EncodeOptions:
+    """Return what the options of `encode` say about reading, size and quality."""
     targets = {kind: getattr(args, f"target_{kind}") for kind in ("size", "bpp", "psnr")}
     target = next(((kind, value) for kind, value in targets.items() if value is not None), None)
     if args.nearest and target is None:
         raise UsageError("`--nearest` must come with a target, such as --target-size 20000")
-    return Rate(args.quality, target, args.nearest, args.effort)
+    names = {field.name for field in fields(EncodeOptions)} & vars(args).keys()
+    return EncodeOptions(target=target, **{name: getattr(args, name) for name in names})
+
+
+def _suffix_of(target: Path, chosen: str | None) -> str:
+    """Return the suffix of the file to decode to, which says the format.
+
+    Raises:
+        UsageError: it is of no format to decode to, or of another one than `--format` says.
+    """
+    suffix, known = target.suffix.lower(), batch.OUTPUT_SUFFIXES["decode"]
+    if suffix not in known:
+        raise UsageError(
+            f"`-o` must end in one of {', '.join(known)}, got {str(target)!r}; "
+            "decode to PNG, which loses nothing, and convert that"
+        )
+    if chosen and suffix.replace("jpeg", "jpg") != f".{chosen}":
+        raise UsageError(f"`--format` must fit `-o`, got {chosen} and {str(target)!r}; leave it")
+    return suffix
+
+
+def _check_output(suffix: str, quality: int | None) -> None:
+    """Refuse `--output-quality` where the format has none."""
+    if quality is not None and suffix == ".png":
+        raise UsageError(
+            f"`--output-quality` must come with JPEG or WebP, got {quality} for PNG; leave it, or "
+            "name a .jpg or .webp file (several files: --format jpg)"
+        )
 
 
 def _check_time(args: argparse.Namespace, source: Path, target: Path) -> None:
@@ -440,10 +431,8 @@ def _say(target: Path, message: str) -> None:
 
 def _process_count(jobs: int | None, device: str) -> int:
     """The number of processes: on the CPU as many as cores, unless told otherwise."""
-    from cmamba_ref.cli.batch import core_count
-
     if device == "cpu":
-        return jobs or core_count()
+        return jobs or batch.core_count()
     if jobs not in (None, 1):
         raise UsageError(f"`--jobs` must be 1 with --device {device}, got {jobs}; leave it out")
     return 1
@@ -647,7 +636,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     encode = commands.add_parser("encode", help="images to .cmb", parents=[_model_options()])
-    _add_files(encode, "an image in any format that Pillow reads, or a folder of them", ".cmb")
+    _add_files(
+        encode,
+        "an image in any format that Pillow reads, or a folder of them; - is standard input; "
+        "IN OUT.cmb is the same as IN -o OUT.cmb",
+        ".cmb",
+    )
     _add_quality(encode, targets=True)
     encode.add_argument(
         "--effort",
@@ -699,8 +693,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     encode.set_defaults(command=_encode)
 
-    decode = commands.add_parser("decode", help=".cmb to PNG", parents=[_model_options()])
-    _add_files(decode, "a .cmb file, or a folder of them", ".png")
+    decode = commands.add_parser(
+        "decode", help=".cmb to PNG, JPEG or WebP", parents=[_model_options()]
+    )
+    _add_files(
+        decode,
+        "a .cmb file, or a folder of them; - is standard input; IN OUT.png is the same as "
+        "IN -o OUT.png, also for .jpg and .webp",
+        ".png",
+    )
+    decode.add_argument(
+        "--format",
+        choices=("png", "jpg", "webp"),
+        help="format of the output (default: by the suffix of OUT, otherwise png)",
+    )
+    decode.add_argument(
+        "--output-quality",
+        type=_percent,
+        metavar="Q",
+        help="1 to 100, of JPEG and WebP; PNG loses nothing (default: 95)",
+    )
     decode.set_defaults(command=_decode)
 
     verify = commands.add_parser(
@@ -767,7 +779,7 @@ def _add_files(parser: argparse.ArgumentParser, source: str, suffix: str) -> Non
         type=stdio.parse_path,
         nargs="+",
         metavar="IN",
-        help=f"{source}; - is standard input; IN OUT{suffix} is the same as IN -o OUT{suffix}",
+        help=source,
     )
     parser.add_argument(
         "-o",
@@ -835,6 +847,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _percent(text: str) -> int:
+    if (value := _positive(text)) > 100:
+        raise argparse.ArgumentTypeError(f"must be at most 100, got {text!r}")
+    return value
 
 
 def _colour(text: str) -> tuple[int, int, int]:

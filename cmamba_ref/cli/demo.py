@@ -16,7 +16,8 @@ from PIL import Image
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.codec import decode, encode
 from cmamba_ref.codec.container import Container
-from cmamba_ref.codec.images import read_image, write_png
+from cmamba_ref.codec.images import read_image
+from cmamba_ref.codec.output import write_png
 from cmamba_ref.entropy.latent_prefix import QUALITY_UNITS, unpack_latent
 from cmamba_ref.metrics import bits_per_pixel, ms_ssim, psnr
 from cmamba_ref.model import CMamba

@@ -1,9 +1,9 @@
 """A process pool that survives worker crashes.
 
 A worker that is killed, out of memory or by a crash in a library, breaks the executor of the
-standard library, which loses all in-flight items. Here those items are set aside, and each is tried
-again in a process of its own when all others are done: only an item that kills this one too is
-given up, and by then it has all the memory.
+standard library, and that of loky, which then lose all in-flight items. Here those items are set
+aside, and each is tried again in a process of its own when all others are done: only an item that
+kills this one too is given up, and by then it has all the memory.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
         decode_container,
         default_model,
         encode,
+        loaded_model,
         model_for,
-        shipped_model,
     )
 
 __all__ = [
@@ -27,8 +27,8 @@ __all__ = [
     "decode_container",
     "default_model",
     "encode",
+    "loaded_model",
     "model_for",
-    "shipped_model",
 ]
 
 # Hidden from type checkers, to which it would say that there is an attribute of every name.

@@ -1,4 +1,4 @@
-"""The image formats that Pillow reads, with HEIC where pillow-heif is installed."""
+"""The image formats that are read, with HEIC where pillow-heif is installed, and written."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from PIL import Image
 
 # What Pillow registers and does not decode, or only with another program.
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")
+# What images are decoded to, with Pillow's names.
+OUTPUT_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 OURS = ".cmb"  # registered by `cmamba_ref.pillow_plugin`
 HEIF_SUFFIXES = (".heic", ".heif")
 HEIF_HINT = "HEIC needs pillow-heif (pip install pillow-heif)"

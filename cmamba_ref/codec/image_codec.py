@@ -36,20 +36,20 @@ _CHANNELS = ((), (2,), (3,), (4,))
 _loading = threading.Lock()
 
 
-def shipped_model(name: str) -> CMamba:
-    """Return a bundled model, loaded once, on the CPU."""
+def loaded_model(name: str, device: str = "cpu") -> CMamba:
+    """Return `CMamba.from_pretrained(name, device)`, which is loaded once and stays in memory."""
     with _loading:  # a cache by itself lets threads load one each
-        return _load_shipped(name)
+        return _load(name, device)
 
 
 @functools.cache
-def _load_shipped(name: str) -> CMamba:
-    return CMamba.from_pretrained(name)
+def _load(name: str, device: str) -> CMamba:
+    return CMamba.from_pretrained(name, device)
 
 
 def default_model() -> CMamba:
     """Return the bundled model that is used where none is named."""
-    return shipped_model(DEFAULT_MODEL)
+    return loaded_model(DEFAULT_MODEL)
 
 
 def model_for(model_id: bytes, given: Iterable[CMamba]) -> CMamba:
@@ -67,7 +67,7 @@ def model_for(model_id: bytes, given: Iterable[CMamba]) -> CMamba:
             f"the file needs model {model_id.hex()}, which is not available; "
             "docs/models.md lists the bundled models"
         )
-    return shipped_model(name)
+    return loaded_model(name)
 
 
 def encode(

@@ -1,4 +1,4 @@
-"""Image I/O: files to arrays and back; one reader for the codec and for training.
+"""Image files to arrays; one reader for the codec and for training.
 
 Pillow decodes. What a `.cmb` file cannot hold (16 bits, several frames, CMYK) is refused with a
 suggested fix instead of being dropped silently; CMYK and 16 bits are converted if asked for.
@@ -25,18 +25,14 @@ from PIL import (
     Image,
     ImageCms,
     ImageFile,
-    PngImagePlugin,
     TiffImagePlugin,
     UnidentifiedImageError,
 )
 
-from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.codec import formats, png_colour
 from cmamba_ref.codec.image_codec import (
     DEFAULT_MAX_PIXELS,
-    SHAPES,
     has_alpha,
-    is_image,
 )
 from cmamba_ref.codec.metadata import NO_METADATA, Metadata
 from cmamba_ref.errors import ImageError, ImageWarning, InvalidArgumentError
@@ -235,38 +231,6 @@ def _opened(
         unsupported = re.search("support|loader|cannot load this|Ghostscript|available", str(error))
         reason = "not supported" if unsupported else DAMAGED
         raise ImageError(f"{name} is {reason}: {error}", reason) from error
-
-
-def write_png(path: str | os.PathLike, image: np.ndarray, metadata: Metadata = NO_METADATA) -> None:
-    """Write an image as PNG, see `png_bytes`, atomically.
-
-    Raises:
-        ImageError: another type or shape.
-        OSError: the file cannot be written.
-    """
-    write_atomically(path, png_bytes(image, metadata))
-
-
-def png_bytes(image: np.ndarray, metadata: Metadata = NO_METADATA) -> bytes:
-    """Return a PNG file of an image of one of the forms that `cmamba_ref.encode` takes.
-
-    Raises:
-        ImageError: another type or shape.
-    """
-    if not is_image(image):
-        raise ImageError(
-            f"`image` must be {SHAPES}, got {image.dtype}{list(image.shape)}; "
-            "round, clip and convert it first"
-        )
-    texts = PngImagePlugin.PngInfo()
-    if metadata.xmp is not None:
-        # As XMP says: keyword, not compressed, no language, no translation. `add_itxt` takes text
-        # only, which the bytes need not be.
-        texts.add(b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + metadata.xmp)
-    options = {"exif": metadata.exif, "icc_profile": metadata.icc_profile}
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", pnginfo=texts, **options)
-    return buffer.getvalue()
 
 
 class _PixelLimit:

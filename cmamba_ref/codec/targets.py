@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cmamba_ref.codec.image_codec import decode, default_model, encode, has_alpha
+from cmamba_ref.codec.image_codec import (
+    DEFAULT_MAX_PIXELS,
+    decode,
+    default_model,
+    encode,
+    has_alpha,
+)
+from cmamba_ref.codec.metadata import NO_METADATA, Metadata
 from cmamba_ref.codec.refinement import Progress
 from cmamba_ref.errors import InvalidArgumentError, TargetError
 from cmamba_ref.metrics import psnr
@@ -76,7 +83,9 @@ def encode_to(
     nearest: bool = False,
     effort: int = 0,
     progress: Progress | None = None,
-    **options: Any,
+    metadata: Metadata = NO_METADATA,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_memory: int | None = None,
 ) -> Found:
     """Encode an image to a size, a rate or a PSNR, in at most six encodes.
 
@@ -84,12 +93,11 @@ def encode_to(
     If six encodes do not find such a quality, it is the nearest that is not larger, or not worse.
 
     Args:
-        image, model, effort: as in `cmamba_ref.encode`.
+        image, model, effort, metadata, max_pixels, max_memory: as in `cmamba_ref.encode`.
         target: what to reach. The size is that of the whole file, metadata included.
         nearest: where the target is out of reach, return the nearest file in place of an error.
         progress: as in `cmamba_ref.encode`, for every file that is encoded with an effort; True
             ends the search for the quality too.
-        options: further arguments of `cmamba_ref.encode`.
 
     Raises:
         TargetError: no quality of the model reaches the target; the message names the nearest.
@@ -102,6 +110,7 @@ def encode_to(
             f"`model` must have several qualities, got {model.config.name!r}, which has one rate"
         )
     goal = _goal(target, image)
+    limits: dict[str, Any] = {"max_pixels": max_pixels, "max_memory": max_memory}
 
     is_ended = False
 
@@ -111,9 +120,12 @@ def encode_to(
         return is_ended
 
     def trial(quality: float, effort: int) -> _Point:
-        data = encode(image, model, quality, effort=effort, progress=watch, **options)
-        value = math.log(len(data)) if goal.is_size else _psnr(image, decode(data, model))
-        return _Point(value, quality, data)
+        data = encode(
+            image, model, quality, effort=effort, progress=watch, metadata=metadata, **limits
+        )
+        if goal.is_size:
+            return _Point(math.log(len(data)), quality, data)
+        return _Point(_psnr(image, decode(data, model, **limits)), quality, data)
 
     points: list[_Point] = []
     start, slope = (1 + top) / 2, goal.slope

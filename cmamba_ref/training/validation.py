@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cmamba_ref import codec
-from cmamba_ref.codec.images import write_png
+from cmamba_ref.codec.output import write_png
 from cmamba_ref.metrics import MS_SSIM_MIN_SIDE, bits_per_pixel, ms_ssim, psnr
 from cmamba_ref.model import CMamba
 from cmamba_ref.training.distributed import Group

@@ -1,0 +1,325 @@
+"""All that one file needs, from path to path: for programs, and for engines that map over files.
+
+Arguments, results and errors can be pickled, and this module imports neither torch nor Pillow
+before there is work, so that `concurrent.futures`, Dask, Ray and Spark can spread `encode_file`
+and `decode_file` over processes; see docs/scale.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cmamba_ref.atomic_write import check_writable, write_atomically
+from cmamba_ref.errors import InvalidArgumentError, explain, printable
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cmamba_ref.codec.metadata import Metadata
+    from cmamba_ref.codec.refinement import Progress
+    from cmamba_ref.model import CMamba
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How an image file is read and encoded, and what its output keeps.
+
+    Attributes:
+        quality: as in `cmamba_ref.encode`.
+        target: in place of a quality, as `cmamba_ref.codec.targets.Target`.
+        nearest, effort: as in `cmamba_ref.codec.targets.encode_to`.
+        keep_metadata: keep EXIF, XMP and the ICC profile, with the pixels in its space.
+        keep_time: give the output the input's time of change.
+        background, strict_color, lenient, convert: as in `cmamba_ref.codec.images.read_image`.
+        verify: decode the file that was written before it gets its name.
+        max_pixels, max_memory: as in `cmamba_ref.encode`; None for the defaults.
+    """
+
+    quality: float | None = None
+    target: tuple[str, float] | None = None
+    nearest: bool = False
+    effort: int = 0
+    keep_metadata: bool = False
+    keep_time: bool = False
+    background: tuple[int, int, int] | None = None
+    strict_color: bool = False
+    lenient: bool = False
+    convert: bool = False
+    verify: bool = False
+    max_pixels: int | None = None
+    max_memory: int | None = None
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How a `.cmb` file is decoded.
+
+    Attributes:
+        output_quality: of JPEG and WebP, as in `cmamba_ref.codec.output.image_bytes`.
+        keep_time: give the output the input's time of change.
+        max_pixels, max_memory: as in `cmamba_ref.decode`; None for the defaults.
+    """
+
+    output_quality: int | None = None
+    keep_time: bool = False
+    max_pixels: int | None = None
+    max_memory: int | None = None
+
+
+@dataclass(frozen=True)
+class FileResult:
+    """Result for one file; it can be pickled.
+
+    Attributes:
+        source, output: the paths.
+        bytes_in, bytes_out: sizes of both files.
+        width, height: of the image; 0 where it was skipped or failed.
+        quality: the quality that was found, where a target was given.
+        dropped: names of the metadata that was not kept.
+        skipped: the output existed already, and nothing was done.
+        error: one line with the reason of a failure, if `on_error` is "return".
+    """
+
+    source: str
+    output: str
+    bytes_in: int = 0
+    bytes_out: int = 0
+    width: int = 0
+    height: int = 0
+    quality: float | None = None
+    dropped: tuple[str, ...] = ()
+    skipped: bool = False
+    error: str | None = None
+
+
+class Source(NamedTuple):
+    """An image to encode, the metadata to store, and the names of what is dropped."""
+
+    image: np.ndarray
+    metadata: Metadata
+    dropped: tuple[str, ...]
+
+
+def encode_file(
+    source: str | os.PathLike,
+    output: str | os.PathLike | None = None,
+    model: str | os.PathLike | CMamba | None = None,
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    on_error: str = "raise",
+    **options: Any,
+) -> FileResult:
+    """Encode an image file to a `.cmb` file, which appears under its name when it is complete.
+
+    A call with the same arguments can be repeated, as engines do after the loss of a worker: it
+    does nothing where the output exists.
+
+    Args:
+        source: a file in any format that Pillow reads.
+        output: the `.cmb` file; its folder is made where missing. None for beside the input.
+        model: a name, folder or repository as in `CMamba.from_pretrained`, which is loaded once in
+            each process; or a model; None for the bundled model "tiny".
+        device: to load the model on, if `model` is not one.
+        overwrite: replace an output that exists.
+        on_error: "raise", or "return" a result with the `error` of a file that cannot be read,
+            encoded or written. Mistakes in this package are raised in both cases.
+        options: the fields of `EncodeOptions`.
+
+    Raises:
+        CMambaError: as `cmamba_ref.codec.images.read_image`, `cmamba_ref.encode`,
+            `cmamba_ref.codec.targets.encode_to` and `CMamba.from_pretrained`.
+        OSError: a file cannot be read or written.
+    """
+    settings = EncodeOptions(**options)
+
+    def work(source: Path, output: Path) -> FileResult:
+        read = read_source(source.read_bytes(), str(source), settings)
+        return write_encoded(source, output, read, _loaded(model, device), settings)
+
+    return _one_file(work, Path(source), output, ".cmb", overwrite, on_error)
+
+
+def decode_file(
+    source: str | os.PathLike,
+    output: str | os.PathLike | None = None,
+    model: str | os.PathLike | CMamba | None = None,
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    on_error: str = "raise",
+    **options: Any,
+) -> FileResult:
+    """Decode a `.cmb` file to a PNG, JPEG or WebP file, as the suffix of `output` says.
+
+    Arguments are those of `encode_file`, except:
+
+    Args:
+        output: None for a PNG file beside the input.
+        options: the fields of `DecodeOptions`.
+
+    Raises:
+        CMambaError: as `cmamba_ref.decode` and `CMamba.from_pretrained`; also where the format of
+            the output cannot hold the image.
+        OSError: a file cannot be read or written.
+    """
+    settings = DecodeOptions(**options)
+
+    def work(source: Path, output: Path) -> FileResult:
+        return write_decoded(source, output, _loaded(model, device), settings)
+
+    return _one_file(work, Path(source), output, ".png", overwrite, on_error)
+
+
+def _one_file(
+    work: Callable[[Path, Path], FileResult],
+    source: Path,
+    output: str | os.PathLike | None,
+    suffix: str,
+    overwrite: bool,
+    on_error: str,
+) -> FileResult:
+    if on_error not in ("raise", "return"):
+        raise InvalidArgumentError(f'`on_error` must be "raise" or "return", got {on_error!r}')
+    path = source.with_suffix(suffix) if output is None else Path(output)
+    if path.is_dir() or path.resolve() == source.resolve():
+        raise InvalidArgumentError(
+            f"`output` must be a file, and another one than the input, got {str(path)!r}"
+        )
+    result = FileResult(str(source), str(path))
+    if path.exists() and not overwrite:
+        return replace(result, skipped=True)
+    try:
+        check_writable(path)
+        return work(source, path)
+    except Exception as error:
+        text = explain(error)
+        if on_error == "raise" or text is None:
+            raise
+        return replace(result, error=naming(source, text))
+
+
+def _loaded(model: str | os.PathLike | CMamba | None, device: str) -> CMamba:
+    from cmamba_ref.codec import DEFAULT_MODEL, loaded_model
+
+    if model is None or isinstance(model, str | os.PathLike):
+        return loaded_model(os.fspath(model or DEFAULT_MODEL), device)
+    return model
+
+
+def naming(source: Path, text: str) -> str:
+    """Return one line about a file, with its name."""
+    name = printable(source)
+    return text if name in text else f"{name}: {text}"
+
+
+# ---------------------------------------------------------------- the steps
+
+
+def read_source(data: bytes, name: str, options: EncodeOptions) -> Source:
+    """Read the image file in `data`, which errors call `name`.
+
+    Raises:
+        ImageError: as `cmamba_ref.codec.images.read_image`.
+    """
+    from cmamba_ref.codec import DEFAULT_MAX_PIXELS
+    from cmamba_ref.codec.images import parse_image
+    from cmamba_ref.codec.metadata import NO_METADATA
+
+    image, metadata = parse_image(
+        data,
+        name,
+        max_pixels=options.max_pixels or DEFAULT_MAX_PIXELS,
+        background=options.background,
+        strict_color=options.strict_color,
+        lenient=options.lenient,
+        convert=options.convert,
+        keep_metadata=options.keep_metadata,
+    )
+    if options.keep_metadata:
+        return Source(image, metadata, ())
+    return Source(image, NO_METADATA, tuple(metadata.names()))
+
+
+def encode_source(
+    read: Source, model: CMamba, options: EncodeOptions, progress: Progress | None = None
+) -> tuple[bytes, float | None]:
+    """Encode an image as `options` ask for.
+
+    Args:
+        progress: as in `cmamba_ref.encode`.
+
+    Returns:
+        the file, and the quality that was found where a target was given.
+
+    Raises:
+        TargetError, CMambaError: as `cmamba_ref.codec.targets.encode_to` and `cmamba_ref.encode`.
+    """
+    from cmamba_ref.codec import encode
+
+    settings: dict[str, Any] = limits(options)
+    settings |= {"effort": options.effort, "progress": progress, "metadata": read.metadata}
+    if options.target is None:
+        return encode(read.image, model, options.quality, **settings), None
+    from cmamba_ref.codec.targets import Target, encode_to
+
+    target = Target(*options.target)
+    found = encode_to(read.image, model, target=target, nearest=options.nearest, **settings)
+    return found.data, found.quality
+
+
+def write_encoded(
+    source: Path, output: Path, read: Source, model: CMamba, options: EncodeOptions
+) -> FileResult:
+    """Encode the image that was read from `source`, and write it.
+
+    Raises:
+        CMambaError, OSError: as `encode_file`.
+    """
+    data, quality = encode_source(read, model, options)
+
+    def check(written: Path) -> None:
+        from cmamba_ref.codec.verify import verify_encoded
+
+        verify_encoded(written.read_bytes(), data, read.image, model, **limits(options))
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    time_from = source if options.keep_time else None
+    write_atomically(output, data, check if options.verify else None, time_from=time_from)
+    height, width = read.image.shape[:2]
+    sizes = source.stat().st_size, len(data), width, height
+    return FileResult(str(source), str(output), *sizes, quality, read.dropped)
+
+
+def write_decoded(source: Path, output: Path, model: CMamba, options: DecodeOptions) -> FileResult:
+    """Decode a file, with `model` or with the bundled model that made it, and write the image.
+
+    Raises:
+        CMambaError, OSError: as `decode_file`.
+    """
+    from cmamba_ref.codec import decode_container, model_for
+    from cmamba_ref.codec.container import Container
+    from cmamba_ref.codec.output import check_output, image_bytes
+
+    check_output(output.suffix, options.output_quality)
+    data = source.read_bytes()
+    file = Container.unpack(data)
+    model = model_for(file.model_id, [model])
+    image = decode_container(file, model, **limits(options))
+    decoded = image_bytes(image, output.suffix, file.metadata, options.output_quality)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, decoded, time_from=source if options.keep_time else None)
+    height, width = image.shape[:2]
+    return FileResult(str(source), str(output), len(data), len(decoded), width, height)
+
+
+def limits(options: EncodeOptions | DecodeOptions) -> dict[str, int | None]:
+    """Return the limits as `cmamba_ref.encode` and `decode` take them."""
+    from cmamba_ref.codec import DEFAULT_MAX_PIXELS
+
+    max_pixels = options.max_pixels or DEFAULT_MAX_PIXELS
+    return {"max_pixels": max_pixels, "max_memory": options.max_memory}

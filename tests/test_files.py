@@ -1,0 +1,226 @@
+"""`encode_file` and `decode_file`: alone, and spread over processes by engines that people use."""
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from codec_helpers import ENVIRONMENT, load_image, make_image, random_model
+from PIL import Image
+
+import cmamba_ref
+from cmamba_ref import CMambaError, decode_file, encode_file, errors
+from cmamba_ref.codec import images
+from cmamba_ref.codec.files import FileResult
+
+PIXELS = make_image(40, 56)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    Image.fromarray(PIXELS).save(path)
+    return path
+
+
+def test_a_file_and_back(photo: Path, tmp_path: Path):
+    encoded, decoded = tmp_path / "new" / "a.cmb", tmp_path / "newer" / "a.png"
+    result = encode_file(photo, encoded, random_model(), quality=2.5)
+    assert encoded.read_bytes() == cmamba_ref.encode(PIXELS, random_model(), 2.5)
+    sizes = photo.stat().st_size, encoded.stat().st_size
+    assert result == FileResult(str(photo), str(encoded), *sizes, 56, 40)
+
+    result = decode_file(str(encoded), str(decoded), random_model())
+    expected = cmamba_ref.decode(encoded.read_bytes(), random_model())
+    np.testing.assert_array_equal(load_image(decoded), expected)
+    sizes = encoded.stat().st_size, decoded.stat().st_size
+    assert result == FileResult(str(encoded), str(decoded), *sizes, 56, 40)
+
+
+def test_the_output_is_beside_the_input_and_the_model_bundled(photo: Path):
+    assert encode_file(photo).output == str(photo.with_suffix(".cmb"))
+    photo.unlink()
+    assert decode_file(photo.with_suffix(".cmb")).output == str(photo)
+    expected = cmamba_ref.decode(cmamba_ref.encode(PIXELS))
+    np.testing.assert_array_equal(load_image(photo), expected)
+
+
+def test_options_reach_the_codec(photo: Path, tmp_path: Path, model_dir: str):
+    photo.touch()
+    os.utime(photo, (1, 1))
+    Image.fromarray(PIXELS).save(photo.with_suffix(".jpg"), exif=b"Exif\0\0II*\0\b" + bytes(9))
+    target = tmp_path / "a.cmb"
+    sized = encode_file(photo, target, model_dir, target=("size", 10**6), nearest=True)
+    assert sized.quality == 8
+    assert target.read_bytes() == cmamba_ref.encode(PIXELS, random_model(), 8)
+    kept = encode_file(photo, target, model_dir, overwrite=True, keep_time=True, verify=True)
+    assert kept.quality is None and target.stat().st_mtime == 1
+    jpeg = photo.with_suffix(".jpg")
+    assert encode_file(jpeg, target, model_dir, overwrite=True).dropped == ("EXIF",)
+    assert not encode_file(jpeg, target, model_dir, overwrite=True, keep_metadata=True).dropped
+    with pytest.raises(errors.MemoryLimitError):
+        encode_file(photo, tmp_path / "b.cmb", model_dir, max_memory=1000)
+    with pytest.raises(errors.MemoryLimitError):
+        decode_file(target, tmp_path / "b.png", model_dir, max_memory=1000)
+    with pytest.raises(errors.ImageError, match="max_pixels"):
+        encode_file(photo, tmp_path / "b.cmb", model_dir, max_pixels=100)
+    with pytest.raises(TypeError, match="qualty"):
+        encode_file(photo, tmp_path / "b.cmb", model_dir, qualty=3)
+
+
+def test_what_exists_is_skipped(photo: Path, tmp_path: Path):
+    target = tmp_path / "a.cmb"
+    target.write_bytes(b"before")
+    assert encode_file(photo, target).skipped
+    assert decode_file(target, photo).skipped
+    assert target.read_bytes() == b"before"
+    assert not encode_file(photo, target, overwrite=True).skipped
+    assert target.read_bytes() != b"before"
+
+
+@pytest.mark.parametrize("target", ["photo.png", "folder"])
+def test_the_target_must_be_another_file(photo: Path, target: str):
+    (photo.parent / "folder").mkdir()
+    with pytest.raises(cmamba_ref.InvalidArgumentError, match="`output` must be a file, and ano"):
+        encode_file(photo, photo.with_name(target), overwrite=True)
+    np.testing.assert_array_equal(load_image(photo), PIXELS)
+
+
+def test_errors_are_raised_or_returned(photo: Path, tmp_path: Path):
+    target = tmp_path / "a.cmb"
+    with pytest.raises(OSError, match="missing"):
+        encode_file(tmp_path / "missing", target)
+    photo.write_bytes(b"no image")
+    with pytest.raises(cmamba_ref.ImageError, match="no image in a format"):
+        encode_file(photo, target)
+    result = encode_file(photo, target, on_error="return")
+    assert result.error is not None and result.error.startswith(f"{photo} is no image")
+    result = decode_file(photo, tmp_path / "b.png", on_error="return")
+    assert result.error is not None and result.error.startswith(f"{photo}: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+    with pytest.raises(cmamba_ref.InvalidArgumentError, match="on_error"):
+        encode_file(photo, target, on_error="ignore")
+
+
+def test_a_mistake_is_never_returned(photo: Path, tmp_path: Path, monkeypatch):
+    def broken(*_: object, **__: object):
+        raise KeyError("a mistake")
+
+    monkeypatch.setattr(images, "parse_image", broken)
+    with pytest.raises(KeyError):
+        encode_file(photo, tmp_path / "a.cmb", on_error="return")
+
+
+def subclasses(kind: type) -> list[type]:
+    return [kind, *(k for child in kind.__subclasses__() for k in subclasses(child))]
+
+
+@pytest.mark.parametrize("kind", subclasses(CMambaError))
+def test_errors_can_be_pickled(kind: type):
+    error = kind("text")
+    if kind is errors.ImageError:
+        error = errors.ImageError("text", "why")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind and str(again) == "text" and vars(again) == vars(error)
+
+
+def test_who_hands_out_work_loads_no_torch():
+    script = """
+import pickle, sys
+from functools import partial
+import cmamba_ref
+pickle.dumps(partial(cmamba_ref.encode_file, quality=5, on_error="return"))
+assert not {"torch", "PIL", "numpy"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, check=True)
+
+
+# ---------------------------------------------------------------- engines
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> tuple[list[Path], list[Path]]:
+    """200 small images, 4 of them damaged, and where they go."""
+    sources = [tmp_path / "photos" / f"{i:03}.png" for i in range(200)]
+    sources[0].parent.mkdir()
+    for i, path in enumerate(sources):
+        Image.fromarray(make_image(24, 32, seed=i)).save(path)
+    for path in sources[7::50]:
+        path.write_bytes(b"damaged")
+    return sources, [tmp_path / "small" / f"{path.stem}.cmb" for path in sources]
+
+
+def check_album(sources: list[Path], targets: list[Path], results: list[FileResult]) -> None:
+    """Every image has its file, and the damaged ones an error."""
+    assert [result.output for result in results] == list(map(str, targets))
+    good = {path.name: path for path in sources if path not in sources[7::50]}
+    model = random_model()
+    for source, result in zip(sources, results, strict=True):
+        assert (result.error is None) == (source.name in good), result
+        if source.name in good:
+            data = cmamba_ref.encode(load_image(source), model, 3)
+            assert Path(result.output).read_bytes() == data
+    assert len(list(targets[0].parent.iterdir())) == len(good)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_dask_loses_nothing_with_a_worker(album, model_dir: str, monkeypatch):
+    """One of two workers is killed midway; a second run finds everything done."""
+    distributed = pytest.importorskip("distributed", reason="distributed is not installed")
+    import dask
+
+    for name in ("PYTHONPATH", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    sources, targets = album
+    options = {"model": model_dir, "quality": 3, "on_error": "return"}
+    local = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with (
+        dask.config.set({"distributed.worker.preload": []}),
+        distributed.LocalCluster(**local, silence_logs=50) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        tasks = client.map(encode_file, sources, targets, **options)
+        finished = distributed.as_completed(tasks)
+        for _ in range(40):
+            next(finished)
+        before = {path.name: path.stat().st_ino for path in targets[0].parent.glob("*.cmb")}
+        victim = next(iter(cluster.workers.values()))
+        os.kill(victim.process.pid, 9)
+        results = client.gather(tasks)
+        check_album(sources, targets, results)
+        after = {path.name: path.stat().st_ino for path in targets[0].parent.glob("*.cmb")}
+        assert len(before) >= 35 and before.items() <= after.items()  # none was written twice
+
+        again = client.gather(client.map(encode_file, sources, targets, **options, pure=False))
+        assert sum(result.skipped for result in again) == len(after)
+        assert {path.name: path.stat().st_ino for path in targets[0].parent.iterdir()} == after
+
+
+def test_the_executor_of_the_standard_library(album, model_dir: str):
+    sources, targets = (paths[:16] for paths in album)
+    encode = partial(encode_file, model=model_dir, quality=3, on_error="return")
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        results = list(pool.map(encode, sources, targets))
+    check_album(album[0][:16], targets, results)
+
+
+def test_the_documented_arguments_are_those_of_the_command():
+    """docs/scale.md says that the options are those of the command line."""
+    from cmamba_ref.cli.commands import _parser
+    from cmamba_ref.codec.files import EncodeOptions
+
+    help_text = next(
+        action.choices["encode"].format_help()
+        for action in _parser()._actions
+        if action.choices and "encode" in action.choices
+    )
+    flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z-]+)", help_text)}
+    for name in EncodeOptions.__dataclass_fields__:
+        assert name in flags or f"{name}_size" in flags, name
