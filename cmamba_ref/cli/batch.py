@@ -99,6 +99,7 @@ class Job:
         max_memory: as in `cmamba_ref.encode` and `decode`, for each process.
         check: for `encode`, decode the file that was written before it gets its name.
         keep: what the output takes over beside the pixels.
+        max_side: for `decode`, shrink larger images to this many pixels on their longer side.
     """
 
     command: str
@@ -108,6 +109,7 @@ class Job:
     max_memory: int | None
     check: bool = False
     keep: Keep = Keep()
+    max_side: int | None = None
 
     def pixel_limit(self) -> int:
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS
@@ -431,15 +433,17 @@ def parse_source(
 def _decode(model: CMamba, job: Job, source: Path, target: Path) -> Outcome:
     from cmamba_ref.codec import decode_container
     from cmamba_ref.codec.container import Container
-    from cmamba_ref.codec.images import png_bytes
+    from cmamba_ref.codec.images import png_bytes, shrink
 
     data = source.read_bytes()
     file = Container.unpack(data)
     image = decode_container(file, model, max_pixels=job.pixel_limit(), max_memory=job.max_memory)
     target.parent.mkdir(parents=True, exist_ok=True)
+    height, width = image.shape[:2]
+    if job.max_side:
+        image = shrink(image, job.max_side)
     png = png_bytes(image, file.metadata)
     write_atomically(target, png, time_from=source if job.keep.time else None)
-    height, width = image.shape[:2]
     return Outcome(source, len(data), target.stat().st_size, height * width)
 
 

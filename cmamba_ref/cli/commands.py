@@ -177,7 +177,7 @@ def _decode(args: argparse.Namespace) -> int:
         begin("reading")
         from cmamba_ref.codec import DEFAULT_MAX_PIXELS, decode_container
         from cmamba_ref.codec.container import Container
-        from cmamba_ref.codec.images import png_bytes
+        from cmamba_ref.codec.images import png_bytes, shrink
 
         data = stdio.read_input(source)
         begin("loading the model")
@@ -190,6 +190,8 @@ def _decode(args: argparse.Namespace) -> int:
             image = decode_container(file, model, max_pixels=max_pixels, max_memory=args.max_memory)
         seconds = time.perf_counter() - start
         begin("writing")
+        if args.max_side:
+            image = shrink(image, args.max_side)
         png = png_bytes(image, file.metadata)
         _write(target, png, time_from=source if args.keep_time else None)
     height, width = image.shape[:2]
@@ -220,6 +222,7 @@ def _many(args: argparse.Namespace, command: str) -> int:
         args.max_memory,
         getattr(args, "verify", False),
         _keep(args),
+        getattr(args, "max_side", None),
     )
     failed = [*found.failed, *refused]
     summary = batch.Summary(command, len(tasks) - len(waiting), found.left_out_line())
@@ -701,6 +704,12 @@ def _parser() -> argparse.ArgumentParser:
 
     decode = commands.add_parser("decode", help=".cmb to PNG", parents=[_model_options()])
     _add_files(decode, "a .cmb file, or a folder of them", ".png")
+    decode.add_argument(
+        "--max-side",
+        type=_positive,
+        metavar="N",
+        help="shrink larger images to N pixels on their longer side, for previews",
+    )
     decode.set_defaults(command=_decode)
 
     verify = commands.add_parser(

@@ -247,6 +247,17 @@ def write_png(path: str | os.PathLike, image: np.ndarray, metadata: Metadata = N
     write_atomically(path, png_bytes(image, metadata))
 
 
+def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
+    """Return an image of at most `max_side` pixels on each side, by bicubic filtering.
+
+    Args:
+        image: of one of the forms that `cmamba_ref.decode` returns; a smaller one stays as it is.
+    """
+    shrunk = Image.fromarray(image)
+    shrunk.thumbnail((max_side, max_side))
+    return np.asarray(shrunk)
+
+
 def png_bytes(image: np.ndarray, metadata: Metadata = NO_METADATA) -> bytes:
     """Return a PNG file of an image of one of the forms that `cmamba_ref.encode` takes.
 
