@@ -1,4 +1,4 @@
-"""The command `cmamba`: encode, decode, verify, info, demo.
+"""The command `cmamba`: encode, decode, verify, info, demo, integrate.
 
 Expected errors (a `CMambaError`, an `OSError`) become one line on stderr and exit code 1; wrong
 usage exits with 2, Ctrl-C with 130, SIGTERM with 143. Every output is written atomically, and
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from cmamba_ref.atomic_write import check_writable, write_atomically
 from cmamba_ref.cli import stdio
+from cmamba_ref.cli.integrate import INTEGRATIONS, heading
 from cmamba_ref.cli.stdio import STREAM
 from cmamba_ref.cli.threads import use_one_thread_if_busy
 from cmamba_ref.cli.warning_lines import warning_lines
@@ -326,6 +327,14 @@ def _demo(args: argparse.Namespace) -> int:
         report = demo.run(model, args.quality, encoded, decoded, begin)
     print(report)
     print(f"The model was loaded in {loading:.2f} s. Wrote {encoded} and {decoded}.")
+    return 0
+
+
+def _integrate(args: argparse.Namespace) -> int:
+    if args.name:
+        print(INTEGRATIONS[args.name].text, end="")
+    else:
+        print("\n".join(f"{heading(name)}\n\n{i.text}" for name, i in INTEGRATIONS.items()), end="")
     return 0
 
 
@@ -753,6 +762,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_quality(demo)
     demo.set_defaults(command=_demo)
+
+    integrate = commands.add_parser(
+        "integrate",
+        help="print what makes desktops and other programs know .cmb files",
+        description="Print what makes desktops and other programs know .cmb files. They run\n"
+        "`cmamba`, which has to be in their PATH.",
+        epilog="\n\n".join(map(heading, INTEGRATIONS)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    integrate.add_argument(
+        "--print",
+        dest="name",
+        choices=INTEGRATIONS,
+        help="this text alone, to redirect it into its file (default: all, with headings)",
+    )
+    integrate.set_defaults(command=_integrate)
     return parser
 
 
