@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from codec_helpers import ENVIRONMENT, make_image
 from PIL import Image
 
 import cmamba_ref
+import cmamba_ref.pillow_plugin
 from cmamba_ref.cli import main
 from cmamba_ref.cli.integrate import INTEGRATIONS
 
@@ -176,3 +178,40 @@ def test_file_describes_the_format(
 
 
 # ---------------------------------------------------------------- Python's image libraries
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA"])
+def test_imageio_and_scikit_image_handle_the_format(tmp_path: Path, mode: str) -> None:
+    """By the suffix and by the content, as arrays of the channels that the file has."""
+    iio = pytest.importorskip("imageio.v3", reason="imageio is not installed")
+    skimage = pytest.importorskip("skimage.io", reason="scikit-image is not installed")
+    with_alpha = np.dstack([IMAGE, IMAGE[..., 0]])
+    image = np.asarray(Image.fromarray(with_alpha).convert(mode))
+    path, saved = tmp_path / "photo.cmb", tmp_path / "saved.cmb"
+    path.write_bytes(cmamba_ref.encode(image))
+    decoded = cmamba_ref.decode(path.read_bytes())
+    assert decoded.shape == image.shape
+    for read in (iio.imread, skimage.imread):
+        np.testing.assert_array_equal(read(path), decoded)
+    np.testing.assert_array_equal(iio.imread(path.read_bytes()), decoded)
+    assert iio.improps(path).shape == decoded.shape
+    iio.imwrite(saved, image, quality=2)
+    assert saved.read_bytes() == cmamba_ref.encode(image, quality=2)
+    skimage.imsave(saved, image)
+    assert saved.read_bytes() == path.read_bytes()
+
+
+def test_documented_dataset_is_read_by_workers(root: Path, tmp_path: Path) -> None:
+    """In a program of its own, whose workers are spawned and import it."""
+    pages = (root / "docs" / "usage.md").read_text()
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", pages, re.S) if "DataLoader" in c)
+    (tmp_path / "train.py").write_text(f"{code}    torch.save(batch, 'batch.pt')\n")
+    (tmp_path / "small").mkdir()
+    files = [cmamba_ref.encode(make_image(64, 96, seed)) for seed in range(3)]
+    for number, data in enumerate(files):
+        (tmp_path / "small" / f"{number}.cmb").write_bytes(data)
+    out = output(sys.executable, "-W", "error", "train.py", cwd=tmp_path, env=ENVIRONMENT)
+    assert out == "torch.Size([3, 3, 64, 96])\n"
+    values = torch.load(tmp_path / "batch.pt").permute(0, 2, 3, 1) * 255
+    decoded = np.stack([cmamba_ref.decode(data) for data in files])
+    assert np.abs(values.numpy() - decoded).max() <= 1.01  # other processes, see docs/format.md
