@@ -11,7 +11,7 @@ from __future__ import annotations
 import numbers
 import os
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -332,6 +332,17 @@ class CMamba(nn.Module):
         if self._known_id is None or self._known_id[0] != key:
             self._known_id = (key, weights.content_id(self.state_dict()))
         return self._known_id[1]
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load weights and tables as `nn.Module` does; those of the model in a `DataParallel` too.
+
+        Args:
+            state_dict: of this model, or of one that `nn.DataParallel` or DistributedDataParallel
+                wraps, which puts `module.` before every name.
+        """
+        return super().load_state_dict(weights.without_wrapper(state_dict), strict, assign)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, device: str = "cpu") -> CMamba:

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +27,10 @@ from cmamba_ref.model_id import HASH_FILE, WEIGHTS_FILE, pretrained_names
 if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
 
+T = TypeVar("T")
+
 CONFIG_FILE = "config.json"
+WRAPPER = "module."
 # A repository of the Hugging Face Hub: user/repository.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -89,6 +92,17 @@ def _widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
+def without_wrapper(state: Mapping[str, T]) -> Mapping[str, T]:
+    """Return a state dict as of the model itself, where it is of the model in a `DataParallel`.
+
+    That and DistributedDataParallel put "module." before every name. Where only some have it, they
+    stay, and loading refuses them.
+    """
+    if state and all(name.startswith(WRAPPER) for name in state):
+        return {name.removeprefix(WRAPPER): value for name, value in state.items()}
+    return state
+
+
 def _find(source: str) -> Path:
     """The directory that holds a model, downloaded if need be."""
     if source in pretrained_names():
@@ -148,7 +162,7 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
         config = CMambaConfig.from_json((directory / CONFIG_FILE).read_text())
         data = (directory / WEIGHTS_FILE).read_bytes()
         _check_hash(data, directory / HASH_FILE)
-        stored = deserialize(data)
+        stored = without_wrapper(deserialize(data))
         state = {name: _widen(tensor) for name, tensor in stored.items()}
     # ValueError: InvalidArgumentError, and text that is not UTF-8; deep nesting ends in recursion.
     except (ValueError, RecursionError, SafetensorError, OSError) as error:

@@ -22,6 +22,7 @@ import cmamba_ref
 from cmamba_ref import CMamba, atomic_write, codec, model_id
 from cmamba_ref.cli import commands, demo, main, threads
 from cmamba_ref.codec.images import read_image
+from cmamba_ref.codec.output import shrink
 from cmamba_ref.config import TINY
 from cmamba_ref.metrics import psnr
 from cmamba_ref.model import DEFAULT_QUALITY
@@ -348,6 +349,34 @@ def test_an_unwritable_target_is_found_before_the_work(
     assert main(["demo", "-o", "file", "--model", model_dir]) == 1
     assert error_line(capsys) == "file: File exists"
     assert names(photo.parent) == before
+
+
+@pytest.mark.parametrize("source", ["photo.cmb", "."])
+def test_decode_shrinks_to_a_side(
+    encoded: Path, model: CMamba, model_dir: str, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file, and a folder of files; what is smaller stays as it is."""
+    monkeypatch.chdir(encoded.parent)
+    decoded = cmamba_ref.decode(encoded.read_bytes(), model)
+    for side, shape in ((45, (35, 45, 3)), (90, decoded.shape)):
+        args = ["--max-side", str(side), "-o", f"{side}/", "--model", model_dir, "--jobs", "1"]
+        assert main(["decode", source, *args]) == 0
+        image = read_image(Path(f"{side}/photo.png"))
+        assert image.shape == shape
+        np.testing.assert_array_equal(image, shrink(decoded, side))
+    assert np.abs(shrink(decoded, 45).mean((0, 1)) - decoded.mean((0, 1))).max() < 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["decode", source, "--max-side", "0"])
+
+
+def test_shrinking_hides_the_colours_of_transparent_pixels() -> None:
+    image = np.zeros((64, 96, 4), np.uint8)
+    image[:, :30] = 200, 100, 50, 255
+    image[:, 30:, 0] = 255  # red, which nobody sees
+    shrunk = shrink(image, 24)
+    assert shrunk.shape == (16, 24, 4)
+    seen = shrunk[shrunk[..., 3] > 32]
+    assert np.abs(seen[:, :3].astype(int) - (200, 100, 50)).max() <= 16
 
 
 # ---------------------------------------------------------------- errors

@@ -104,6 +104,7 @@ def test_import_needs_no_torch_until_it_is_used(root: Path) -> None:
     [
         (["--version"], {"torch", "numpy", "PIL", "tqdm"}),
         (["encode", "--help"], {"torch", "numpy", "PIL", "tqdm"}),
+        (["integrate"], {"torch", "numpy", "PIL", "tqdm"}),
         (["info", "tests/golden/pixel.cmb"], {"torch", "PIL", "tqdm"}),
         (
             ["encode", "cmamba_ref/data/coffee.png", "-o", "{}"],

@@ -8,6 +8,8 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from cmamba_ref import CMamba, WeightsError
 from tests.codec_helpers import random_model
@@ -116,3 +118,31 @@ def test_failed_download_is_reported(hub):
     hub.snapshot_download = snapshot_download  # type: ignore[attr-defined]
     with pytest.raises(WeightsError, match="cannot be downloaded .* no route to host"):
         CMamba.from_pretrained("someone/cmamba-small")
+
+
+# ---------------------------------------------------------------- wrapped models
+
+
+def test_weights_of_a_wrapped_model_load(saved):
+    """By `load_state_dict`, and from a directory that another program has written."""
+    model = random_model()
+    wrapped = torch.nn.DataParallel(model).state_dict()
+    assert all(name.startswith("module.") for name in wrapped)
+    other = random_model(seed=1)
+    assert not any(other.load_state_dict(wrapped))
+    assert other.model_id == model.model_id
+    (saved / "model.safetensors.sha256").unlink()
+    save_file(wrapped, saved / "model.safetensors")
+    assert CMamba.from_pretrained(saved).model_id == model.model_id
+
+
+def test_weights_wrapped_in_part_are_refused(saved):
+    state = random_model().state_dict()
+    name = next(iter(state))
+    state[f"module.{name}"] = state.pop(name)
+    with pytest.raises(RuntimeError, match=f'Unexpected key.*"module.{name}"'):
+        random_model().load_state_dict(state)
+    (saved / "model.safetensors.sha256").unlink()
+    save_file(state, saved / "model.safetensors")
+    with pytest.raises(WeightsError, match=f"module.{name} is .* no such tensor"):
+        CMamba.from_pretrained(saved)

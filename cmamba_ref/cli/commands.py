@@ -1,4 +1,4 @@
-"""The command `cmamba`: encode, decode, verify, info, demo.
+"""The command `cmamba`: encode, decode, verify, info, demo, integrate.
 
 Expected errors (a `CMambaError`, an `OSError`) become one line on stderr and exit code 1; wrong
 usage exits with 2, Ctrl-C with 130, SIGTERM with 143. Every output is written atomically, and
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from cmamba_ref.atomic_write import check_writable, write_atomically
 from cmamba_ref.cli import batch, stdio
+from cmamba_ref.cli.integrate import INTEGRATIONS, heading
 from cmamba_ref.cli.stdio import STREAM
 from cmamba_ref.cli.threads import use_one_thread_if_busy
 from cmamba_ref.cli.warning_lines import no_native_output, warning_lines
@@ -154,7 +155,7 @@ def _encode(args: argparse.Namespace) -> int:
 
 def _decode(args: argparse.Namespace) -> int:
     """One file; `_many` for several and for folders."""
-    options = DecodeOptions(args.output_quality, args.keep_time, args.max_pixels, args.max_memory)
+    options = DecodeOptions(**_chosen(args, DecodeOptions))
     suffix = f".{args.format or 'png'}"
     if (pair := _single(args, "decode", suffix)) is None:
         _check_output(suffix, args.output_quality)
@@ -181,7 +182,7 @@ def _decode(args: argparse.Namespace) -> int:
             image = decode_container(file, model, **files.limits(options))
         seconds = time.perf_counter() - start
         begin("writing")
-        output = image_bytes(image, suffix, file.metadata, args.output_quality)
+        output = image_bytes(image, suffix, file.metadata, args.output_quality, args.max_side)
         _write(target, output, time_from=source if args.keep_time else None)
     height, width = image.shape[:2]
     colours = ("grey" if file.grey else "RGB") + ("" if file.alpha is None else " with alpha")
@@ -232,7 +233,7 @@ def _verify(args: argparse.Namespace) -> int:
     processes = _process_count(args.jobs, args.device)
     found = batch.find(args.inputs, "verify")
     tasks = batch.without_targets(found.files)
-    options = DecodeOptions(max_pixels=args.max_pixels, max_memory=args.max_memory)
+    options = DecodeOptions(**_chosen(args, DecodeOptions))
     job = batch.Job("verify", partial(load_model, args.model, args.device), options)
     outcomes: list[batch.Outcome] = []
     count = len(found.failed) + len(tasks)
@@ -297,6 +298,14 @@ def _demo(args: argparse.Namespace) -> int:
         report = demo.run(model, args.quality, encoded, decoded, begin)
     print(report)
     print(f"The model was loaded in {loading:.2f} s. Wrote {encoded} and {decoded}.")
+    return 0
+
+
+def _integrate(args: argparse.Namespace) -> int:
+    if args.name:
+        print(INTEGRATIONS[args.name].text, end="")
+    else:
+        print("\n".join(f"{heading(name)}\n\n{i.text}" for name, i in INTEGRATIONS.items()), end="")
     return 0
 
 
@@ -371,8 +380,12 @@ def _encode_options(args: argparse.Namespace) -> EncodeOptions:
     target = next(((kind, value) for kind, value in targets.items() if value is not None), None)
     if args.nearest and target is None:
         raise UsageError("`--nearest` must come with a target, such as --target-size 20000")
-    names = {field.name for field in fields(EncodeOptions)} & vars(args).keys()
-    return EncodeOptions(target=target, **{name: getattr(args, name) for name in names})
+    return EncodeOptions(target=target, **_chosen(args, EncodeOptions))
+
+
+def _chosen(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """Return the arguments that are fields of `EncodeOptions` or `DecodeOptions`."""
+    return {field.name: vars(args)[field.name] for field in fields(kind) if field.name in args}
 
 
 def _suffix_of(target: Path, chosen: str | None) -> str:
@@ -713,6 +726,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="Q",
         help="1 to 100, of JPEG and WebP; PNG loses nothing (default: 95)",
     )
+    decode.add_argument(
+        "--max-side",
+        type=_positive,
+        metavar="N",
+        help="shrink larger images to N pixels on their longer side, for previews",
+    )
     decode.set_defaults(command=_decode)
 
     verify = commands.add_parser(
@@ -756,6 +775,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_quality(demo)
     demo.set_defaults(command=_demo)
+
+    integrate = commands.add_parser(
+        "integrate",
+        help="print what makes desktops and other programs know .cmb files",
+        description="Print what makes desktops and other programs know .cmb files. They run\n"
+        "`cmamba`, which has to be in their PATH.",
+        epilog="\n\n".join(map(heading, INTEGRATIONS)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    integrate.add_argument(
+        "--print",
+        dest="name",
+        choices=INTEGRATIONS,
+        help="this text alone, to redirect it into its file (default: all, with headings)",
+    )
+    integrate.set_defaults(command=_integrate)
     return parser
 
 

@@ -59,12 +59,13 @@ class DecodeOptions:
     """How a `.cmb` file is decoded.
 
     Attributes:
-        output_quality: of JPEG and WebP, as in `cmamba_ref.codec.output.image_bytes`.
+        output_quality, max_side: as in `cmamba_ref.codec.output.image_bytes`.
         keep_time: give the output the input's time of change.
         max_pixels, max_memory: as in `cmamba_ref.decode`; None for the defaults.
     """
 
     output_quality: int | None = None
+    max_side: int | None = None
     keep_time: bool = False
     max_pixels: int | None = None
     max_memory: int | None = None
@@ -261,8 +262,11 @@ def encode_source(
     """
     from cmamba_ref.codec import encode
 
-    settings: dict[str, Any] = limits(options)
-    settings |= {"effort": options.effort, "progress": progress, "metadata": read.metadata}
+    settings = limits(options) | {
+        "effort": options.effort,
+        "progress": progress,
+        "metadata": read.metadata,
+    }
     if options.target is None:
         return encode(read.image, model, options.quality, **settings), None
     from cmamba_ref.codec.targets import Target, encode_to
@@ -310,14 +314,16 @@ def write_decoded(source: Path, output: Path, model: CMamba, options: DecodeOpti
     file = Container.unpack(data)
     model = model_for(file.model_id, [model])
     image = decode_container(file, model, **limits(options))
-    decoded = image_bytes(image, output.suffix, file.metadata, options.output_quality)
+    decoded = image_bytes(
+        image, output.suffix, file.metadata, options.output_quality, options.max_side
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, decoded, time_from=source if options.keep_time else None)
     height, width = image.shape[:2]
     return FileResult(str(source), str(output), len(data), len(decoded), width, height)
 
 
-def limits(options: EncodeOptions | DecodeOptions) -> dict[str, int | None]:
+def limits(options: EncodeOptions | DecodeOptions) -> dict[str, Any]:
     """Return the limits as `cmamba_ref.encode` and `decode` take them."""
     from cmamba_ref.codec import DEFAULT_MAX_PIXELS
 

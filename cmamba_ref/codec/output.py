@@ -43,6 +43,7 @@ def image_bytes(
     suffix: str,
     metadata: Metadata = NO_METADATA,
     quality: int | None = None,
+    max_side: int | None = None,
 ) -> bytes:
     """Return an image as a file of the format that `suffix` names.
 
@@ -51,6 +52,7 @@ def image_bytes(
         suffix: one of `cmamba_ref.codec.formats.OUTPUT_FORMATS`, in any case.
         metadata: to store; what JPEG has no room for is an error.
         quality: 1 to 100, of JPEG (4:4:4) and WebP; None for 95. PNG loses nothing and has none.
+        max_side: shrink a larger image to this many pixels on its longer side.
 
     Raises:
         ImageError: another type or shape, or what the format cannot hold.
@@ -62,6 +64,8 @@ def image_bytes(
             "round, clip and convert it first"
         )
     kind = check_output(suffix, quality)
+    if max_side is not None:
+        image = shrink(image, max_side)
     options: dict[str, Any] = {"exif": metadata.exif, "icc_profile": metadata.icc_profile}
     if kind == "PNG":
         options["pnginfo"] = _png_chunks(metadata)
@@ -78,6 +82,17 @@ def image_bytes(
     except ValueError as error:  # metadata beyond a segment of JPEG
         raise ImageError(f"the image does not fit into {kind}: {error}; decode to PNG") from error
     return buffer.getvalue()
+
+
+def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
+    """Return an image of at most `max_side` pixels on each side, by bicubic filtering.
+
+    Args:
+        image: of one of the forms that `cmamba_ref.decode` returns; a smaller one stays as it is.
+    """
+    shrunk = Image.fromarray(image)
+    shrunk.thumbnail((max_side, max_side))
+    return np.asarray(shrunk)
 
 
 def check_output(suffix: str, quality: int | None) -> str:
