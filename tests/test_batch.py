@@ -555,7 +555,7 @@ def test_cores_are_divided_among_processes(monkeypatch: pytest.MonkeyPatch) -> N
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    job = batch.Job("decode", lambda: random_model(), DecodeOptions())
+    job = batch.Job(random_model, DecodeOptions())
     for threads in (1, 3, 8):
         batch._prepare_here(job, threads)
     monkeypatch.setattr(batch, "_here", None)

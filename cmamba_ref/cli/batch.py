@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cmamba_ref.atomic_write import check_writable
 from cmamba_ref.cli import process_pool
@@ -64,13 +64,11 @@ class Job:
     """What to do with every file.
 
     Attributes:
-        command: "encode", "decode" or "verify".
         load: callback that checks the quality and returns the model; called once in every process.
-        options: `EncodeOptions` for `encode`, otherwise `DecodeOptions`; `max_memory` holds for
-            each process.
+        options: `EncodeOptions` to encode; `DecodeOptions` to decode, or to verify where a task has
+            no output. `max_memory` holds for each process.
     """
 
-    command: str
     load: Callable[[], CMamba]
     options: EncodeOptions | DecodeOptions
 
@@ -300,14 +298,15 @@ def _outcome(model: CMamba, job: Job, task: Task) -> Outcome:
 def _work(model: CMamba, job: Job, task: Task) -> Outcome:
     try:
         if task.target is None:
-            return _verify(model, job.options, task.source)
+            return _verify(model, task.source, limits(job.options))
         if task.target.is_dir():
             raise InvalidArgumentError(
                 f"the output must be a file, got the folder {str(task.target)!r}; move it away"
             )
         check_writable(task.target)
-        work = _encode if job.command == "encode" else _decode
-        return work(model, job.options, task.source, task.target)
+        if isinstance(job.options, EncodeOptions):
+            return _done(_encode(model, task.source, task.target, job.options))
+        return _done(write_decoded(task.source, task.target, model, job.options))
     except Exception as error:
         text = explain(error)
         if text is None:
@@ -318,14 +317,10 @@ def _work(model: CMamba, job: Job, task: Task) -> Outcome:
         return Outcome(task.source, error=naming(task.source, text), unchecked=unchecked)
 
 
-def _encode(model: CMamba, options: EncodeOptions, source: Path, target: Path) -> Outcome:
+def _encode(model: CMamba, source: Path, target: Path, options: EncodeOptions) -> FileResult:
     with no_native_output():
         read = read_source(source.read_bytes(), str(source), options)
-    return _done(write_encoded(source, target, read, model, options))
-
-
-def _decode(model: CMamba, options: DecodeOptions, source: Path, target: Path) -> Outcome:
-    return _done(write_decoded(source, target, model, options))
+    return write_encoded(source, target, read, model, options)
 
 
 def _done(result: FileResult) -> Outcome:
@@ -338,11 +333,11 @@ def _done(result: FileResult) -> Outcome:
     )
 
 
-def _verify(model: CMamba, options: DecodeOptions, source: Path) -> Outcome:
+def _verify(model: CMamba, source: Path, limits: dict[str, Any]) -> Outcome:
     from cmamba_ref.codec.verify import verify_file
 
     try:
-        detail = verify_file(source.read_bytes(), model, **limits(options))
+        detail = verify_file(source.read_bytes(), model, **limits)
         return Outcome(source, detail=detail)
     except ModelMismatchError as error:
         raise ModelMismatchError(f"{error}; name it with --model") from error

@@ -204,7 +204,7 @@ def _many(
     tasks, refused = batch.with_targets(found.files, output, suffix)
     waiting = batch.to_do(tasks, args.force)
     load = partial(load_model, args.model, args.device, getattr(args, "quality", None))
-    job = batch.Job(command, load, options)
+    job = batch.Job(load, options)
     failed = [*found.failed, *refused]
     summary = batch.Summary(command, len(tasks) - len(waiting), found.left_out_line())
     count = len(failed) + len(waiting)
@@ -234,7 +234,7 @@ def _verify(args: argparse.Namespace) -> int:
     found = batch.find(args.inputs, "verify")
     tasks = batch.without_targets(found.files)
     options = DecodeOptions(**_chosen(args, DecodeOptions))
-    job = batch.Job("verify", partial(load_model, args.model, args.device), options)
+    job = batch.Job(partial(load_model, args.model, args.device), options)
     outcomes: list[batch.Outcome] = []
     count = len(found.failed) + len(tasks)
     with tqdm(total=count, bar_format=COUNTING, leave=False, disable=None) as bar:
