@@ -8,7 +8,7 @@ from cmamba_ref import InvalidArgumentError, decode, encode
 from cmamba_ref.cli.demo import DEMO_IMAGE
 from cmamba_ref.codec import targets
 from cmamba_ref.codec.targets import Target, encode_to
-from cmamba_ref.errors import TargetError
+from cmamba_ref.errors import MemoryLimitError, TargetError
 from cmamba_ref.metrics import psnr
 
 
@@ -48,6 +48,21 @@ def test_a_size_is_met_and_never_exceeded(image, sizes, encodes, kind, part):
     assert len(encodes) <= 6
 
 
+@pytest.mark.slow
+def test_sizes_are_met_on_kodak(kodak_paths, encodes):
+    """Three sizes inside the range of each of the 24 images, at equal ratios."""
+    for path in kodak_paths:
+        photo = load_image(path)
+        low, high = (len(encode(photo, shipped_model(), quality)) for quality in (1, 8))
+        for part in (0.25, 0.5, 0.75):
+            size = low * (high / low) ** part
+            encodes.clear()
+            found = encode_to(photo, shipped_model(), target=Target("size", size))
+            assert 0.95 * size <= len(found.data) <= size, (path.name, part)
+            assert len(encodes) <= 6
+            print(path.name, part, len(found.data) / size, len(encodes))
+
+
 @pytest.mark.parametrize("decibels", [30.5, 32.0])
 def test_a_psnr_is_met(image, encodes, decibels):
     found = encode_to(image, shipped_model(), target=Target("psnr", decibels))
@@ -83,6 +98,25 @@ def test_what_is_out_of_reach_names_the_nearest(image, kind, value, nearest):
         encode_to(image, shipped_model(), target=target)
     found = encode_to(image, shipped_model(), target=target, nearest=True)
     assert found.data == encode(image, shipped_model(), nearest)
+
+
+def test_limits_hold_for_encoding_and_decoding(image):
+    target = Target("psnr", 32)
+    with pytest.raises(MemoryLimitError):
+        encode_to(image, shipped_model(), target=target, max_memory=1000)
+    with pytest.raises(InvalidArgumentError, match="max_pixels"):
+        encode_to(image, shipped_model(), target=target, max_pixels=1000)
+    seen = []
+
+    def watched(data, model, **options):
+        seen.append(options)
+        return decode(data, model, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(targets, "decode", watched)
+        limits = {"max_pixels": 10**9, "max_memory": 2**40}
+        encode_to(image, shipped_model(), target=target, **limits)
+    assert seen and all(options == limits for options in seen)
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
