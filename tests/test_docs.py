@@ -1,26 +1,61 @@
-"""README and docs: their length, their links, and their Python examples."""
+"""README and docs: their length, their links, and their snippets, which are run."""
 
 import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
+from PIL import Image
 
-import cmamba_ref
+from cmamba_ref import cli
+from cmamba_ref.codec import refinement
 from cmamba_ref.nn.blocks import BLOCKS
 from cmamba_ref.ops.dispatch import BACKENDS
+from tests.codec_helpers import ENVIRONMENT, TESTS
+from tests.rd_helpers import write_results
+from tests.training_helpers import make_images, write_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 MAX_README_WORDS = 1000
-EXAMPLES = [
-    pytest.param(code, id=f"{page.name}-{number}")
-    for page in PAGES
-    for number, code in enumerate(
-        re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)
-    )
-]
+SNIPPET = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
+
+TRAIN = (
+    "--minutes 0.001 --crop 64 --batch 2 --until --warmup 0 --validation 1 --validation-crop 64 "
+    "--samples 0 --coded never --processes 1 --device cpu --precision fp32 "
+)
+EVAL_RD = "--limit 1 --codecs --brief --qualities 2 --jobs 1"
+# Options that make a command short, by how it begins; the last of an option counts.
+SHORTER = {
+    "cmamba encode photos": "--jobs 1",
+    "cmamba decode small": "--jobs 1",
+    "cmamba verify small": "--jobs 1",
+    "cmamba encode photo.jpg -o 20kb.cmb": "--nearest",  # the image is too small for 20 kB
+    "python tools/train.py": TRAIN + "--config small.json",
+    "python mine.py train": TRAIN,
+    "python tools/eval_rd.py": EVAL_RD + " -o eval.json",  # rd.json has curves that overlap
+    "python mine.py eval_rd": EVAL_RD,
+    "python tools/analyze.py": "--limit 1",
+    "python tools/complexity.py": "--size 64x64 tiny",
+}
+# Commands that are not run, by how they begin, and why.
+NOT_RUN = {
+    "python -m pip install": "it changes the environment; the gate runs those of the README",
+    "python3 -m venv": "it makes an environment; the gate makes its own",
+    "git restore": "it changes the checkout",
+    "python -m pytest": "the tests themselves",
+    "HYPOTHESIS_PROFILE=long python -m pytest": "the tests themselves",
+    "python tests/golden/make.py": "it replaces the golden files",
+    "python tools/fuzz.py": "it needs the extra fuzz; tests/test_fuzz.py tries the targets",
+    "python tools/determinism.py": "a process per combination; see tests/test_determinism.py",
+}
 
 
 def anchors(page: Path) -> set[str]:
@@ -45,14 +80,85 @@ def test_links_lead_somewhere(page: Path):
         assert not anchor or anchor in anchors(target), link
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_examples_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+# ---------------------------------------------------------------- snippets
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a page, with all that its snippets read."""
     monkeypatch.chdir(tmp_path)
-    image = np.full((64, 96, 3), 128, np.uint8)
-    Path("photo.cmb").write_bytes(cmamba_ref.encode(image))
-    with mock.patch.dict(BACKENDS), mock.patch.dict(BLOCKS):  # examples may register theirs
+    monkeypatch.syspath_prepend(tmp_path)
+    make_images(tmp_path / "photos")
+    noise = np.random.default_rng(0).integers(0, 256, (192, 192, 3), np.uint8)
+    Image.fromarray(noise[:64, :96]).save("photo.jpg")
+    Path("images").mkdir()
+    Image.fromarray(noise).save("images/a.png")
+    write_results(tmp_path)
+    write_config(tmp_path / "small.json")
+    shutil.copytree(TESTS / "golden" / "model", "tiny-0b660bd2")
+    shutil.copytree(TESTS / "golden" / "model", "runs/mine/model")
+    shutil.copy(TESTS / "golden" / "colour.cmb", "old.cmb")
+    Path("tools").symlink_to(ROOT / "tools")
+    hub = SimpleNamespace(snapshot_download=lambda *_, **__: "runs/mine/model")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setattr(refinement, "STEPS", range(10))
+    return tmp_path
+
+
+def option(command: str, table: dict[str, str]) -> str | None:
+    """What a table says of a command."""
+    return next((text for start, text in table.items() if command.startswith(start)), None)
+
+
+def run_command(command: str) -> None:
+    """Run a line of a shell, in this process where it needs no shell."""
+    if option(command, NOT_RUN):
+        paths = re.findall(r"tests/[\w/.]+", command)
+        assert all((ROOT / path).exists() for path in paths), command
+        return
+    # One of several processes does the same.
+    command = re.sub(r"^torchrun --nproc-per-node \d+ ", "python ", command)
+    words = shlex.split(f"{command.partition(' #')[0]} {option(command, SHORTER) or ''}")
+    if {"<", ">", "|"} & set(words):
+        cmamba = f'cmamba() {{ {shlex.quote(sys.executable)} -m cmamba_ref "$@"; }}\n'
+        subprocess.run(cmamba + command, shell=True, check=True, env=ENVIRONMENT)
+    elif words[0] == "cmamba":
+        assert cli.main(words[1:]) == 0, command
+    elif words[0] == "python":
+        with mock.patch.object(sys, "argv", words[1:]):
+            try:
+                runpy.run_path(words[1], run_name="__main__")
+            except SystemExit as end:
+                assert not end.code, f"{command}: {end}"
+    else:
+        pytest.fail(f"an unknown command: {command}; add it to NOT_RUN, with a reason")
+
+
+def run_python(code: str) -> None:
+    """Run an example; one that begins with the name of a file becomes that file."""
+    if name := re.match(r"# (\w+\.py)\n", code):
+        Path(name[1]).write_text(code)
+    else:
         exec(compile(code, "example", "exec"), {"__name__": "example"})
 
 
-def test_there_are_examples():
-    assert len(EXAMPLES) >= 5
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_snippets_run(page: Path, folder: Path):
+    with mock.patch.dict(BACKENDS), mock.patch.dict(BLOCKS):  # examples may register theirs
+        for mark, text in SNIPPET.findall(page.read_text()):
+            if mark == "python":
+                run_python(text)
+            elif not mark:
+                for line in filter(None, text.splitlines()):
+                    run_command(line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_examples_are_in_fences(page: Path):
+    outside = SNIPPET.sub("", page.read_text())
+    assert not re.findall(r"^ +(?:cmamba|python|torchrun|import|from) .*", outside, re.M)
+
+
+def test_there_are_snippets():
+    marks = [mark for page in PAGES for mark, _ in SNIPPET.findall(page.read_text())]
+    assert marks.count("python") >= 5 and marks.count("") >= 5
