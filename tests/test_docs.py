@@ -1,5 +1,6 @@
 """README and docs: their length, their links, and their snippets, which are run."""
 
+import importlib.util
 import re
 import runpy
 import shlex
@@ -56,6 +57,10 @@ NOT_RUN = {
     "python tools/fuzz.py": "it needs the extra fuzz; tests/test_fuzz.py tries the targets",
     "python tools/determinism.py": "a process per combination; see tests/test_determinism.py",
 }
+# Engines whose examples are run where they are installed; the page says with which versions.
+RUN_BY_HAND = {"ray", "pyspark"}
+# It needs images of equal sizes: tests/test_integrations.py.
+TESTED_ELSEWHERE = "DataLoader"
 
 
 def anchors(page: Path) -> set[str]:
@@ -90,7 +95,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path)
     make_images(tmp_path / "photos")
     noise = np.random.default_rng(0).integers(0, 256, (192, 192, 3), np.uint8)
-    Image.fromarray(noise[:64, :96]).save("photo.jpg")
+    for path in ("photo.jpg", "photos/a.jpg"):
+        Image.fromarray(noise[:64, :96]).save(path)
     Path("images").mkdir()
     Image.fromarray(noise).save("images/a.png")
     write_results(tmp_path)
@@ -134,20 +140,36 @@ def run_command(command: str) -> None:
         pytest.fail(f"an unknown command: {command}; add it to NOT_RUN, with a reason")
 
 
-def run_python(code: str) -> None:
-    """Run an example; one that begins with the name of a file becomes that file."""
+def run_python(code: str, earlier: str, names: dict[str, object]) -> None:
+    """Run an example; one that begins with the name of a file becomes that file.
+
+    Args:
+        earlier: the examples before it on the page, for one that must be a program of its own.
+        names: what they have defined.
+    """
     if name := re.match(r"# (\w+\.py)\n", code):
         Path(name[1]).write_text(code)
+    elif '__name__ == "__main__"' in code:
+        Path("program.py").write_text(earlier + code)
+        subprocess.run([sys.executable, "program.py"], check=True, env=ENVIRONMENT, timeout=600)
     else:
-        exec(compile(code, "example", "exec"), {"__name__": "example"})
+        exec(compile(code, "example", "exec"), names)
+
+
+def is_run_here(code: str) -> bool:
+    """Whether this is no example for an engine that is not installed, nor one with its own test."""
+    modules = set(re.findall(r"^(?:import|from) (\w+)", code, re.M)) & RUN_BY_HAND
+    return all(map(importlib.util.find_spec, modules)) and TESTED_ELSEWHERE not in code
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_snippets_run(page: Path, folder: Path):
     with mock.patch.dict(BACKENDS), mock.patch.dict(BLOCKS):  # examples may register theirs
+        earlier, names = "", {"__name__": "example"}
         for mark, text in SNIPPET.findall(page.read_text()):
-            if mark == "python":
-                run_python(text)
+            if mark == "python" and is_run_here(text):
+                run_python(text, earlier, names)
+                earlier += text
             elif not mark:
                 for line in filter(None, text.splitlines()):
                     run_command(line)
