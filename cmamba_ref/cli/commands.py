@@ -132,13 +132,16 @@ def _encode(args: argparse.Namespace) -> int:
             data, quality = files.encode_source(read, model, options, progress)
         seconds = time.perf_counter() - start
         begin("writing and verifying" if args.verify else "writing")
+        decoded = None
 
         def check(written: bytes) -> None:
-            if args.verify:
-                with _naming(target, "output"):
-                    verify_encoded(written, data, read.image, model, **files.limits(options))
+            nonlocal decoded
+            with _naming(target, "output"):
+                decoded = verify_encoded(written, data, read.image, model, **files.limits(options))
 
-        _write(target, data, check, time_from=source if args.keep_time else None)
+        time_from = source if args.keep_time else None
+        _write(target, data, check if args.verify else None, time_from=time_from)
+        files.warn_of_graphics(read, model, options, quality, data, decoded)
     height, width = read.image.shape[:2]
     bpp = bits_per_pixel(len(data), width, height)
     found = "" if quality is None else f", quality {quality:g}"

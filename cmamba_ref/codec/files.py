@@ -284,19 +284,46 @@ def write_encoded(
     Raises:
         CMambaError, OSError: as `encode_file`.
     """
+    from cmamba_ref.codec.verify import verify_encoded
+
     data, quality = encode_source(read, model, options)
+    decoded = None
 
     def check(written: Path) -> None:
-        from cmamba_ref.codec.verify import verify_encoded
-
-        verify_encoded(written.read_bytes(), data, read.image, model, **limits(options))
+        nonlocal decoded
+        decoded = verify_encoded(written.read_bytes(), data, read.image, model, **limits(options))
 
     output.parent.mkdir(parents=True, exist_ok=True)
     time_from = source if options.keep_time else None
     write_atomically(output, data, check if options.verify else None, time_from=time_from)
+    warn_of_graphics(read, model, options, quality, data, decoded)
     height, width = read.image.shape[:2]
     sizes = source.stat().st_size, len(data), width, height
     return FileResult(str(source), str(output), *sizes, quality, read.dropped)
+
+
+def warn_of_graphics(
+    read: Source,
+    model: CMamba,
+    options: EncodeOptions,
+    quality: float | None,
+    data: bytes,
+    decoded: np.ndarray | None,
+) -> None:
+    """Issue an `ImageWarning` if the image gains nothing from the quality of its file `data`.
+
+    Args:
+        quality: the quality that was found where a target was given.
+        decoded: the decoded image, if it is known. It is made where that takes little of the time
+            of encoding: after a search.
+    """
+    from cmamba_ref.codec import decode
+    from cmamba_ref.codec.ceiling import warn_if_nothing_is_gained
+
+    if decoded is None and (options.effort or "psnr" in (options.target or ())):
+        decoded = decode(data, model, **limits(options))
+    used = options.quality if quality is None else quality
+    warn_if_nothing_is_gained(read.image, model, used, decoded)
 
 
 def write_decoded(source: Path, output: Path, model: CMamba, options: DecodeOptions) -> FileResult:

@@ -128,21 +128,19 @@ def encode(
             f"{MULTIPLE}, got {width}x{height}; raise `max_pixels` if there is the memory"
         )
     _check_memory(model, height, width, max_memory, refined=steps > 0)
-    colours, alpha = _split_alpha(image)
+    colours, alpha = visible_colours(image)
     packed_alpha = None
     if alpha is not None:
-        from cmamba_ref.codec.alpha import fill_hidden, pack_alpha
+        from cmamba_ref.codec.alpha import pack_alpha
 
         packed_alpha = pack_alpha(alpha)
-        colours = fill_hidden(colours, alpha)
-    grey = colours.ndim == 2
-    rgb = np.stack([colours] * 3, axis=-1) if grey else np.array(colours)
-    x = torch.from_numpy(rgb).permute(2, 0, 1)[None].float() / 255
+    x = as_input(colours)
     if steps:
         coded = refine(model, x, quality, steps, progress)
     else:
         coded = model.compress(x, quality)
     (y,), (z,) = coded["strings"]
+    grey = is_grey(image)
     file = Container(model.model_id, width, height, grey, y, z, packed_alpha, metadata)
     return file.pack()
 
@@ -256,11 +254,20 @@ def _check_image(image: np.ndarray) -> None:
         )
 
 
-def _split_alpha(image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the colours, `[H, W, 3]` or `[H, W]`, and the alpha channel if there is one."""
+def visible_colours(image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the colours that are coded, `[H, W, 3]` or `[H, W]`, and the alpha channel, if any."""
     if not has_alpha(image):
         return image, None
-    return image[..., 0] if is_grey(image) else image[..., :3], image[..., -1]
+    from cmamba_ref.codec.alpha import fill_hidden
+
+    colours, alpha = image[..., 0] if is_grey(image) else image[..., :3], image[..., -1]
+    return fill_hidden(colours, alpha), alpha
+
+
+def as_input(colours: np.ndarray) -> Tensor:
+    """Return colours, uint8 `[H, W, 3]` or `[H, W]`, as a model takes them, `[1, 3, H, W]`."""
+    rgb = np.stack([colours] * 3, axis=-1) if colours.ndim == 2 else np.array(colours)
+    return torch.from_numpy(rgb).permute(2, 0, 1)[None].float() / 255
 
 
 def _unpacked_alpha(container: Container) -> np.ndarray | None:

@@ -41,7 +41,7 @@ def verify_encoded(
     *,
     max_pixels: int,
     max_memory: int | None,
-) -> None:
+) -> np.ndarray:
     """Check the bytes of a file after `data` was written to it, or bytes that are about to be sent.
 
     Decoding compares the symbols with the check that the encoder computed from its own. The
@@ -50,6 +50,9 @@ def verify_encoded(
     Args:
         stored: the bytes read back.
         data: the bytes that `cmamba_ref.encode` returned for `image`.
+
+    Returns:
+        the decoded image.
 
     Raises:
         BitstreamError: other bytes, or bytes that do not decode to an image of that size.
@@ -63,3 +66,4 @@ def verify_encoded(
         )
     if image_codec.has_alpha(image) and not np.array_equal(decoded[..., -1], image[..., -1]):
         raise BitstreamError("the alpha channel came back changed")
+    return decoded
