@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import signal
+import stat
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -87,12 +88,29 @@ def test_what_exists_is_skipped(photo: Path, tmp_path: Path):
     assert target.read_bytes() != b"before"
 
 
-@pytest.mark.parametrize("target", ["photo.png", "folder"])
-def test_the_target_must_be_another_file(photo: Path, target: str):
-    (photo.parent / "folder").mkdir()
-    with pytest.raises(cmamba_ref.InvalidArgumentError, match="`output` must be a file, and ano"):
-        encode_file(photo, photo.with_name(target), overwrite=True)
+@pytest.mark.parametrize("name", ["photo.png", "link", "folder", "pipe"])
+def test_the_output_must_be_another_file(photo: Path, name: str):
+    target = photo.with_name(name)
+    photo.with_name("link").symlink_to(photo)
+    photo.with_name("folder").mkdir()
+    os.mkfifo(photo.with_name("pipe"))
+    kind = stat.S_IFMT(target.stat().st_mode)
+    message = "`output` must be a file, and another one than the input"
+    for overwrite in (False, True):
+        with pytest.raises(cmamba_ref.InvalidArgumentError, match=message):
+            encode_file(photo, target, overwrite=overwrite)
+        assert message in str(encode_file(photo, target, on_error="return").error)
+    assert stat.S_IFMT(target.stat().st_mode) == kind
     np.testing.assert_array_equal(load_image(photo), PIXELS)
+
+
+def test_a_name_that_no_file_can_have_is_returned(photo: Path):
+    """It must not stop an engine."""
+    result = encode_file(photo, photo.with_name(300 * "z"), on_error="return")
+    assert "File name too long" in str(result.error)
+    photo.with_name("loop").symlink_to("loop")
+    result = encode_file(photo.with_name("loop"), photo.with_name("a.cmb"), on_error="return")
+    assert "symbolic links" in str(result.error)
 
 
 def test_errors_are_raised_or_returned(photo: Path, tmp_path: Path):

@@ -187,14 +187,16 @@ def _one_file(
     if on_error not in ("raise", "return"):
         raise InvalidArgumentError(f'`on_error` must be "raise" or "return", got {on_error!r}')
     path = source.with_suffix(suffix) if output is None else Path(output)
-    if path.is_dir() or path.resolve() == source.resolve():
-        raise InvalidArgumentError(
-            f"`output` must be a file, and another one than the input, got {str(path)!r}"
-        )
     result = FileResult(str(source), str(path))
-    if path.exists() and not overwrite:
-        return replace(result, skipped=True)
     try:
+        # A pipe or a device would be replaced by a file.
+        is_other = os.path.exists(path) and not os.path.isfile(path)
+        if is_other or os.path.realpath(path) == os.path.realpath(source):
+            raise InvalidArgumentError(
+                f"`output` must be a file, and another one than the input, got {str(path)!r}"
+            )
+        if os.path.isfile(path) and not overwrite:
+            return replace(result, skipped=True)
         check_writable(path)
         return work(source, path)
     except Exception as error:
