@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,10 +73,18 @@ def test_options_reach_the_codec(photo: Path, tmp_path: Path, model_dir: str):
         encode_file(photo, tmp_path / "b.cmb", model_dir, max_memory=1000)
     with pytest.raises(errors.MemoryLimitError):
         decode_file(target, tmp_path / "b.png", model_dir, max_memory=1000)
-    with pytest.raises(errors.ImageError, match="max_pixels"):
-        encode_file(photo, tmp_path / "b.cmb", model_dir, max_pixels=100)
+    for max_pixels in (100, 0):
+        with pytest.raises(errors.ImageError, match="max_pixels"):
+            encode_file(photo, tmp_path / "b.cmb", model_dir, max_pixels=max_pixels)
     with pytest.raises(TypeError, match="qualty"):
         encode_file(photo, tmp_path / "b.cmb", model_dir, qualty=3)
+
+
+@pytest.mark.parametrize("options", [{"quality": 5, "target": ("size", 500)}, {"nearest": True}])
+def test_options_that_contradict_are_refused(photo: Path, options: dict[str, Any]):
+    with pytest.raises(cmamba_ref.InvalidArgumentError, match="target"):
+        encode_file(photo, on_error="return", **options)
+    assert not photo.with_suffix(".cmb").exists()
 
 
 def test_what_exists_is_skipped(photo: Path, tmp_path: Path):

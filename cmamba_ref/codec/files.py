@@ -37,6 +37,9 @@ class EncodeOptions:
         background, strict_color, lenient, convert: as in `cmamba_ref.codec.images.read_image`.
         verify: decode the file that was written before it gets its name.
         max_pixels, max_memory: as in `cmamba_ref.encode`; None for the defaults.
+
+    Raises:
+        InvalidArgumentError: a quality beside a target, or `nearest` without one.
     """
 
     quality: float | None = None
@@ -52,6 +55,14 @@ class EncodeOptions:
     verify: bool = False
     max_pixels: int | None = None
     max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.quality is not None and self.target is not None:
+            raise InvalidArgumentError(
+                f"`quality` must be None with a target, got {self.quality}; leave one of them out"
+            )
+        if self.nearest and self.target is None:
+            raise InvalidArgumentError("`nearest` must come with a target, got none; leave it out")
 
 
 @dataclass(frozen=True)
@@ -229,14 +240,13 @@ def read_source(data: bytes, name: str, options: EncodeOptions) -> Source:
     Raises:
         ImageError: as `cmamba_ref.codec.images.read_image`.
     """
-    from cmamba_ref.codec import DEFAULT_MAX_PIXELS
     from cmamba_ref.codec.images import parse_image
     from cmamba_ref.codec.metadata import NO_METADATA
 
     image, metadata = parse_image(
         data,
         name,
-        max_pixels=options.max_pixels or DEFAULT_MAX_PIXELS,
+        max_pixels=limits(options)["max_pixels"],
         background=options.background,
         strict_color=options.strict_color,
         lenient=options.lenient,
@@ -329,5 +339,5 @@ def limits(options: EncodeOptions | DecodeOptions) -> dict[str, Any]:
     """Return the limits as `cmamba_ref.encode` and `decode` take them."""
     from cmamba_ref.codec import DEFAULT_MAX_PIXELS
 
-    max_pixels = options.max_pixels or DEFAULT_MAX_PIXELS
+    max_pixels = DEFAULT_MAX_PIXELS if options.max_pixels is None else options.max_pixels
     return {"max_pixels": max_pixels, "max_memory": options.max_memory}
