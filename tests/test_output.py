@@ -3,6 +3,7 @@
 import io
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,15 +108,21 @@ def test_the_largest_sides_are_those_of_pillow(kind: str):
         Image.new("L", (output.MAX_SIDE[kind] + 1, 1)).save(io.BytesIO(), kind)
 
 
-@pytest.mark.parametrize("quality", [0, 101, -5])
-def test_qualities_are_checked(quality: int):
+@pytest.mark.parametrize("quality", [0, 101, -5, 90.5, "90"])
+def test_qualities_are_checked(quality: Any):
     for suffix in (".jpg", ".webp"):
-        with pytest.raises(InvalidArgumentError, match="1 to 100"):
+        with pytest.raises(InvalidArgumentError, match="from 1 to 100"):
             image_bytes(RGB, suffix, quality=quality)
     with pytest.raises(InvalidArgumentError, match="none for PNG"):
         image_bytes(RGB, ".png", quality=90)
     with pytest.raises(InvalidArgumentError, match="must end in"):
         image_bytes(RGB, ".gif")
+
+
+@pytest.mark.parametrize("max_side", [0, -5, 2.5, "9"])
+def test_the_largest_side_is_checked(max_side: Any):
+    with pytest.raises(InvalidArgumentError, match="`max_side` must be a whole number of at"):
+        image_bytes(RGB, ".png", max_side=max_side)
 
 
 # ---------------------------------------------------------------- the command

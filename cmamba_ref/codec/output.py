@@ -56,7 +56,7 @@ def image_bytes(
 
     Raises:
         ImageError: another type or shape, or what the format cannot hold.
-        InvalidArgumentError: another suffix, or another quality.
+        InvalidArgumentError: another suffix, quality or `max_side`.
     """
     if not is_image(image):
         raise ImageError(
@@ -89,7 +89,14 @@ def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
 
     Args:
         image: of one of the forms that `cmamba_ref.decode` returns; a smaller one stays as it is.
+
+    Raises:
+        InvalidArgumentError: `max_side` is no whole number of at least 1.
     """
+    if not isinstance(max_side, int) or max_side < 1:
+        raise InvalidArgumentError(
+            f"`max_side` must be a whole number of at least 1, got {max_side!r}"
+        )
     shrunk = Image.fromarray(image)
     shrunk.thumbnail((max_side, max_side))
     return np.asarray(shrunk)
@@ -106,10 +113,12 @@ def check_output(suffix: str, quality: int | None) -> str:
         raise InvalidArgumentError(
             f"the output must end in {', '.join(OUTPUT_FORMATS)}, got {suffix!r}"
         )
-    if quality is not None and (kind == "PNG" or not 1 <= quality <= 100):
+    if quality is None:
+        return kind
+    if kind == "PNG" or not isinstance(quality, int) or not 1 <= quality <= 100:
         raise InvalidArgumentError(
-            "the output quality must be 1 to 100 for JPEG and WebP, and none for PNG, "
-            f"got {quality} for {kind}"
+            "the output quality must be a whole number from 1 to 100 for JPEG and WebP, and none "
+            f"for PNG, got {quality!r} for {kind}"
         )
     return kind
 
