@@ -17,6 +17,7 @@ from cmamba_ref.codec.formats import OUTPUT_FORMATS
 from cmamba_ref.codec.images import parse_image
 from cmamba_ref.codec.metadata import Metadata
 from cmamba_ref.codec.output import image_bytes, png_bytes
+from cmamba_ref.codec.png_colour import declared_profile
 from cmamba_ref.errors import ImageError, InvalidArgumentError
 from cmamba_ref.metrics import psnr
 
@@ -90,6 +91,11 @@ def test_metadata_is_kept(suffix: str):
 
 
 def test_what_does_not_fit():
+    of_grey = Metadata(icc_profile=declared_profile({"gamma": 0.6}, grey=True))
+    for suffix in (".jpg", ".png"):
+        assert opened(image_bytes(FORMS["grey"], suffix, of_grey)).mode == "L"
+    with pytest.raises(ImageError, match="WebP cannot hold grey with its profile"):
+        image_bytes(FORMS["grey"], ".webp", of_grey)
     strip = np.zeros((1, 65_536, 3), np.uint8)
     for suffix in (".jpg", ".webp"):
         with pytest.raises(ImageError, match="cannot hold sides of more than"):

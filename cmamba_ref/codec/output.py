@@ -70,7 +70,7 @@ def image_bytes(
     if kind == "PNG":
         options["pnginfo"] = _png_chunks(metadata)
     else:
-        _check_holds(kind, image)
+        _check_holds(kind, image, metadata)
         options |= {"quality": DEFAULT_QUALITY if quality is None else quality}
         options |= {"xmp": metadata.xmp, "subsampling": "4:4:4"}
         if kind == "JPEG" and metadata.exif is not None:
@@ -123,7 +123,10 @@ def check_output(suffix: str, quality: int | None) -> str:
     return kind
 
 
-def _check_holds(kind: str, image: np.ndarray) -> None:
+def _check_holds(kind: str, image: np.ndarray, metadata: Metadata) -> None:
+    # Bytes 16 to 19 of a profile name the kind of image that it is for.
+    if kind == "WEBP" and (metadata.icc_profile or b"")[16:20] == b"GRAY":
+        raise ImageError("WebP cannot hold grey with its profile; decode to PNG or JPEG")
     if kind == "JPEG" and has_alpha(image):
         raise ImageError("JPEG cannot hold transparency; decode to PNG or WebP")
     height, width = image.shape[:2]
