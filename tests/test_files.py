@@ -138,6 +138,16 @@ def test_errors_are_raised_or_returned(photo: Path, tmp_path: Path):
         encode_file(photo, target, on_error="ignore")
 
 
+@pytest.mark.parametrize("name", ["i", "file"])
+def test_errors_name_files_whose_name_is_in_their_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(b"no .cmb file")
+    result = decode_file(name, "a.png", on_error="return")
+    assert str(result.error).startswith(f"{name}: this is not a .cmb file")
+
+
 def test_a_mistake_is_never_returned(photo: Path, tmp_path: Path, monkeypatch):
     def broken(*_: object, **__: object):
         raise KeyError("a mistake")

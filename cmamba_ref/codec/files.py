@@ -226,9 +226,9 @@ def _loaded(model: str | os.PathLike | CMamba | None, device: str) -> CMamba:
 
 
 def naming(source: Path, text: str) -> str:
-    """Return one line about a file, with its name."""
+    """Return one line about a file, which begins with its name."""
     name = printable(source)
-    return text if name in text else f"{name}: {text}"
+    return text if text.startswith((f"{name} ", f"{name}:")) else f"{name}: {text}"
 
 
 # ---------------------------------------------------------------- the steps
