@@ -182,11 +182,12 @@ def test_format_of_a_folder_and_beside_the_input(encoded: Path, model_dir: str, 
     ("args", "message"),
     [
         (["-o", "a.gif"], "`-o` must end in one of .png, .jpg, .jpeg, .webp, got 'a.gif'"),
-        (["-o", "a"], "`-o` must end in one of"),
+        (["-o", "a"], "got 'a'; end a folder in /"),
         (["-o", "a.png.tif"], "`-o` must end in one of"),
         (["-o", "a.png", "--format", "jpg"], "`--format` must fit `-o`"),
         (["-o", "a.png", "--output-quality", "90"], "`--output-quality` must come with JPEG"),
         (["--output-quality", "90"], "`--output-quality` must come with JPEG"),
+        (["-o", "-", "--output-quality", "90"], "standard output: --format jpg"),
         (["b.cmb", "c.cmb", "--output-quality", "90"], "`--output-quality` must come with JPEG"),
     ],
 )
