@@ -89,7 +89,7 @@ class FileResult:
     Attributes:
         source, output: the paths.
         bytes_in, bytes_out: sizes of both files.
-        width, height: of the image; 0 where it was skipped or failed.
+        width, height: of the image, before `max_side` shrinks it; 0 where it was skipped or failed.
         quality: the quality that was found, where a target was given.
         dropped: names of the metadata that was not kept.
         skipped: the output existed already, and nothing was done.
