@@ -5,6 +5,7 @@ ONNX, around a Scan of one step per position.
 """
 
 import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,24 @@ from cmamba_ref.ops import scan_backend
 op: Any = opset18
 
 
-def export(model: CMamba, folder: Path) -> None:
-    """Write `analyze.onnx` and `synthesize.onnx` into an existing folder, in float32.
+def export(model: CMamba, folder: str | os.PathLike) -> None:
+    """Write `analyze.onnx` and `synthesize.onnx` into a folder, made where missing, in float32.
 
     Both take `quality` `[B]` as well if the model has variable rate. Batch, height and width are
     free.
 
         analyze     x `[B, 3, 64 h, 64 w]` in 0...1, see `cmamba_ref.model.pad`, to y
         synthesize  y `[B, M, h, w]` to x_hat `[B, 3, 16 h, 16 w]`, not clipped
+
+    Raises:
+        OSError: the folder cannot be made or written into.
     """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     latent_channels = model.config.latent_channels
-    _export(model, "analyze", ("x", "y"), (3, 2 * MULTIPLE, 3 * MULTIPLE), MULTIPLE, folder)
-    _export(model, "synthesize", ("y", "x_hat"), (latent_channels, 8, 12), 1, folder)
+    _export(model, "analyze", ("x", "y"), (3, 2 * MULTIPLE, 3 * MULTIPLE), MULTIPLE, target)
+    _export(model, "synthesize", ("y", "x_hat"), (latent_channels, 8, 12), 1, target)
 
 
 class _Method(nn.Module):

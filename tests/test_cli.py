@@ -369,6 +369,18 @@ def test_decode_shrinks_to_a_side(
         main(["decode", source, "--max-side", "0"])
 
 
+def test_decode_reports_that_it_shrinks(
+    encoded: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    height, width = read_image(encoded.with_suffix(".png")).shape[:2]
+    for side, end in ((45, ", shrunk to 45 pixels"), (90, " s")):
+        target = encoded.with_name(f"{side}.png")
+        args = ["--max-side", str(side), "-o", str(target), "--model", model_dir]
+        assert main(["decode", str(encoded), *args]) == 0
+        out = capsys.readouterr().out.rstrip()
+        assert f" {width}x{height} RGB, " in out and out.endswith(end)
+
+
 def test_shrinking_hides_the_colours_of_transparent_pixels() -> None:
     image = np.zeros((64, 96, 4), np.uint8)
     image[:, :30] = 200, 100, 50, 255

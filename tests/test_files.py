@@ -5,12 +5,14 @@ import os
 import pickle
 import re
 import signal
+import stat
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,10 +73,18 @@ def test_options_reach_the_codec(photo: Path, tmp_path: Path, model_dir: str):
         encode_file(photo, tmp_path / "b.cmb", model_dir, max_memory=1000)
     with pytest.raises(errors.MemoryLimitError):
         decode_file(target, tmp_path / "b.png", model_dir, max_memory=1000)
-    with pytest.raises(errors.ImageError, match="max_pixels"):
-        encode_file(photo, tmp_path / "b.cmb", model_dir, max_pixels=100)
+    for max_pixels in (100, 0):
+        with pytest.raises(errors.ImageError, match="max_pixels"):
+            encode_file(photo, tmp_path / "b.cmb", model_dir, max_pixels=max_pixels)
     with pytest.raises(TypeError, match="qualty"):
         encode_file(photo, tmp_path / "b.cmb", model_dir, qualty=3)
+
+
+@pytest.mark.parametrize("options", [{"quality": 5, "target": ("size", 500)}, {"nearest": True}])
+def test_options_that_contradict_are_refused(photo: Path, options: dict[str, Any]):
+    with pytest.raises(cmamba_ref.InvalidArgumentError, match="target"):
+        encode_file(photo, on_error="return", **options)
+    assert not photo.with_suffix(".cmb").exists()
 
 
 def test_what_exists_is_skipped(photo: Path, tmp_path: Path):
@@ -87,12 +97,29 @@ def test_what_exists_is_skipped(photo: Path, tmp_path: Path):
     assert target.read_bytes() != b"before"
 
 
-@pytest.mark.parametrize("target", ["photo.png", "folder"])
-def test_the_target_must_be_another_file(photo: Path, target: str):
-    (photo.parent / "folder").mkdir()
-    with pytest.raises(cmamba_ref.InvalidArgumentError, match="`output` must be a file, and ano"):
-        encode_file(photo, photo.with_name(target), overwrite=True)
+@pytest.mark.parametrize("name", ["photo.png", "link", "folder", "pipe"])
+def test_the_output_must_be_another_file(photo: Path, name: str):
+    target = photo.with_name(name)
+    photo.with_name("link").symlink_to(photo)
+    photo.with_name("folder").mkdir()
+    os.mkfifo(photo.with_name("pipe"))
+    kind = stat.S_IFMT(target.stat().st_mode)
+    message = "`output` must be a file, and another one than the input"
+    for overwrite in (False, True):
+        with pytest.raises(cmamba_ref.InvalidArgumentError, match=message):
+            encode_file(photo, target, overwrite=overwrite)
+        assert message in str(encode_file(photo, target, on_error="return").error)
+    assert stat.S_IFMT(target.stat().st_mode) == kind
     np.testing.assert_array_equal(load_image(photo), PIXELS)
+
+
+def test_a_name_that_no_file_can_have_is_returned(photo: Path):
+    """It must not stop an engine."""
+    result = encode_file(photo, photo.with_name(300 * "z"), on_error="return")
+    assert "File name too long" in str(result.error)
+    photo.with_name("loop").symlink_to("loop")
+    result = encode_file(photo.with_name("loop"), photo.with_name("a.cmb"), on_error="return")
+    assert "symbolic links" in str(result.error)
 
 
 def test_errors_are_raised_or_returned(photo: Path, tmp_path: Path):
@@ -109,6 +136,16 @@ def test_errors_are_raised_or_returned(photo: Path, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
     with pytest.raises(cmamba_ref.InvalidArgumentError, match="on_error"):
         encode_file(photo, target, on_error="ignore")
+
+
+@pytest.mark.parametrize("name", ["i", "file"])
+def test_errors_name_files_whose_name_is_in_their_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(b"no .cmb file")
+    result = decode_file(name, "a.png", on_error="return")
+    assert str(result.error).startswith(f"{name}: this is not a .cmb file")
 
 
 def test_a_mistake_is_never_returned(photo: Path, tmp_path: Path, monkeypatch):

@@ -21,13 +21,13 @@ def test_runtime_and_pytorch_agree(tmp_path: Path):
     with torch.no_grad():
         for parameter in model.parameters():  # fresh blocks are the identity
             parameter.add_(0.1 * torch.randn_like(parameter))
-    onnx_export.export(model, tmp_path)
+    onnx_export.export(model, f"{tmp_path}/new/folder")
     quality = torch.tensor([1.5])
     for name, shapes in (
         ("analyze", [(3, 64, 128), (3, 192, 64)]),
         ("synthesize", [(16, 4, 3), (16, 1, 9)]),
     ):
-        session = onnxruntime.InferenceSession(tmp_path / f"{name}.onnx")
+        session = onnxruntime.InferenceSession(tmp_path / "new" / "folder" / f"{name}.onnx")
         for shape in shapes:
             x = torch.rand(1, *shape)
             expected = getattr(model, name)(x, quality)

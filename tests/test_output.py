@@ -3,6 +3,7 @@
 import io
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from cmamba_ref.codec.formats import OUTPUT_FORMATS
 from cmamba_ref.codec.images import parse_image
 from cmamba_ref.codec.metadata import Metadata
 from cmamba_ref.codec.output import image_bytes, png_bytes
+from cmamba_ref.codec.png_colour import declared_profile
 from cmamba_ref.errors import ImageError, InvalidArgumentError
 from cmamba_ref.metrics import psnr
 
@@ -89,6 +91,11 @@ def test_metadata_is_kept(suffix: str):
 
 
 def test_what_does_not_fit():
+    of_grey = Metadata(icc_profile=declared_profile({"gamma": 0.6}, grey=True))
+    for suffix in (".jpg", ".png"):
+        assert opened(image_bytes(FORMS["grey"], suffix, of_grey)).mode == "L"
+    with pytest.raises(ImageError, match="WebP cannot hold grey with its profile"):
+        image_bytes(FORMS["grey"], ".webp", of_grey)
     strip = np.zeros((1, 65_536, 3), np.uint8)
     for suffix in (".jpg", ".webp"):
         with pytest.raises(ImageError, match="cannot hold sides of more than"):
@@ -107,15 +114,21 @@ def test_the_largest_sides_are_those_of_pillow(kind: str):
         Image.new("L", (output.MAX_SIDE[kind] + 1, 1)).save(io.BytesIO(), kind)
 
 
-@pytest.mark.parametrize("quality", [0, 101, -5])
-def test_qualities_are_checked(quality: int):
+@pytest.mark.parametrize("quality", [0, 101, -5, 90.5, "90"])
+def test_qualities_are_checked(quality: Any):
     for suffix in (".jpg", ".webp"):
-        with pytest.raises(InvalidArgumentError, match="1 to 100"):
+        with pytest.raises(InvalidArgumentError, match="from 1 to 100"):
             image_bytes(RGB, suffix, quality=quality)
     with pytest.raises(InvalidArgumentError, match="none for PNG"):
         image_bytes(RGB, ".png", quality=90)
     with pytest.raises(InvalidArgumentError, match="must end in"):
         image_bytes(RGB, ".gif")
+
+
+@pytest.mark.parametrize("max_side", [0, -5, 2.5, "9"])
+def test_the_largest_side_is_checked(max_side: Any):
+    with pytest.raises(InvalidArgumentError, match="`max_side` must be a whole number of at"):
+        image_bytes(RGB, ".png", max_side=max_side)
 
 
 # ---------------------------------------------------------------- the command
@@ -169,11 +182,12 @@ def test_format_of_a_folder_and_beside_the_input(encoded: Path, model_dir: str, 
     ("args", "message"),
     [
         (["-o", "a.gif"], "`-o` must end in one of .png, .jpg, .jpeg, .webp, got 'a.gif'"),
-        (["-o", "a"], "`-o` must end in one of"),
+        (["-o", "a"], "got 'a'; end a folder in /"),
         (["-o", "a.png.tif"], "`-o` must end in one of"),
         (["-o", "a.png", "--format", "jpg"], "`--format` must fit `-o`"),
         (["-o", "a.png", "--output-quality", "90"], "`--output-quality` must come with JPEG"),
         (["--output-quality", "90"], "`--output-quality` must come with JPEG"),
+        (["-o", "-", "--output-quality", "90"], "standard output: --format jpg"),
         (["b.cmb", "c.cmb", "--output-quality", "90"], "`--output-quality` must come with JPEG"),
     ],
 )

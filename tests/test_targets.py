@@ -125,6 +125,11 @@ def test_targets_are_checked(image, value):
         encode_to(image, shipped_model(), target=Target("size", value))
 
 
+def test_the_kind_of_a_target_is_checked(image):
+    with pytest.raises(InvalidArgumentError, match="must be of size, bpp, psnr, got 'ssim'"):
+        encode_to(image, shipped_model(), target=Target("ssim", 1), nearest=True)
+
+
 def test_a_model_of_one_rate_has_no_targets(image):
     with pytest.raises(InvalidArgumentError, match="several qualities"):
         encode_to(image, random_model(ONE_RATE), target=Target("size", 1000))

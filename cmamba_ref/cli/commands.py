@@ -190,7 +190,9 @@ def _decode(args: argparse.Namespace) -> int:
     height, width = image.shape[:2]
     colours = ("grey" if file.grey else "RGB") + ("" if file.alpha is None else " with alpha")
     content = ", ".join([colours, *file.metadata.names()])
-    _say(target, f"{width}x{height} {content}, decoded in {seconds:.2f} s")
+    is_shrunk = args.max_side is not None and max(image.shape[:2]) > args.max_side
+    shrunk = f", shrunk to {args.max_side} pixels" if is_shrunk else ""
+    _say(target, f"{width}x{height} {content}, decoded in {seconds:.2f} s{shrunk}")
     return 0
 
 
@@ -401,7 +403,7 @@ def _suffix_of(target: Path, chosen: str | None) -> str:
     if suffix not in known:
         raise UsageError(
             f"`-o` must end in one of {', '.join(known)}, got {str(target)!r}; "
-            "decode to PNG, which loses nothing, and convert that"
+            "end a folder in /; for other formats convert a PNG file, which loses nothing"
         )
     if chosen and suffix.replace("jpeg", "jpg") != f".{chosen}":
         raise UsageError(f"`--format` must fit `-o`, got {chosen} and {str(target)!r}; leave it")
@@ -413,7 +415,7 @@ def _check_output(suffix: str, quality: int | None) -> None:
     if quality is not None and suffix == ".png":
         raise UsageError(
             f"`--output-quality` must come with JPEG or WebP, got {quality} for PNG; leave it, or "
-            "name a .jpg or .webp file (several files: --format jpg)"
+            "name a .jpg or .webp file (several files, standard output: --format jpg)"
         )
 
 

@@ -37,6 +37,9 @@ class EncodeOptions:
         background, strict_color, lenient, convert: as in `cmamba_ref.codec.images.read_image`.
         verify: decode the file that was written before it gets its name.
         max_pixels, max_memory: as in `cmamba_ref.encode`; None for the defaults.
+
+    Raises:
+        InvalidArgumentError: a quality beside a target, or `nearest` without one.
     """
 
     quality: float | None = None
@@ -52,6 +55,14 @@ class EncodeOptions:
     verify: bool = False
     max_pixels: int | None = None
     max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.quality is not None and self.target is not None:
+            raise InvalidArgumentError(
+                f"`quality` must be None with a target, got {self.quality}; leave one of them out"
+            )
+        if self.nearest and self.target is None:
+            raise InvalidArgumentError("`nearest` must come with a target, got none; leave it out")
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ class FileResult:
     Attributes:
         source, output: the paths.
         bytes_in, bytes_out: sizes of both files.
-        width, height: of the image; 0 where it was skipped or failed.
+        width, height: of the image, before `max_side` shrinks it; 0 where it was skipped or failed.
         quality: the quality that was found, where a target was given.
         dropped: names of the metadata that was not kept.
         skipped: the output existed already, and nothing was done.
@@ -187,14 +198,16 @@ def _one_file(
     if on_error not in ("raise", "return"):
         raise InvalidArgumentError(f'`on_error` must be "raise" or "return", got {on_error!r}')
     path = source.with_suffix(suffix) if output is None else Path(output)
-    if path.is_dir() or path.resolve() == source.resolve():
-        raise InvalidArgumentError(
-            f"`output` must be a file, and another one than the input, got {str(path)!r}"
-        )
     result = FileResult(str(source), str(path))
-    if path.exists() and not overwrite:
-        return replace(result, skipped=True)
     try:
+        # A pipe or a device would be replaced by a file.
+        is_other = os.path.exists(path) and not os.path.isfile(path)
+        if is_other or os.path.realpath(path) == os.path.realpath(source):
+            raise InvalidArgumentError(
+                f"`output` must be a file, and another one than the input, got {str(path)!r}"
+            )
+        if os.path.isfile(path) and not overwrite:
+            return replace(result, skipped=True)
         check_writable(path)
         return work(source, path)
     except Exception as error:
@@ -213,9 +226,9 @@ def _loaded(model: str | os.PathLike | CMamba | None, device: str) -> CMamba:
 
 
 def naming(source: Path, text: str) -> str:
-    """Return one line about a file, with its name."""
+    """Return one line about a file, which begins with its name."""
     name = printable(source)
-    return text if name in text else f"{name}: {text}"
+    return text if text.startswith((f"{name} ", f"{name}:")) else f"{name}: {text}"
 
 
 # ---------------------------------------------------------------- the steps
@@ -227,14 +240,13 @@ def read_source(data: bytes, name: str, options: EncodeOptions) -> Source:
     Raises:
         ImageError: as `cmamba_ref.codec.images.read_image`.
     """
-    from cmamba_ref.codec import DEFAULT_MAX_PIXELS
     from cmamba_ref.codec.images import parse_image
     from cmamba_ref.codec.metadata import NO_METADATA
 
     image, metadata = parse_image(
         data,
         name,
-        max_pixels=options.max_pixels or DEFAULT_MAX_PIXELS,
+        max_pixels=limits(options)["max_pixels"],
         background=options.background,
         strict_color=options.strict_color,
         lenient=options.lenient,
@@ -354,5 +366,5 @@ def limits(options: EncodeOptions | DecodeOptions) -> dict[str, Any]:
     """Return the limits as `cmamba_ref.encode` and `decode` take them."""
     from cmamba_ref.codec import DEFAULT_MAX_PIXELS
 
-    max_pixels = options.max_pixels or DEFAULT_MAX_PIXELS
+    max_pixels = DEFAULT_MAX_PIXELS if options.max_pixels is None else options.max_pixels
     return {"max_pixels": max_pixels, "max_memory": options.max_memory}

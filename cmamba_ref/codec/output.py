@@ -56,7 +56,7 @@ def image_bytes(
 
     Raises:
         ImageError: another type or shape, or what the format cannot hold.
-        InvalidArgumentError: another suffix, or another quality.
+        InvalidArgumentError: another suffix, quality or `max_side`.
     """
     if not is_image(image):
         raise ImageError(
@@ -70,7 +70,7 @@ def image_bytes(
     if kind == "PNG":
         options["pnginfo"] = _png_chunks(metadata)
     else:
-        _check_holds(kind, image)
+        _check_holds(kind, image, metadata)
         options |= {"quality": DEFAULT_QUALITY if quality is None else quality}
         options |= {"xmp": metadata.xmp, "subsampling": "4:4:4"}
         if kind == "JPEG" and metadata.exif is not None:
@@ -89,7 +89,14 @@ def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
 
     Args:
         image: of one of the forms that `cmamba_ref.decode` returns; a smaller one stays as it is.
+
+    Raises:
+        InvalidArgumentError: `max_side` is no whole number of at least 1.
     """
+    if not isinstance(max_side, int) or max_side < 1:
+        raise InvalidArgumentError(
+            f"`max_side` must be a whole number of at least 1, got {max_side!r}"
+        )
     shrunk = Image.fromarray(image)
     shrunk.thumbnail((max_side, max_side))
     return np.asarray(shrunk)
@@ -106,15 +113,20 @@ def check_output(suffix: str, quality: int | None) -> str:
         raise InvalidArgumentError(
             f"the output must end in {', '.join(OUTPUT_FORMATS)}, got {suffix!r}"
         )
-    if quality is not None and (kind == "PNG" or not 1 <= quality <= 100):
+    if quality is None:
+        return kind
+    if kind == "PNG" or not isinstance(quality, int) or not 1 <= quality <= 100:
         raise InvalidArgumentError(
-            "the output quality must be 1 to 100 for JPEG and WebP, and none for PNG, "
-            f"got {quality} for {kind}"
+            "the output quality must be a whole number from 1 to 100 for JPEG and WebP, and none "
+            f"for PNG, got {quality!r} for {kind}"
         )
     return kind
 
 
-def _check_holds(kind: str, image: np.ndarray) -> None:
+def _check_holds(kind: str, image: np.ndarray, metadata: Metadata) -> None:
+    # Bytes 16 to 19 of a profile name the kind of image that it is for.
+    if kind == "WEBP" and (metadata.icc_profile or b"")[16:20] == b"GRAY":
+        raise ImageError("WebP cannot hold grey with its profile; decode to PNG or JPEG")
     if kind == "JPEG" and has_alpha(image):
         raise ImageError("JPEG cannot hold transparency; decode to PNG or WebP")
     height, width = image.shape[:2]

@@ -21,6 +21,8 @@ from cmamba_ref.errors import InvalidArgumentError, TargetError
 from cmamba_ref.metrics import psnr
 from cmamba_ref.model import CMamba
 
+UNITS = {"size": "bytes", "bpp": "bits per pixel", "psnr": "dB"}
+
 # Files that are encoded at most in one search.
 ENCODES = 6
 # Of those, at effort 0 where the effort is higher, to know where to begin.
@@ -40,7 +42,7 @@ SIZE_SLOPE, PSNR_SLOPE = 0.24, 0.9
 class Target(NamedTuple):
     """What a file is to reach: a size in bytes, a rate in bits per pixel or a PSNR in dB."""
 
-    kind: str  # "size", "bpp", "psnr"
+    kind: str  # one of UNITS
     value: float
 
 
@@ -101,7 +103,8 @@ def encode_to(
 
     Raises:
         TargetError: no quality of the model reaches the target; the message names the nearest.
-        InvalidArgumentError: a target that is not positive, a fixed-rate model, and as `encode`.
+        InvalidArgumentError: a target of another kind or not positive, a fixed-rate model, and as
+            `encode`.
     """
     model = default_model() if model is None else model
     top = len(model.config.lmbdas)
@@ -144,6 +147,8 @@ def encode_to(
 
 def _goal(target: Target, image: np.ndarray) -> _Goal:
     kind, value = target
+    if kind not in UNITS:
+        raise InvalidArgumentError(f"the target must be of {', '.join(UNITS)}, got {kind!r}")
     if not 0 < value < math.inf:  # also for NaN
         raise InvalidArgumentError(f"the target must be a positive number, got {value}")
     if kind == "psnr":
@@ -201,10 +206,9 @@ def _chosen(points: list[_Point], goal: _Goal, target: Target, top: int, nearest
     reached = len(best.data) if goal.is_size else best.value
     at_end = best.quality in (1, top) and not goal.is_met(best)
     if not nearest and (at_end or not kept):
-        unit = {"size": "bytes", "bpp": "bits per pixel", "psnr": "dB"}[target.kind]
         got = f"{len(best.data)} bytes" if goal.is_size else f"{best.value:.2f} dB"
         raise TargetError(
-            f"{target.value:g} {unit} cannot be reached; the nearest is {got}, with quality "
-            f"{best.quality:g}; --nearest (`nearest=True`) takes that"
+            f"{target.value:g} {UNITS[target.kind]} cannot be reached; the nearest is {got}, "
+            f"with quality {best.quality:g}; --nearest (`nearest=True`) takes that"
         )
     return Found(best.data, best.quality, reached)
