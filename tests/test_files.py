@@ -56,6 +56,7 @@ def test_the_output_is_beside_the_input_and_the_model_bundled(photo: Path):
     np.testing.assert_array_equal(load_image(photo), expected)
 
 
+@pytest.mark.filterwarnings("ignore:quality .* gains nothing")  # the weights are random
 def test_options_reach_the_codec(photo: Path, tmp_path: Path, model_dir: str):
     photo.touch()
     os.utime(photo, (1, 1))
@@ -104,7 +105,7 @@ def test_the_output_must_be_another_file(photo: Path, name: str):
     photo.with_name("folder").mkdir()
     os.mkfifo(photo.with_name("pipe"))
     kind = stat.S_IFMT(target.stat().st_mode)
-    message = "`output` must be a file, and another one than the input"
+    message = "the output must be a file, and another one than the input"
     for overwrite in (False, True):
         with pytest.raises(cmamba_ref.InvalidArgumentError, match=message):
             encode_file(photo, target, overwrite=overwrite)

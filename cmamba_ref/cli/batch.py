@@ -23,6 +23,7 @@ from cmamba_ref.codec.files import (
     DecodeOptions,
     EncodeOptions,
     FileResult,
+    check_output_path,
     limits,
     naming,
     read_source,
@@ -299,10 +300,7 @@ def _work(model: CMamba, job: Job, task: Task) -> Outcome:
     try:
         if task.target is None:
             return _verify(model, task.source, limits(job.options))
-        if task.target.is_dir():
-            raise InvalidArgumentError(
-                f"the output must be a file, got the folder {str(task.target)!r}; move it away"
-            )
+        check_output_path(task.target, task.source)
         check_writable(task.target)
         if isinstance(job.options, EncodeOptions):
             return _done(_encode(model, task.source, task.target, job.options))

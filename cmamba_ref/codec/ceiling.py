@@ -49,8 +49,8 @@ def warn_if_nothing_is_gained(
         return
     if share >= NOTHING_GAINED:
         warnings.warn(
-            f"quality {quality:g} gains nothing here: {min(share, 1):.0%} of the error{where} remains at "
-            "any quality, as it does in graphics; PNG or lossless WebP may suit this image better",
+            f"quality {quality:g} gains nothing here: {min(share, 1):.0%} of the error{where} "
+            "remains at any quality, as in graphics; PNG or lossless WebP may suit them better",
             ImageWarning,
             stacklevel=2,
         )

@@ -200,12 +200,7 @@ def _one_file(
     path = source.with_suffix(suffix) if output is None else Path(output)
     result = FileResult(str(source), str(path))
     try:
-        # A pipe or a device would be replaced by a file.
-        is_other = os.path.exists(path) and not os.path.isfile(path)
-        if is_other or os.path.realpath(path) == os.path.realpath(source):
-            raise InvalidArgumentError(
-                f"`output` must be a file, and another one than the input, got {str(path)!r}"
-            )
+        check_output_path(path, source)
         if os.path.isfile(path) and not overwrite:
             return replace(result, skipped=True)
         check_writable(path)
@@ -215,6 +210,19 @@ def _one_file(
         if on_error == "raise" or text is None:
             raise
         return replace(result, error=naming(source, text))
+
+
+def check_output_path(path: Path, source: Path) -> None:
+    """Refuse an output that is no file: a pipe or a device would be replaced by one.
+
+    Raises:
+        InvalidArgumentError: also where it is the input.
+    """
+    is_other = os.path.exists(path) and not os.path.isfile(path)
+    if is_other or os.path.realpath(path) == os.path.realpath(source):
+        raise InvalidArgumentError(
+            f"the output must be a file, and another one than the input, got {str(path)!r}"
+        )
 
 
 def _loaded(model: str | os.PathLike | CMamba | None, device: str) -> CMamba:
