@@ -171,7 +171,8 @@ def test_every_file_that_fails_is_named(
     for name, line in zip(names[:3], lines, strict=True):
         assert line.startswith(f"cmamba: error: {tmp_path / name}: ")
     assert lines[0].endswith("missing.cmb: No such file or directory")
-    assert "the output must be a file, got the folder" in lines[2]
+    assert "the output must be a file, and another one" in lines[2]
+    assert lines[2].endswith(f"got {str(tmp_path / 'late.png')!r}")
     failed = "".join(f"  {tmp_path / name}\n" for name in sorted(names[:3]))
     assert out.startswith(f"decoded 1\nskipped 0\nfailed 3\n{failed}")
     assert (tmp_path / "good.png").is_file()
