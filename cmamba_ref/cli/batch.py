@@ -43,7 +43,7 @@ from cmamba_ref.errors import (
 if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
 
-# The first is the one that outputs get where none is named.
+# Of the files that each command writes.
 OUTPUT_SUFFIXES = {"encode": (".cmb",), "decode": (".png", ".jpg", ".jpeg", ".webp")}
 # Errors that say nothing against a file.
 CANNOT_CHECK = (ModelMismatchError, UnsupportedFileError, MemoryLimitError, OSError)
