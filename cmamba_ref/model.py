@@ -123,27 +123,27 @@ class CMamba(nn.Module):
             y, z = y.to(stored), z.to(stored)
             medians = self.entropy_bottleneck.medians
             z_hat = ste_round(z - medians) + medians
-            widths = self.config.slice_widths
-            z_noise = None if noise is None else noise["z"]
-            y_noise = [None] * len(widths) if noise is None else noise["y"].split(widths, dim=1)
-            z_seen = _noisy(z, z_noise) if self.training else z_hat
+            z_seen = _noisy(z, None if noise is None else noise["z"]) if self.training else z_hat
             z_likelihood = self.entropy_bottleneck.likelihood(z_seen)
-            y_slices = y.split(widths, dim=1)
-            y_likelihoods = []
+            y_slices = y.split(self.config.slice_widths, dim=1)
+            known: list[tuple[Tensor, Tensor, Tensor]] = []  # y_hat, means, log-scales of a slice
 
             def quantise(i: int, means: Tensor, log_scales: Tensor) -> Tensor:
                 y_hat = ste_round(y_slices[i] - means) + means
                 if not self.training:
                     y_hat = torch.where(is_skipped(log_scales, SKIPPED_TABLES), means, y_hat)
-                seen = _noisy(y_slices[i], y_noise[i]) if self.training else y_hat
-                y_likelihoods.append(self.gaussian_conditional.likelihood(seen, means, log_scales))
+                known.append((y_hat, means, log_scales))
                 return y_hat
 
             y_bar = self.context(self.h_s(z_hat), quantise)
+            # Of all slices at once, which takes a GPU fewer launches.
+            y_hat, means, log_scales = (torch.cat(part, dim=1) for part in zip(*known, strict=True))
+            y_seen = _noisy(y, None if noise is None else noise["y"]) if self.training else y_hat
+            y_likelihood = self.gaussian_conditional.likelihood(y_seen, means, log_scales)
         x_hat = self._synthesise(y_bar, gains)
         return {
             "x_hat": x_hat[..., :height, :width],
-            "likelihoods": {"y": torch.cat(y_likelihoods, dim=1), "z": z_likelihood},
+            "likelihoods": {"y": y_likelihood, "z": z_likelihood},
         }
 
     def analyze(self, x: Tensor, quality: Tensor | float | None = None) -> Tensor:

@@ -86,8 +86,8 @@ class FactorizedPrior(StoredPrecision):
         self.stored.store(tables_from_pmfs(pmfs))
 
     def _interval_mass(self, values: Tensor) -> Tensor:
-        lower = self._logit_cdf(values - 0.5)
-        upper = self._logit_cdf(values + 0.5)
+        both = torch.cat([values - 0.5, values + 0.5], dim=-1)
+        lower, upper = self._logit_cdf(both).chunk(2, dim=-1)
         # sigmoid(a) - sigmoid(b) is accurate where both are small: mirror the upper half.
         sign = torch.where(lower + upper > 0, -1.0, 1.0)
         return (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs()

@@ -22,6 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmamba_ref.training.averages import move
+
+aten = torch.ops.aten
+
 
 class SOAP(torch.optim.Optimizer):
     """SOAP for weights on one device.
@@ -54,46 +58,67 @@ class SOAP(torch.optim.Optimizer):
         The host does the same work either way, so that it need not wait for a GPU to know.
         """
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step(parameter, group, finite)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            # Weights that have taken the same steps, in calls of all of them: a call for each of
+            # hundreds of small weights would take a GPU's host longer than the rest of the step.
+            alike: dict[tuple[int, bool], list[_Weight]] = {}
+            for parameter, gradient in zip(
+                parameters, _finite_gradients(parameters, finite), strict=True
+            ):
+                state = self.state[parameter]
+                if not state:
+                    state.update(self._new_state(gradient))
+                state["round"] += 1  # on the host, with steps that were not finite
+                weight = _Weight(parameter, gradient, state)
+                alike.setdefault((int(state["round"]), bool(weight.axes)), []).append(weight)
+            for (number, has_bases), weights in alike.items():
+                if number > self.every or not has_bases:
+                    self._change(weights, group, finite)
+                if has_bases:
+                    self._gather(weights, group, finite, number)
 
-    def _step(self, parameter: Tensor, group: dict[str, Any], finite: Tensor) -> None:
-        gradient = torch.where(finite, _as_matrix(parameter.grad), 0.0)  # type: ignore[arg-type]
-        state = self.state[parameter]
-        if not state:
-            state.update(self._new_state(gradient))
-        axes = [axis for axis in range(gradient.ndim) if f"basis{axis}" in state]
+    def _change(self, weights: list[_Weight], group: dict[str, Any], finite: Tensor) -> None:
+        """Adam's step in the bases."""
+        rotated = [weight.rotated(weight.gradient) for weight in weights]
+        states = [weight.state for weight in weights]
+        steps, moments1, moments2 = (
+            [state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq")
+        )
+        taken = finite.to(steps[0].dtype)
         beta1, beta2 = group["betas"]
-        # Weights of what is new in an average; a weight of 0 leaves it as it is.
-        taken = finite.to(gradient.dtype)
-        new1, new2 = taken * (1 - beta1), taken * (1 - beta2)
+        aten._foreach_add_.Tensor(steps, taken)
+        # A weight of 0 leaves an average as it is.
+        move(moments1, rotated, taken * (1 - beta1))
+        move(moments2, aten._foreach_mul.List(rotated, rotated), taken * (1 - beta2))
+        # `step` may still be 0; the moments then are 0 as well.
+        correction1, correction2 = (1 - beta ** steps[0].clamp(min=1) for beta in (beta1, beta2))
+        roots = aten._foreach_div.Tensor(moments2, correction2)
+        aten._foreach_sqrt_(roots)
+        aten._foreach_add_.Scalar(roots, group["eps"])
+        change = aten._foreach_div.Tensor(moments1, correction1)
+        aten._foreach_div_.List(change, roots)
+        change = [w.rotated(x, back=True) for w, x in zip(weights, change, strict=True)]
+        aten._foreach_mul_.Tensor(change, taken * group["lr"])
+        parameters = [weight.parameter for weight in weights]
+        changes = [_as_weight(x, p.shape) for x, p in zip(change, parameters, strict=True)]
+        aten._foreach_sub_.List(parameters, changes)
 
-        state["round"] += 1  # on the host, with steps that were not finite
-        number = int(state["round"])
-        if number > self.every or not axes:
-            step, moment1, moment2 = state["step"], state["exp_avg"], state["exp_avg_sq"]
-            rotated = gradient
-            for axis in axes:
-                rotated = _rotate(rotated, state[f"basis{axis}"], axis)
-            step += taken
-            moment1.lerp_(rotated, new1)
-            moment2.lerp_(rotated.square(), new2)
-            # `step` may still be 0; the moments then are 0 as well.
-            correction1, correction2 = (1 - beta ** step.clamp(min=1) for beta in (beta1, beta2))
-            change = (moment1 / correction1) / ((moment2 / correction2).sqrt_() + group["eps"])
-            for axis in axes:
-                change = _rotate(change, state[f"basis{axis}"].T, axis)
-            parameter.sub_(_as_weight(change * (taken * group["lr"]), parameter.shape))
-
-        for axis in axes:
-            state[f"covariance{axis}"].lerp_(_covariance(gradient, axis), new2)
-        if number == self.every:
-            for axis in axes:
-                state[f"basis{axis}"].copy_(_eigenvectors(state[f"covariance{axis}"]))
-        elif number % self.every == 0:
-            for axis in axes:
-                self._update_basis(state, axis)
+    def _gather(
+        self, weights: list[_Weight], group: dict[str, Any], finite: Tensor, number: int
+    ) -> None:
+        """Covariances, and in every `every`-th step the bases."""
+        places = [(weight, axis) for weight in weights for axis in weight.axes]
+        averages = [weight.state[f"covariance{axis}"] for weight, axis in places]
+        new = [_covariance(weight.gradient, axis) for weight, axis in places]
+        move(averages, new, finite.to(averages[0].dtype) * (1 - group["betas"][1]))
+        for weight, axis in places:
+            if number == self.every:
+                covariance = weight.state[f"covariance{axis}"]
+                weight.state[f"basis{axis}"].copy_(_eigenvectors(covariance))
+            elif number % self.every == 0:
+                self._update_basis(weight.state, axis)
 
     def _new_state(self, gradient: Tensor) -> dict[str, Tensor]:
         state = {
@@ -118,6 +143,36 @@ class SOAP(torch.optim.Optimizer):
         state["exp_avg_sq"].copy_(state["exp_avg_sq"].index_select(axis, order))
         state["exp_avg"].copy_(_rotate(state["exp_avg"], basis.T @ renewed, axis))
         basis.copy_(renewed)
+
+
+class _Weight:
+    """One weight in a step.
+
+    Attributes:
+        parameter: the weight, with whatever axes it has.
+        gradient: of the weight as a matrix, see `_as_matrix`.
+        state: of the optimiser.
+        axes: of the matrix, those that have a basis.
+    """
+
+    def __init__(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+        self.parameter, self.gradient, self.state = parameter, gradient, state
+        self.axes = [axis for axis in range(gradient.ndim) if f"basis{axis}" in state]
+
+    def rotated(self, x: Tensor, back: bool = False) -> Tensor:
+        """x, of the form of the matrix, in the bases, or back out of them."""
+        for axis in self.axes:
+            basis = self.state[f"basis{axis}"]
+            x = _rotate(x, basis.T if back else basis, axis)
+        return x
+
+
+def _finite_gradients(parameters: list[Tensor], finite: Tensor) -> list[Tensor]:
+    """The gradients as matrices; zeros where `finite` is false."""
+    matrices = [_as_matrix(parameter.grad) for parameter in parameters]  # type: ignore[arg-type]
+    joined = torch.cat([matrix.flatten() for matrix in matrices])
+    pieces = torch.where(finite, joined, 0.0).split([matrix.numel() for matrix in matrices])
+    return [piece.view(matrix.shape) for piece, matrix in zip(pieces, matrices, strict=True)]
 
 
 def work(shape: Sequence[int], every: int = 10, max_size: int = 1024) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.errors import InvalidArgumentError, TrainingError
 from cmamba_ref.model import CMamba
+from cmamba_ref.training.averages import move
 from cmamba_ref.training.checkpoints import Checkpoint
 from cmamba_ref.training.clock import PARTS, Clock
 from cmamba_ref.training.data import Batch, CropCache, Loader, TrainingImages
@@ -261,15 +262,8 @@ class Trainer:
     def _update_average(self, finite: Tensor) -> None:
         if self.average:
             decay = min(self.settings.ema, (1 + self.step) / (EMA_START + self.step))
-            averages: list[Tensor] = list(self.average.values())
-            # A few launches on a GPU, where a loop over the weights would take hundreds.
-            change = torch._foreach_sub(  # pyright: ignore[reportPrivateImportUsage]
-                list(self.names), averages
-            )
-            torch._foreach_mul_(  # pyright: ignore[reportPrivateImportUsage]
-                change, torch.where(finite, 1 - decay, 0.0)
-            )
-            torch._foreach_add_(averages, change)  # pyright: ignore[reportPrivateImportUsage]
+            part = torch.where(finite, 1 - decay, 0.0)
+            move(list(self.average.values()), list(self.names), part)
 
     # ---------------------------------------------------------------- what comes out
 
