@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numbers
 import os
+import textwrap
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
@@ -351,10 +352,13 @@ class CMamba(nn.Module):
         Args:
             source: the name of a bundled model, "tiny"; or a directory; or "user/repository" of
                 the Hugging Face Hub, where there is no such directory (extra: hub).
+            device: where the model shall be.
 
         Raises:
+            InvalidArgumentError: PyTorch cannot use the device here.
             WeightsError: nothing there, damaged, or not to be downloaded.
         """
+        _check_device(device)
         return weights.load(cls, source).to(device).eval()
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
@@ -443,6 +447,17 @@ def _lines_after(line: Tensor, count: int) -> Tensor:
         line = line / 2 + (near[..., : -2 * reach] + near[..., 2 * reach :]) / 4
         lines.append(line)
     return torch.cat(lines, dim=-2)
+
+
+def _check_device(device: str) -> None:
+    """Try a device; torch has its own type of error for each way in which one can be missing."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = textwrap.shorten(str(error).partition("\n")[0], 120)
+        raise InvalidArgumentError(
+            f"`device` must be one that PyTorch can use here, got {device!r} ({reason}); use cpu"
+        ) from error
 
 
 def _check_images(x: Tensor, look: bool = False) -> None:

@@ -478,7 +478,7 @@ def test_unavailable_device_is_named(
 ) -> None:
     assert main(["encode", str(photo), "--model", model_dir, "--device", device]) == 2
     message = error_line(capsys)
-    assert message.startswith(f"`--device` must be one that PyTorch can use here, got '{device}' (")
+    assert message.startswith(f"`device` must be one that PyTorch can use here, got '{device}' (")
     assert message.endswith("); use cpu")
     assert names(photo.parent) == ["photo.png"]
 

@@ -295,6 +295,8 @@ def test_efforts_are_curves(folder, evaluated, tmp_path):
     assert run(folder, output, "--effort", "0", "1", *options) == 0
     report, (plain, _) = json.loads(output.read_text()), evaluated
     assert report["cmamba"]["results"]["bpp"] == plain["cmamba"]["results"]["bpp"][:1]
+    with_effort, without = report["cmamba-effort-1"]["name"], report["cmamba"]["name"]
+    assert with_effort == f"{without}, effort 1"
     (file,) = kept.glob("cmamba-effort-1/*/colour.png.cmb")
     model = cmamba_ref.CMamba.from_pretrained(MODEL)
     image = rd_measure.read_rgb(folder / "colour.png")

@@ -123,6 +123,24 @@ def test_a_name_that_no_file_can_have_is_returned(photo: Path):
     assert "symbolic links" in str(result.error)
 
 
+def test_a_device_that_is_missing_is_named(photo: Path, model_dir: str):
+    with pytest.raises(cmamba_ref.InvalidArgumentError, match="`device` must be .*'cuda:99'"):
+        encode_file(photo, model=model_dir, device="cuda:99")
+    assert not photo.with_suffix(".cmb").exists()
+
+
+def test_a_relative_model_is_that_of_the_current_folder(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for seed in (1, 2):
+        (tmp_path / str(seed)).mkdir()
+        monkeypatch.chdir(tmp_path / str(seed))
+        random_model(seed=seed).save_pretrained("model")
+        encode_file(photo, tmp_path / f"{seed}.cmb", "model")
+    first, second = ((tmp_path / f"{seed}.cmb").read_bytes() for seed in (1, 2))
+    assert first != second
+
+
 def test_errors_are_raised_or_returned(photo: Path, tmp_path: Path):
     target = tmp_path / "a.cmb"
     with pytest.raises(OSError, match="missing"):

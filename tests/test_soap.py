@@ -1,8 +1,11 @@
 """SOAP against its definition, and its place in the trainer."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmamba_ref.training import soap
 from cmamba_ref.training.soap import SOAP, work
@@ -130,6 +133,38 @@ def test_nonfinite_steps_change_nothing():
         parameter.grad = gradient
         optimiser.step(torch.tensor(bool(gradient.isfinite().all())))
     assert torch.equal(parameter, plain)
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_more_weights_take_more_matrix_products_only():
+    """A GPU's host cannot afford a call for each weight."""
+    counts = []
+    for number in (2, 9):
+        weights = [torch.nn.Parameter(torch.zeros(3, 4)) for _ in range(number)]
+        weights += [torch.nn.Parameter(torch.zeros(5)) for _ in range(number)]
+        optimiser = SOAP(weights, every=2)
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            with Calls() as calls:
+                optimiser.step(YES)
+        counts.append(calls.count)
+    few, many = counts
+    views = {"aten::view", "aten::t", "aten::permute", "aten::expand", "aten::alias"}
+    views |= {"aten::transpose.int", "aten::_unsafe_view", "aten::_local_scalar_dense"}
+    grown = {name for name, count in many.items() if count > few[name]}
+    assert grown - views == {"aten::mm"}
 
 
 def test_work_counts_rotated_axes():

@@ -234,6 +234,7 @@ def report_of(
             name, description = CODECS[codec].name, CODECS[codec].version()
         else:
             name = f"CMamba {', '.join(dict.fromkeys(point.name for point in mine))}"
+            name += f", effort {mine[0].effort}" if mine[0].effort else ""
             description = f"{len(_models(mine))} model(s), see meta"
             means["model"] = [point.model_id for point in mine]
         for measure in (*MEASURES, *OUR_MEASURES):

@@ -38,8 +38,9 @@ _loading = threading.Lock()
 
 def loaded_model(name: str, device: str = "cpu") -> CMamba:
     """Return `CMamba.from_pretrained(name, device)`, which is loaded once and stays in memory."""
+    path = os.path.abspath(name) if os.path.isdir(name) else name  # whatever folder is current
     with _loading:  # a cache by itself lets threads load one each
-        return _load(name, device)
+        return _load(path, device)
 
 
 @functools.cache

@@ -61,18 +61,16 @@ class SOAP(torch.optim.Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
-            # Weights that have taken the same steps, in calls of all of them: a call for each of
-            # hundreds of small weights would take a GPU's host longer than the rest of the step.
+            gradients = _finite_gradients(parameters, finite)
+            states = [self._state_of(*both) for both in zip(parameters, gradients, strict=True)]
+            # On the host, with steps that were not finite.
+            aten._foreach_add_.Scalar([state["round"] for state in states], 1)
+            # Weights that have taken the same steps are changed in calls of all of them: a call for
+            # each of hundreds of small weights takes the host of a GPU longer than all the rest.
             alike: dict[tuple[int, bool], list[_Weight]] = {}
-            for parameter, gradient in zip(
-                parameters, _finite_gradients(parameters, finite), strict=True
-            ):
-                state = self.state[parameter]
-                if not state:
-                    state.update(self._new_state(gradient))
-                state["round"] += 1  # on the host, with steps that were not finite
-                weight = _Weight(parameter, gradient, state)
-                alike.setdefault((int(state["round"]), bool(weight.axes)), []).append(weight)
+            for weight in map(_Weight, parameters, gradients, states):
+                key = int(weight.state["round"]), bool(weight.axes)
+                alike.setdefault(key, []).append(weight)
             for (number, has_bases), weights in alike.items():
                 if number > self.every or not has_bases:
                     self._change(weights, group, finite)
@@ -120,8 +118,16 @@ class SOAP(torch.optim.Optimizer):
             elif number % self.every == 0:
                 self._update_basis(weight.state, axis)
 
-    def _new_state(self, gradient: Tensor) -> dict[str, Tensor]:
-        state = {
+    def _state_of(self, parameter: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+        """The state of a weight; a new one is that of no steps.
+
+        Args:
+            gradient: as a matrix, see `_as_matrix`.
+        """
+        state = self.state[parameter]
+        if state:
+            return state
+        state |= {
             "round": torch.zeros((), dtype=torch.int64),
             "step": gradient.new_zeros(()),
             "exp_avg": torch.zeros_like(gradient),
