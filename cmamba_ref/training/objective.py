@@ -36,3 +36,17 @@ def objective(
     centre = math.exp(sum(log_lmbdas) / len(log_lmbdas))
     losses = rate_distortion_loss(output, x, lmbda, settings.distortion)
     return {**losses, "loss": losses["loss"] * (lmbda / centre) ** -settings.balance}
+
+
+def minimised(loss: Tensor, settings: Settings) -> Tensor:
+    """What the gradient of a crop is that of: its loss, or log(1 + loss) (our choice).
+
+    The gradient of the loss grows with the loss. Drawn graphics at high rates have a loss of 10 to
+    40 where photographs have 1 to 3; their gradients were measured 9 to 50 times as long, in other
+    directions, and drowned those of the photographs in every batch that had one. The logarithm
+    divides a gradient by 1 + loss, which brings both to one length.
+
+    Args:
+        loss: of each crop `[B]`, as `objective` gives it.
+    """
+    return loss.log1p() if settings.log_loss else loss

@@ -99,6 +99,7 @@ class Settings:
     distortion: str = _setting("mse", "what the loss measures", choices=DISTORTIONS)
     lmbda: float = _setting(0.013, "trade-off of a fixed-rate model", 1e-12, 1e12)
     balance: float = _setting(0.5, "variable rate: the loss is divided by lambda^BALANCE", -8.0, 8)
+    log_loss: bool = _setting(False, "minimise log(1 + loss) of each crop")
 
     optimiser: str = _setting("adam", "of the weights", choices=OPTIMISERS)
     lr: float = _setting(1e-4, "learning rate after warm-up", 1e-12, 1e3)

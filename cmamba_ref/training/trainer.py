@@ -19,7 +19,7 @@ from cmamba_ref.training.checkpoints import Checkpoint
 from cmamba_ref.training.clock import PARTS, Clock
 from cmamba_ref.training.data import Batch, CropCache, Loader, TrainingImages
 from cmamba_ref.training.distributed import Group
-from cmamba_ref.training.objective import objective
+from cmamba_ref.training.objective import minimised, objective
 from cmamba_ref.training.schedule import learning_rate, phase_at
 from cmamba_ref.training.settings import Settings, conflicts
 from cmamba_ref.training.soap import SOAP, work
@@ -245,7 +245,7 @@ class Trainer:
                     output = network(x, quality, noise)
                 losses = objective(self.model, output, x, quality, s)
                 self.clock.lap("forward")
-                (losses["loss"].sum() / len(batch.x)).backward()
+                (minimised(losses["loss"], s).sum() / len(batch.x)).backward()
             self.clock.lap("backward")
             names = ("loss", "bpp", "distortion")
             sums += torch.stack([losses[name].detach().double().sum() for name in names])
