@@ -397,6 +397,26 @@ def test_high_rates_do_not_drown_low_ones(folder):
     assert balanced / plain == pytest.approx([ratio, 1 / ratio], rel=1e-4)
 
 
+def test_the_logarithm_divides_gradients_by_the_loss(folder):
+    losses = torch.tensor([0.5, 30.0], requires_grad=True)
+    for log_loss, expected in ((False, [1.0, 1.0]), (True, [1 / 1.5, 1 / 31])):
+        loss = trainer.minimised(losses, training_helpers.settings(folder, log_loss=log_loss))
+        (grad,) = torch.autograd.grad(loss.sum(), losses)
+        assert grad.tolist() == pytest.approx(expected)
+
+
+def test_the_trainer_minimises_the_logarithm(folder):
+    """One crop: the direction is the same, its length divided by 1 + loss."""
+    gradients, losses = [], []
+    for log_loss in (False, True):
+        run = training_helpers.make_trainer(folder, batch=[1], log_loss=log_loss)
+        losses.append(float(run._gradients(run.next_batch())[0]))
+        gradients.append(torch.cat([p.grad.flatten() for p in run.parameters]))
+        run.close()
+    assert losses[0] == pytest.approx(losses[1])
+    assert torch.allclose(gradients[1] * (1 + losses[0]), gradients[0], rtol=1e-4, atol=1e-6)
+
+
 # ---------------------------------------------------------------- checkpoints and log
 
 
