@@ -8,6 +8,7 @@
     distributed   several processes, or one
     objective     the loss, weighted over rates
     soap          an optimiser: Adam in the eigenbases of the gradient's covariances
+    averages      averages of many tensors at once
     trainer       one optimiser step after the other; what is saved
     clock         where the time of a step goes
     profiling     which parts of the model the time of a step goes to
