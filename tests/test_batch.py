@@ -395,7 +395,7 @@ def test_several_processes_need_the_cpu(album: Path, capsys: pytest.CaptureFixtu
     message = refused([*args, "--jobs", "2"], capsys, album, 2)
     assert message == "`--jobs` must be 1 with --device meta, got 2; leave it out"
     # Without --jobs the work begins, in this process, and there is no such device.
-    assert "`--device` must be one" in refused(args, capsys, album, 2)
+    assert "`device` must be one" in refused(args, capsys, album, 2)
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
