@@ -124,22 +124,25 @@ class CMamba(nn.Module):
             y, z = y.to(stored), z.to(stored)
             medians = self.entropy_bottleneck.medians
             z_hat = ste_round(z - medians) + medians
-            z_seen = _noisy(z, None if noise is None else noise["z"]) if self.training else z_hat
+            given = noise or {}
+            z_seen = _noisy(z, given.get("z")) if self.training else z_hat
             z_likelihood = self.entropy_bottleneck.likelihood(z_seen)
             y_slices = y.split(self.config.slice_widths, dim=1)
-            known: list[tuple[Tensor, Tensor, Tensor]] = []  # y_hat, means, log-scales of a slice
+            y_hats: list[Tensor] = []
+            gaussians: list[tuple[Tensor, Tensor]] = []  # means and log-scales of each slice
 
             def quantise(i: int, means: Tensor, log_scales: Tensor) -> Tensor:
                 y_hat = ste_round(y_slices[i] - means) + means
                 if not self.training:
                     y_hat = torch.where(is_skipped(log_scales, SKIPPED_TABLES), means, y_hat)
-                known.append((y_hat, means, log_scales))
+                y_hats.append(y_hat)
+                gaussians.append((means, log_scales))
                 return y_hat
 
             y_bar = self.context(self.h_s(z_hat), quantise)
             # Of all slices at once, which takes a GPU fewer launches.
-            y_hat, means, log_scales = (torch.cat(part, dim=1) for part in zip(*known, strict=True))
-            y_seen = _noisy(y, None if noise is None else noise["y"]) if self.training else y_hat
+            means, log_scales = (torch.cat(part, dim=1) for part in zip(*gaussians, strict=True))
+            y_seen = _noisy(y, given.get("y")) if self.training else torch.cat(y_hats, dim=1)
             y_likelihood = self.gaussian_conditional.likelihood(y_seen, means, log_scales)
         x_hat = self._synthesise(y_bar, gains)
         return {

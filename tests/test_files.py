@@ -141,6 +141,18 @@ def test_a_relative_model_is_that_of_the_current_folder(
     assert first != second
 
 
+def test_a_folder_does_not_hide_a_bundled_model(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    random_model().save_pretrained("tiny")
+    encode_file(photo, "a.cmb", "tiny")
+    bundled = cmamba_ref.CMamba.from_pretrained("tiny")
+    assert Path("a.cmb").read_bytes() == cmamba_ref.encode(PIXELS, bundled)
+    encode_file(photo, "b.cmb", "./tiny")
+    assert Path("b.cmb").read_bytes() == cmamba_ref.encode(PIXELS, random_model())
+
+
 def test_errors_are_raised_or_returned(photo: Path, tmp_path: Path):
     target = tmp_path / "a.cmb"
     with pytest.raises(OSError, match="missing"):

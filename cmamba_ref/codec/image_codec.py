@@ -23,7 +23,7 @@ from cmamba_ref.errors import (
     UnsupportedFileError,
 )
 from cmamba_ref.model import CMamba
-from cmamba_ref.model_id import name_of
+from cmamba_ref.model_id import name_of, pretrained_names
 
 DEFAULT_MODEL = "tiny"
 # Larger images are refused, when encoding and before anything is allocated when decoding.  What
@@ -38,9 +38,10 @@ _loading = threading.Lock()
 
 def loaded_model(name: str, device: str = "cpu") -> CMamba:
     """Return `CMamba.from_pretrained(name, device)`, which is loaded once and stays in memory."""
-    path = os.path.abspath(name) if os.path.isdir(name) else name  # whatever folder is current
+    if name not in pretrained_names() and os.path.isdir(name):
+        name = os.path.abspath(name)  # another one where another folder is current
     with _loading:  # a cache by itself lets threads load one each
-        return _load(path, device)
+        return _load(name, device)
 
 
 @functools.cache

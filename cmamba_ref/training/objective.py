@@ -42,7 +42,7 @@ def minimised(loss: Tensor, settings: Settings) -> Tensor:
     """What the gradient of a crop is that of: its loss, or log(1 + loss) (our choice).
 
     The gradient of the loss grows with the loss. Drawn graphics at high rates have a loss of 10 to
-    40 where photographs have 1 to 3; their gradients were measured 9 to 50 times as long, in other
+    40 where photographs have 1 to 3; their gradients were measured 8 to 53 times as long, in other
     directions, and drowned those of the photographs in every batch that had one. The logarithm
     divides a gradient by 1 + loss, which brings both to one length.
 
