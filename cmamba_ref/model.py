@@ -404,8 +404,7 @@ class CMamba(nn.Module):
 
     def _check_qualities(self, quality: Tensor, batch: int) -> None:
         top = len(self.config.lmbdas)
-        # A compiled graph cannot branch on values: there only the shape is checked.
-        in_range = torch.compiler.is_compiling() or ((quality >= 1) & (quality <= top)).all()
+        in_range = _in_graph(quality) or ((quality >= 1) & (quality <= top)).all()
         if quality.shape not in ((), (1,), (batch,)) or not in_range:
             raise InvalidArgumentError(
                 f"`quality` must be from 1 to {top}, one number or one for each of {batch} "
@@ -461,6 +460,11 @@ def _check_device(device: str) -> None:
         raise InvalidArgumentError(
             f"`device` must be one that PyTorch can use here, got {device!r} ({reason}); use cpu"
         ) from error
+
+
+def _in_graph(x: Tensor) -> bool:
+    """Whether what is done now becomes a graph, which cannot branch on values."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _check_images(x: Tensor, look: bool = False) -> None:

@@ -32,17 +32,19 @@ def test_the_reference_is_spared_large_crops(folder, monkeypatch):
 
 @pytest.mark.slow
 def test_a_training_is_measured(folder, capsys):
-    assert run(folder, str(folder / "photos"), "--backends", "chunked", "--sizes", "64x2") == 0
+    asked = ["--backends", "chunked", "--sizes", "64x2", "--cuda-graph"]
+    assert run(folder, str(folder / "photos"), *asked) == 0
     found = json.loads((folder / "a.json").read_text())
     (row,) = found["rows"]
     assert (row["backend"], row["crop"], row["batch"]) == ("chunked", 64, 2)
-    assert row["images_per_second"] > 0
+    assert row["images_per_second"] > 0 and row["images_per_second_with_graph"] > 0
     for shares in (row["share"], row["share_of_operators"]):
         assert sum(shares.values()) == pytest.approx(1, abs=0.01)
         assert all(0 <= share < 1 for share in shares.values())
     assert set(row["share_of_operators"]) == {"entropy model", "scan", "convolution", "rest"}
     assert row["share_of_operators"]["scan"] > 0 and row["share"]["backward"] > 0
     page = (folder / "a.md").read_text()
+    assert "| images/s | with a CUDA graph | data |" in page
     assert "| `chunked` | 2 of 64x64 |" in page and page in capsys.readouterr().out
 
 

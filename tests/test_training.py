@@ -65,6 +65,7 @@ def test_recipes_are_whole(root):
         ({"distortion": "ms-ssim", "crop": [128]}, "at least 161"),
         ({"distortion": "psnr"}, "one of mse, ms-ssim"),
         ({"profile": 1, "compile": True}, "`profile` must be 0"),
+        ({"profile": 1, "cuda_graph": True}, "`profile` must be 0"),
         ({"init": "weights", "model": {"d_state": 4}}, "`init` must stand without"),
         ({"model": 3}, "`model` must be a table"),
     ],

@@ -7,7 +7,8 @@ For each backend and size of crops, tools/train.py does a few steps in a process
 the first is profiled, in the last ones images per second and the share of data, forward, backward
 and optimiser are taken.  The profiler gives each part's share of the time in operators, forward
 and backward: `entropy model` is h_s, CAE, LRP and the likelihoods with their scans, `scan` and
-`convolution` are those of the transforms.  Without a folder of images, the bundled one
+`convolution` are those of the transforms.  `--cuda-graph` also trains with one, which cannot be
+profiled.  Without a folder of images, the bundled one
 is used, continued by mirroring.  The exit status is 1 if a training failed.
 """
 
@@ -50,31 +51,48 @@ def default_sizes(backend: str) -> list[tuple[int, int]]:
 def measure(
     backend: str, crop: int, batch: int, images: Path, args: argparse.Namespace
 ) -> dict[str, Any] | None:
-    """Return one row of the result; None where the training failed, with its stderr shown."""
+    """Return one row of the result; None where a training failed, with its stderr shown."""
+    row: dict[str, Any] = {"backend": backend, "crop": crop, "batch": batch, "steps": MEASURED}
+    log = train(row, images, args, "--profile", str(PROFILED))
+    if log is None:
+        return None
+    (profile,) = (record for record in log if record.get("event") == "profile")
+    row |= {name: _last(log)[name] for name in ("images_per_second", "share")}
+    row["share_of_operators"] = profile["share_of_operators"]
+    if args.cuda_graph:
+        log = train(row, images, args, "--cuda-graph")
+        if log is None:
+            return None
+        row["images_per_second_with_graph"] = _last(log)["images_per_second"]
+    return row
+
+
+def train(
+    row: dict[str, Any], images: Path, args: argparse.Namespace, *more: str
+) -> list[dict[str, Any]] | None:
+    """Train a few steps as the row says, and return the log; None where that failed."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, str(HERE / "train.py"), "--data", str(images)),
             *("--out", folder, "--config", args.config, "--device", args.device),
-            *("--crop", str(crop), "--batch", str(batch), "--precision", args.precision),
+            *("--crop", str(row["crop"]), "--batch", str(row["batch"])),
             # A record after the profile, and one of steps without it.
             *("--steps", str(2 * MEASURED), "--log-every", str(MEASURED)),
-            *("--profile", str(PROFILED)),
             *("--validation", "1", "--validation-crop", "64", "--validate-every", "0"),
-            *("--coded", "never", "--samples", "0"),
+            *("--coded", "never", "--samples", "0", "--precision", args.precision, *more),
         ]
-        environment = {**os.environ, "CMAMBA_SCAN_BACKEND": backend}
+        environment = {**os.environ, "CMAMBA_SCAN_BACKEND": row["backend"]}
         ended = subprocess.run(command, env=environment, capture_output=True, text=True)
         if ended.returncode:
-            print(f"{backend}, {batch} crops of {crop}:\n{ended.stderr}", file=sys.stderr)
+            what = f"{row['backend']}, {row['batch']} crops of {row['crop']}"
+            print(f"{what}:\n{ended.stderr}", file=sys.stderr)
             return None
-        log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    (profile,) = (record for record in log if record.get("event") == "profile")
-    last = [record for record in log if "event" not in record][-1]
-    return {
-        **{"backend": backend, "crop": crop, "batch": batch, "steps": MEASURED},
-        **{name: last[name] for name in ("images_per_second", "share")},
-        "share_of_operators": profile["share_of_operators"],
-    }
+        return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def _last(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of the last steps."""
+    return [record for record in log if "event" not in record][-1]
 
 
 def write_images(folder: Path, crop: int) -> None:
@@ -85,13 +103,16 @@ def write_images(folder: Path, crop: int) -> None:
 
 def page(rows: list[dict[str, Any]], made: dict[str, Any]) -> str:
     """Return the rows as a Markdown table."""
+    speeds = {"images_per_second": "images/s", "images_per_second_with_graph": "with a CUDA graph"}
+    speeds = {name: heading for name, heading in speeds.items() if name in rows[0]}
     cells = []
     for row in rows:
         shares = row["share"] | row["share_of_operators"]
         crops = f"{row['batch']} of {row['crop']}x{row['crop']}"
-        speed = f"{row['images_per_second']:.2f}"
-        cells.append([f"`{row['backend']}`", crops, speed, *(f"{s:.0%}" for s in shares.values())])
-    heading = ("backend", "crops", "images/s", *rows[0]["share"], *rows[0]["share_of_operators"])
+        measured = [*(f"{row[s]:.2f}" for s in speeds), *(f"{s:.0%}" for s in shares.values())]
+        cells.append([f"`{row['backend']}`", crops, *measured])
+    shares = (*rows[0]["share"], *rows[0]["share_of_operators"])
+    heading = ("backend", "crops", *speeds.values(), *shares)
     return (
         f"# Training throughput\n\n`{made['config']}`, {made['precision']}, "
         f"{made.get('gpu', 'CPU')}, over {MEASURED} steps; shares of the time, then of the "
@@ -117,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--sizes", nargs="+", type=image_size, metavar="CROPxBATCH", help=sizes)
     add("--device", default="cuda" if cuda else "cpu", help="default: cuda where there is one")
     add("--precision", default="fp32", help="fp32 or bf16 (default: fp32)")
+    add("--cuda-graph", action="store_true", help="measure with a CUDA graph as well")
     add("--json", type=Path, metavar="FILE", help="write the figures here")
     add("--markdown", type=Path, metavar="FILE", help="write the page here")
     args = parser.parse_args(argv)

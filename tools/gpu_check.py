@@ -62,7 +62,12 @@ from cmamba_ref.ops import available_backends, dispatch
 
 Result = dict[str, Any]
 
-TEST_FILES = ("tests/test_gpu_scans.py", "tests/test_determinism.py", "tests/test_profile_scan.py")
+TEST_FILES = (
+    "tests/test_gpu_scans.py",
+    "tests/test_step_graph.py",
+    "tests/test_determinism.py",
+    "tests/test_profile_scan.py",
+)
 # Accuracy on every kind of kernel, memory, graphs and streams: two minutes at most.
 FIRST_TESTS = (
     "(maps_are_as and (N2-R4 or N16-R12 or N3-R5-float32 or N32-R64-float32)) or "
@@ -70,7 +75,7 @@ FIRST_TESTS = (
     "(scans_of_the_model and tiny) or 98304 or one_chunk or softplus_and_sigmoid or "
     "(carry_takes and sequence) or (maps_keep and N16-R12-float32) or where_gradients_lie or "
     "autocast or ten_runs or forward-and-backward or current_stream or "
-    "peak_memory or auto_takes_triton"
+    "peak_memory or auto_takes_triton or trains_with_a_graph"
 )
 CROP, BATCHES = 256, (16, 32, 64)
 MAX_JOBS = 16  # processes that compile; each imports torch
@@ -314,7 +319,7 @@ def step(args: argparse.Namespace) -> Result:
         [
             *("--device", device_of(args).type, "--json", str(rows), "--sizes", *sizes),
             *("--backends", *(["chunked"] if args.rehearse else ["triton"])),
-            *("--precision", "fp32" if args.rehearse else "bf16"),
+            *("--precision", "fp32" if args.rehearse else "bf16", "--cuda-graph"),
         ]
     )
     steps = json.loads(rows.read_text())["rows"] if rows.exists() else []

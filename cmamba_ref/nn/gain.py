@@ -48,8 +48,9 @@ class GainUnits(nn.Module):
 
     def lmbda(self, quality: Tensor) -> Tensor:
         """The trade-off that a quality was trained for, `[B]` to `[B]`."""
-        log_lmbdas = torch.tensor(self.log_lmbdas, device=quality.device)
-        return _interpolate(log_lmbdas[:, None], quality).exp()[:, 0]
+        # Filled on the device: a copy from the host could be in no CUDA graph.
+        log_lmbdas = [torch.full((), value, device=quality.device) for value in self.log_lmbdas]
+        return _interpolate(torch.stack(log_lmbdas)[:, None], quality).exp()[:, 0]
 
 
 def _interpolate(table: Tensor, quality: Tensor) -> Tensor:

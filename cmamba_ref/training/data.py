@@ -296,6 +296,34 @@ class Batch:
     quality: Tensor | None
     noise: dict[str, Tensor]
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; the copy to a GPU waits for nothing."""
+        return self._each(lambda tensor: moved(tensor, device))
+
+    def part(self, part: slice) -> Batch:
+        """Some of the crops."""
+        return self._each(lambda tensor: tensor[part])
+
+    def copy_(self, other: Batch) -> None:
+        """Take the values of a batch of the same shape, wherever that is."""
+        for mine, new in zip(self._tensors(), other.to(self.x.device)._tensors(), strict=True):
+            mine.copy_(new)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        quality = None if self.quality is None else change(self.quality)
+        noise = {name: change(tensor) for name, tensor in self.noise.items()}
+        return Batch(change(self.x), quality, noise)
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.x, *([] if self.quality is None else [self.quality]), *self.noise.values()]
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device; the copy to a GPU waits for nothing."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
 
 class Loader:
     """Batches in the order in which they are requested, made ahead on threads.

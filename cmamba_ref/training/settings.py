@@ -160,6 +160,9 @@ class Settings:
     )
     channels_last: bool = _setting(True, "keep channels last in memory", may_change=True)
     compile: bool = _setting(False, "compile the model by torch.compile", may_change=True)
+    cuda_graph: bool = _setting(
+        False, "on one GPU, launch forward and backward as one CUDA graph", may_change=True
+    )
     round_weights: bool = _setting(
         False, "export weights rounded to float16, in half the room", may_change=True
     )
@@ -208,10 +211,10 @@ class Settings:
                 f"`init` must stand without `config` and `model`, got {self.init!r} and "
                 f"{self.config or dict(self.model)!r}; the weights bring their configuration"
             )
-        if self.profile and self.compile:
+        if self.profile and (self.compile or self.cuda_graph):
             raise InvalidArgumentError(
-                f"`profile` must be 0 with `compile`, got {self.profile}; the parts of a compiled "
-                "model cannot be told apart"
+                f"`profile` must be 0 with `compile` and `cuda_graph`, got {self.profile}; the "
+                "parts of a model cannot be told apart there"
             )
         if self.distortion == "ms-ssim" and min(self.crop) < MS_SSIM_MIN_SIDE:
             raise InvalidArgumentError(

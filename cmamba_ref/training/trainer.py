@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +19,13 @@ from cmamba_ref.model import CMamba
 from cmamba_ref.training.averages import move
 from cmamba_ref.training.checkpoints import Checkpoint
 from cmamba_ref.training.clock import PARTS, Clock
-from cmamba_ref.training.data import Batch, CropCache, Loader, TrainingImages
+from cmamba_ref.training.data import Batch, CropCache, Loader, TrainingImages, moved
 from cmamba_ref.training.distributed import Group
 from cmamba_ref.training.objective import minimised, objective
 from cmamba_ref.training.schedule import learning_rate, phase_at
 from cmamba_ref.training.settings import Settings, conflicts
 from cmamba_ref.training.soap import SOAP, work
+from cmamba_ref.training.step_graph import StepGraph
 
 # The quantiles of the prior have a loss and an optimiser of their own (Ballé et al. 2018).
 QUANTILES = "entropy_bottleneck.quantiles"
@@ -38,6 +41,8 @@ MEASURES = ("loss", "bpp", "distortion", "aux", "grad_norm")
 
 FORMAT = 2
 RECORD_FORMAT = 1
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -93,6 +98,7 @@ class Trainer:
         network = torch.compile(self.model) if settings.compile else self.model
         self.network: nn.Module = group.share(network)  # type: ignore[arg-type]
         quantiles.requires_grad_(True)
+        self.graph = self._step_graph() if settings.cuda_graph else None
 
         self.step = 0
         self.samples = 0  # crops that were trained on, by all processes
@@ -222,31 +228,55 @@ class Trainer:
             graphics=s.graphics,
         )
 
+    def _step_graph(self) -> StepGraph | None:
+        """Records forward and backward where there is one GPU; elsewhere None, and a warning."""
+        if self.group.device.type == "cuda" and self.group.size == 1:
+            return StepGraph(self._add_gradients, self.parameters, self.group.device)
+        logger.warning(
+            "no CUDA graph; it needs one process on a GPU, and here are %d on %s",
+            *(self.group.size, self.group.device.type),
+        )
+        return None
+
     def _gradients(self, batch: Batch) -> Tensor:
-        """Add up the gradient of the mean loss; returns sums of loss, bpp and distortion `[3]`."""
+        """Set the gradient of the mean loss; returns sums of loss, bpp and distortion `[3]`."""
+        if self.graph is None:
+            return self._add_gradients(batch, self.clock.lap)
+        sums = self.graph(batch)
+        self.clock.lap("backward")  # and forward, which a graph does not tell apart
+        return sums
+
+    def _add_gradients(self, batch: Batch, lap: Callable[[str], None] = lambda _: None) -> Tensor:
+        """Add up the gradient of the mean loss; returns sums of loss, bpp and distortion `[3]`.
+
+        Args:
+            lap: called with the name of each part of the step that is done.
+        """
         s, device = self.settings, self.group.device
         size = len(batch.x) // s.accumulate
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         for start in range(0, len(batch.x), size):
-            part = slice(start, start + size)
-            x = _moved(batch.x[part], device).float() / 255
-            # Qualities stay on the host, which checks their range.
-            quality = None if batch.quality is None else batch.quality[part]
-            if quality is not None and device.type == "cuda":
+            part = batch.part(slice(start, start + size))
+            # Qualities stay where they are: on the host, their range is checked.
+            x, quality, noise = moved(part.x, device).float() / 255, part.quality, part.noise
+            if quality is not None and device.type == "cuda" and not quality.is_cuda:
                 quality = quality.pin_memory()
-            noise = {name: _moved(values[part], device) for name, values in batch.noise.items()}
+            noise = {name: moved(values, device) for name, values in noise.items()}
             # Gradients are exchanged once, with those of the last part.
             last = start + size == len(batch.x)
             network, wait = self.network, contextlib.nullcontext()
             if isinstance(network, nn.parallel.DistributedDataParallel) and not last:
                 wait = network.no_sync()
             with wait:
-                with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                # Without a cache of weights in 16 bits, which a graph would outlive.
+                with torch.autocast(
+                    device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False
+                ):
                     output = network(x, quality, noise)
                 losses = objective(self.model, output, x, quality, s)
-                self.clock.lap("forward")
+                lap("forward")
                 (minimised(losses["loss"], s).sum() / len(batch.x)).backward()
-            self.clock.lap("backward")
+            lap("backward")
             names = ("loss", "bpp", "distortion")
             sums += torch.stack([losses[name].detach().double().sum() for name in names])
         return sums
@@ -479,13 +509,6 @@ def has_bf16(device: torch.device) -> bool:
     # Not in every version of torch that this package takes: without it the answer is no.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on the device; the copy to a GPU waits for nothing."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def _restore_tensors(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
