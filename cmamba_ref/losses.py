@@ -14,37 +14,50 @@ def bits(likelihoods: Tensor) -> Tensor:
     return -torch.log2(likelihoods.flatten(1)).sum(dim=1)
 
 
+# With the same lambda, this times 1 - MS-SSIM stands for 255^2 times the MSE: of the pairs of
+# lambdas that CompressAI trained models for both with, from 1222 to 1333.
+MS_SSIM_WEIGHT = 1280
+
+
 def rate_distortion_loss(
-    output: dict, target: Tensor, lmbda: Tensor | float, distortion: str = "mse"
+    output: dict, target: Tensor, lmbda: Tensor | float, ms_ssim: float = 0.0
 ) -> dict[str, Tensor]:
-    """`L = R(y_hat) + R(z_hat) + lambda * D(x, x_hat)`, per image (paper, loss).
+    """`L = R(y_hat) + R(z_hat) + lambda * 255^2 * D(x, x_hat)`, per image (paper, loss).
 
     Args:
         output: what `CMamba.forward` returned.
-        target: the images, `[B, 3, H, W]` in 0...1.
+        target: the images, `[B, 3, H, W]` in 0...1; for MS-SSIM, H and W at least 161.
         lmbda: trade-off, a number or one per image `[B]`.
-        distortion: `"mse"`, scaled by 255^2 as in the whole field, or `"ms-ssim"` (1 - MS-SSIM).
+        ms_ssim: the part of MS-SSIM in D, 0...1: 0 is the MSE, 1 is 1 - MS-SSIM, in units that suit
+            the lambdas of the MSE (our choice; to have `lambda * (1 - MS-SSIM)` as in other
+            publications, divide theirs by 1280).
 
     Returns:
-        `loss`, `bpp` and `distortion` (MSE in 0...1 units or 1 - MS-SSIM), each `[B]`.
+        `loss`, `bpp` and `distortion`, D in units of the MSE, each `[B]`.
+
+    Raises:
+        InvalidArgumentError: images too small for MS-SSIM.
     """
     pixels = target.shape[-2] * target.shape[-1]
     bpp = sum(bits(likelihoods) for likelihoods in output["likelihoods"].values()) / pixels
-    if distortion == "mse":
-        d = (output["x_hat"] - target).square().flatten(1).mean(dim=1)
-        weighted = lmbda * 255**2 * d
-    elif distortion == "ms-ssim":
-        from pytorch_msssim import ms_ssim
+    distortion = (output["x_hat"] - target).square().flatten(1).mean(dim=1)
+    if ms_ssim:
+        structural = MS_SSIM_WEIGHT / 255**2 * _one_minus_ms_ssim(output["x_hat"], target)
+        distortion = (1 - ms_ssim) * distortion + ms_ssim * structural
+    loss = bpp + lmbda * 255**2 * distortion
+    return {
+        "loss": torch.as_tensor(loss),
+        "bpp": torch.as_tensor(bpp),
+        "distortion": distortion,
+    }
 
-        if min(target.shape[-2:]) < MS_SSIM_MIN_SIDE:
-            raise InvalidArgumentError(
-                f"`target` must have sides of at least {MS_SSIM_MIN_SIDE} for MS-SSIM, got "
-                f"{list(target.shape)}; use larger crops"
-            )
-        d = 1 - ms_ssim(output["x_hat"], target, data_range=1.0, size_average=False)
-        weighted = lmbda * d
-    else:
+
+def _one_minus_ms_ssim(x_hat: Tensor, target: Tensor) -> Tensor:
+    from pytorch_msssim import ms_ssim
+
+    if min(target.shape[-2:]) < MS_SSIM_MIN_SIDE:
         raise InvalidArgumentError(
-            f'`distortion` must be "mse" or "ms-ssim", got {distortion!r}; choose one'
+            f"`target` must have sides of at least {MS_SSIM_MIN_SIDE} for MS-SSIM, got "
+            f"{list(target.shape)}; use larger crops"
         )
-    return {"loss": torch.as_tensor(bpp + weighted), "bpp": torch.as_tensor(bpp), "distortion": d}
+    return 1 - ms_ssim(x_hat, target, data_range=1.0, size_average=False)

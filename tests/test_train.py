@@ -128,16 +128,18 @@ def test_training_exports_a_model_that_codes(folder):
     assert np.array_equal(sample, cmamba_ref.decode(data, model))
 
 
-def test_a_model_of_one_rate_trains_for_ms_ssim(folder):
+@pytest.mark.parametrize("part", [1.0, 0.75])
+def test_a_model_of_one_rate_trains_for_ms_ssim(folder, part):
     write_config(folder / "config.json", ONE_RATE)
-    changes = {"steps": 1, "crop": [192], "distortion": "ms-ssim", "lmbda": 30.0}
+    changes = {"steps": 1, "crop": [192], "ms_ssim": part, "lmbda": 0.02}
     assert train.main(arguments(folder, validation_crop=192, optimiser="adamw", **changes)) == 0
     _, step, end = records(folder / "run")
-    assert step["loss"] == pytest.approx(step["bpp"] + 30 * step["distortion"], rel=1e-5)
+    assert step["loss"] == pytest.approx(step["bpp"] + 0.02 * 255**2 * step["distortion"], rel=1e-5)
     measured = end["qualities"]["None"]
     assert measured["ms_ssim"] > 0.5
-    expected = measured["bpp"] + 30 * (1 - measured["ms_ssim"])
-    assert measured["loss"] == pytest.approx(expected, rel=1e-4)
+    mse = 10 ** (-measured["psnr"] / 10)
+    distortion = part * 1280 * (1 - measured["ms_ssim"]) + (1 - part) * 255**2 * mse
+    assert measured["loss"] == pytest.approx(measured["bpp"] + 0.02 * distortion, rel=1e-4)
 
 
 def test_profile_finds_all_parts(folder):

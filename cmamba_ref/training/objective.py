@@ -29,12 +29,12 @@ def objective(
     # A reconstruction under autocast has 16 bits: enough for the image, not for its error.
     output = {**output, "x_hat": output["x_hat"].float()}
     if model.gain is None or quality is None:
-        return rate_distortion_loss(output, x, settings.lmbda, settings.distortion)
+        return rate_distortion_loss(output, x, settings.lmbda, settings.ms_ssim)
     # Where qualities are on the host, a GPU is given what follows without waiting for it.
     lmbda = model.gain.lmbda(quality).to(x.device, non_blocking=True)
     log_lmbdas = model.gain.log_lmbdas
     centre = math.exp(sum(log_lmbdas) / len(log_lmbdas))
-    losses = rate_distortion_loss(output, x, lmbda, settings.distortion)
+    losses = rate_distortion_loss(output, x, lmbda, settings.ms_ssim)
     return {**losses, "loss": losses["loss"] * (lmbda / centre) ** -settings.balance}
 
 

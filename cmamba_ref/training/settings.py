@@ -20,7 +20,6 @@ from cmamba_ref.metrics import MS_SSIM_MIN_SIDE
 from cmamba_ref.model import MULTIPLE
 
 DECAYS = ("linear", "cosine", "step")
-DISTORTIONS = ("mse", "ms-ssim")
 OPTIMISERS = ("adam", "adamw", "soap")
 PRECISIONS = ("fp32", "bf16", "auto")
 # One of them says how long to train.
@@ -96,7 +95,9 @@ class Settings:
         0.0, "share of crops that are drawn: text, shapes, screenshots", 0.0, 1
     )
 
-    distortion: str = _setting("mse", "what the loss measures", choices=DISTORTIONS)
+    ms_ssim: float = _setting(
+        0.0, "part of 1 - MS-SSIM, times 1280 / 255^2, in the distortion; the rest is MSE", 0.0, 1
+    )
     lmbda: float = _setting(0.013, "trade-off of a fixed-rate model", 1e-12, 1e12)
     balance: float = _setting(0.5, "variable rate: the loss is divided by lambda^BALANCE", -8.0, 8)
     log_loss: bool = _setting(False, "minimise log(1 + loss) of each crop")
@@ -216,7 +217,7 @@ class Settings:
                 f"`profile` must be 0 with `compile` and `cuda_graph`, got {self.profile}; the "
                 "parts of a model cannot be told apart there"
             )
-        if self.distortion == "ms-ssim" and min(self.crop) < MS_SSIM_MIN_SIDE:
+        if self.ms_ssim and min(self.crop) < MS_SSIM_MIN_SIDE:
             raise InvalidArgumentError(
                 f"`crop` must be at least {MS_SSIM_MIN_SIDE} in each phase for MS-SSIM, got "
                 f"{self.crop}; train on larger crops"
@@ -324,7 +325,8 @@ def conflicts(saved: Mapping[str, Any], now: Settings, *, extend: bool) -> list[
     """
     wanted, found = now.to_dict(), []
     for f in dataclasses.fields(Settings):
-        before, after = saved.get(f.name), wanted[f.name]
+        # A setting that is newer than the run was at its default.
+        before, after = saved.get(f.name, f.default), wanted[f.name]
         if before == after or f.metadata["may_change"]:
             continue
         is_longer = f.name in LENGTHS and before and after > before
