@@ -270,6 +270,16 @@ def test_noise_of_another_shape_is_refused(model, change):
         model.train()(random_images(2, 64, 64), 3.0, noise)
 
 
+@pytest.mark.parametrize("part", ["ms-ssim", -0.1, 1.1, float("nan"), None])
+def test_the_part_of_ms_ssim_is_a_number_from_0_to_1(part):
+    x = torch.rand(1, 3, 64, 64)
+    output = {"x_hat": x, "likelihoods": {}}
+    with pytest.raises(InvalidArgumentError, match="`ms_ssim` must be a number from 0 to 1"):
+        rate_distortion_loss(output, x, 0.01, part)
+    with pytest.raises(InvalidArgumentError, match="sides of at least 161"):
+        rate_distortion_loss(output, x, 0.01, 0.5)
+
+
 def test_every_parameter_is_trained(model):
     """The loss reaches every parameter; quantiles have a loss of their own."""
     x = random_images(2, 64, 64)
