@@ -39,7 +39,9 @@ def rate_distortion_loss(
         InvalidArgumentError: no part from 0 to 1, or images too small for MS-SSIM.
     """
     if not (isinstance(ms_ssim, int | float) and 0 <= ms_ssim <= 1):
-        raise InvalidArgumentError(f"`ms_ssim` must be a number from 0 to 1, got {ms_ssim!r}")
+        raise InvalidArgumentError(
+            f"`ms_ssim` must be a number from 0 to 1, got {ms_ssim!r}; 0 is the MSE alone"
+        )
     pixels = target.shape[-2] * target.shape[-1]
     bpp = sum(bits(likelihoods) for likelihoods in output["likelihoods"].values()) / pixels
     distortion = (output["x_hat"] - target).square().flatten(1).mean(dim=1)

@@ -37,7 +37,8 @@ def test_a_training_is_measured(folder, capsys):
     found = json.loads((folder / "a.json").read_text())
     (row,) = found["rows"]
     assert (row["backend"], row["crop"], row["batch"]) == ("chunked", 64, 2)
-    assert row["images_per_second"] > 0 and row["images_per_second_with_graph"] > 0
+    assert row["images_per_second"] > 0
+    assert row["images_per_second_with_graph"] is None  # there is none on a CPU
     for shares in (row["share"], row["share_of_operators"]):
         assert sum(shares.values()) == pytest.approx(1, abs=0.01)
         assert all(0 <= share < 1 for share in shares.values())

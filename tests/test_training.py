@@ -61,6 +61,7 @@ def test_recipes_are_whole(root):
         ({"milestones": [0.9, 0.8]}, "`milestones` must rise"),
         ({"validation_crop": 100}, "multiple of 64"),
         ({"ms_ssim": 0.5, "crop": [128]}, "at least 161"),
+        ({"ms_ssim": 0.5, "crop": [192], "cuda_graph": True}, "`cuda_graph` must be off"),
         ({"ms_ssim": 1.5}, "`ms_ssim` must be from"),
         ({"optimiser": "sgd"}, "one of adam, adamw, soap"),
         ({"profile": 1, "compile": True}, "`profile` must be 0"),
@@ -108,6 +109,15 @@ def test_a_setting_newer_than_a_run_was_at_its_default(folder):
     changed = training_helpers.settings(folder, log_loss=True)
     expected = ["log_loss was False and is now True"]
     assert settings.conflicts(saved, changed, extend=False) == expected
+    del saved["milestones"]  # of several numbers
+    assert settings.conflicts(saved, now, extend=False) == []
+
+
+def test_a_setting_that_is_gone_is_told_where_it_did_something(folder):
+    now = training_helpers.settings(folder)
+    assert settings.conflicts({**now.to_dict(), "distortion": "mse"}, now, extend=False) == []
+    (line,) = settings.conflicts({**now.to_dict(), "distortion": "ms-ssim"}, now, extend=False)
+    assert line == "distortion was ms-ssim, which is no setting any more"
 
 
 MIDDLE = (1e-3 + 1e-5) / 2

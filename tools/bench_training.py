@@ -7,8 +7,8 @@ For each backend and size of crops, tools/train.py does a few steps in a process
 the first is profiled, in the last ones images per second and the share of data, forward, backward
 and optimiser are taken.  The profiler gives each part's share of the time in operators, forward
 and backward: `entropy model` is h_s, CAE, LRP and the likelihoods with their scans, `scan` and
-`convolution` are those of the transforms.  `--cuda-graph` also trains with one, which cannot be
-profiled.  Without a folder of images, the bundled one
+`convolution` are those of the transforms.  `--cuda-graph` trains once more with a CUDA graph;
+that run is not profiled.  Without a folder of images, the bundled one
 is used, continued by mirroring.  The exit status is 1 if a training failed.
 """
 
@@ -39,6 +39,7 @@ HERE = Path(__file__).resolve().parent
 PROFILED = 1
 # Of each record: enough for the first to take in the profiler's warm-up and the profile.
 MEASURED = 6
+WITH_GRAPH = "images_per_second_with_graph"
 # (side of the crops, crops per step), as tiny was trained.
 SMALL, LARGE = (128, 8), (512, 2)
 
@@ -60,10 +61,8 @@ def measure(
     row |= {name: _last(log)[name] for name in ("images_per_second", "share")}
     row["share_of_operators"] = profile["share_of_operators"]
     if args.cuda_graph:
-        log = train(row, images, args, "--cuda-graph")
-        if log is None:
-            return None
-        row["images_per_second_with_graph"] = _last(log)["images_per_second"]
+        last = _last(train(row, images, args, "--cuda-graph") or [{}])
+        row[WITH_GRAPH] = last["images_per_second"] if last.get("cuda_graph") else None
     return row
 
 
@@ -103,13 +102,14 @@ def write_images(folder: Path, crop: int) -> None:
 
 def page(rows: list[dict[str, Any]], made: dict[str, Any]) -> str:
     """Return the rows as a Markdown table."""
-    speeds = {"images_per_second": "images/s", "images_per_second_with_graph": "with a CUDA graph"}
+    speeds = {"images_per_second": "images/s", WITH_GRAPH: "with a CUDA graph"}
     speeds = {name: heading for name, heading in speeds.items() if name in rows[0]}
     cells = []
     for row in rows:
         shares = row["share"] | row["share_of_operators"]
         crops = f"{row['batch']} of {row['crop']}x{row['crop']}"
-        measured = [*(f"{row[s]:.2f}" for s in speeds), *(f"{s:.0%}" for s in shares.values())]
+        measured = ["-" if row[name] is None else f"{row[name]:.2f}" for name in speeds]
+        measured += [f"{share:.0%}" for share in shares.values()]
         cells.append([f"`{row['backend']}`", crops, *measured])
     shares = (*rows[0]["share"], *rows[0]["share_of_operators"])
     heading = ("backend", "crops", *speeds.values(), *shares)

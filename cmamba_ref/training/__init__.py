@@ -9,6 +9,7 @@
     objective     the loss, weighted over rates
     soap          an optimiser: Adam in the eigenbases of the gradient's covariances
     averages      averages of many tensors at once
+    step_graph    forward and backward of a step as one CUDA graph
     trainer       one optimiser step after the other; what is saved
     clock         where the time of a step goes
     profiling     which parts of the model the time of a step goes to

@@ -306,8 +306,8 @@ class Batch:
 
     def copy_(self, other: Batch) -> None:
         """Take the values of a batch of the same shape, wherever that is."""
-        for mine, new in zip(self._tensors(), other.to(self.x.device)._tensors(), strict=True):
-            mine.copy_(new)
+        for mine, new in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_(pinned(new) if mine.is_cuda else new, non_blocking=True)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         quality = None if self.quality is None else change(self.quality)
@@ -320,9 +320,12 @@ class Batch:
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on the device; the copy to a GPU waits for nothing."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return (pinned(tensor) if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """A tensor on a GPU as it is; one on the host where a GPU can fetch it without waiting."""
+    return tensor if tensor.is_cuda else tensor.pin_memory()
 
 
 class Loader:

@@ -22,6 +22,8 @@ from cmamba_ref.model import MULTIPLE
 DECAYS = ("linear", "cosine", "step")
 OPTIMISERS = ("adam", "adamw", "soap")
 PRECISIONS = ("fp32", "bf16", "auto")
+# Settings of earlier versions, and the value that they had where they did nothing.
+REMOVED = {"distortion": "mse"}
 # One of them says how long to train.
 LENGTHS = {"steps", "minutes", "core_hours"}
 CODED = ("never", "end", "always")
@@ -217,6 +219,11 @@ class Settings:
                 f"`profile` must be 0 with `compile` and `cuda_graph`, got {self.profile}; the "
                 "parts of a model cannot be told apart there"
             )
+        if self.cuda_graph and self.ms_ssim:
+            raise InvalidArgumentError(
+                f"`cuda_graph` must be off with `ms_ssim`, got {self.ms_ssim}; pytorch-msssim "
+                "copies constants from the host, which no graph can hold"
+            )
         if self.ms_ssim and min(self.crop) < MS_SSIM_MIN_SIDE:
             raise InvalidArgumentError(
                 f"`crop` must be at least {MS_SSIM_MIN_SIDE} in each phase for MS-SSIM, got "
@@ -324,10 +331,16 @@ def conflicts(saved: Mapping[str, Any], now: Settings, *, extend: bool) -> list[
         one line for each setting that differs and may not.
     """
     wanted, found = now.to_dict(), []
+    for name, harmless in REMOVED.items():
+        if saved.get(name, harmless) != harmless:
+            found.append(f"{name} was {saved[name]}, which is no setting any more")
     for f in dataclasses.fields(Settings):
+        if f.metadata["may_change"]:
+            continue
         # A setting that is newer than the run was at its default.
-        before, after = saved.get(f.name, f.default), wanted[f.name]
-        if before == after or f.metadata["may_change"]:
+        default = list(f.default) if isinstance(f.default, tuple) else f.default
+        before, after = saved.get(f.name, default), wanted[f.name]
+        if before == after:
             continue
         is_longer = f.name in LENGTHS and before and after > before
         if not (is_longer and extend):

@@ -7,7 +7,6 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,13 +18,13 @@ from cmamba_ref.model import CMamba
 from cmamba_ref.training.averages import move
 from cmamba_ref.training.checkpoints import Checkpoint
 from cmamba_ref.training.clock import PARTS, Clock
-from cmamba_ref.training.data import Batch, CropCache, Loader, TrainingImages, moved
+from cmamba_ref.training.data import Batch, CropCache, Loader, TrainingImages, moved, pinned
 from cmamba_ref.training.distributed import Group
 from cmamba_ref.training.objective import minimised, objective
 from cmamba_ref.training.schedule import learning_rate, phase_at
 from cmamba_ref.training.settings import Settings, conflicts
 from cmamba_ref.training.soap import SOAP, work
-from cmamba_ref.training.step_graph import StepGraph
+from cmamba_ref.training.step_graph import Lap, StepGraph
 
 # The quantiles of the prior have a loss and an optimiser of their own (Ballé et al. 2018).
 QUANTILES = "entropy_bottleneck.quantiles"
@@ -242,11 +241,9 @@ class Trainer:
         """Set the gradient of the mean loss; returns sums of loss, bpp and distortion `[3]`."""
         if self.graph is None:
             return self._add_gradients(batch, self.clock.lap)
-        sums = self.graph(batch)
-        self.clock.lap("backward")  # and forward, which a graph does not tell apart
-        return sums
+        return self.graph(batch, self.clock.lap)
 
-    def _add_gradients(self, batch: Batch, lap: Callable[[str], None] = lambda _: None) -> Tensor:
+    def _add_gradients(self, batch: Batch, lap: Lap) -> Tensor:
         """Add up the gradient of the mean loss; returns sums of loss, bpp and distortion `[3]`.
 
         Args:
@@ -259,8 +256,8 @@ class Trainer:
             part = batch.part(slice(start, start + size))
             # Qualities stay where they are: on the host, their range is checked.
             x, quality, noise = moved(part.x, device).float() / 255, part.quality, part.noise
-            if quality is not None and device.type == "cuda" and not quality.is_cuda:
-                quality = quality.pin_memory()
+            if quality is not None and device.type == "cuda":
+                quality = pinned(quality)
             noise = {name: moved(values, device) for name, values in noise.items()}
             # Gradients are exchanged once, with those of the last part.
             last = start + size == len(batch.x)
@@ -268,10 +265,7 @@ class Trainer:
             if isinstance(network, nn.parallel.DistributedDataParallel) and not last:
                 wait = network.no_sync()
             with wait:
-                # Without a cache of weights in 16 bits, which a graph would outlive.
-                with torch.autocast(
-                    device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False
-                ):
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                     output = network(x, quality, noise)
                 losses = objective(self.model, output, x, quality, s)
                 lap("forward")
@@ -339,6 +333,7 @@ class Trainer:
             "batch": phase.batch,
             "skipped": self.skipped,
             **means,
+            **({"cuda_graph": self.graph.is_used} if self.graph else {}),
             **self.throughput(),
         }
         self.window = Window(self.group.device, clock=dict(self.clock.seconds))
