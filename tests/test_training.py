@@ -199,10 +199,16 @@ def test_crops_come_from_the_image_at_several_scales(folder):
     assert len({crop.tobytes() for crop in crops}) == 20
     whole = photo.reshape(-1, 3).mean(0)
     assert np.abs(np.mean([crop.reshape(-1, 3).mean(0) for crop in crops], 0) - whole).max() < 25
-    # Without reduction a crop is a part of the image, as it is or mirrored.
-    crop = data.random_crop(photo, 192, rng, scale=1.0)
+    # Without reduction a crop is a part of the image, mirrored and turned in all ways.
     parts = np.lib.stride_tricks.sliding_window_view(photo, (192, 192, 3)).reshape(-1, 192, 192, 3)
-    assert any(np.array_equal(part, crop) or np.array_equal(part, crop[:, ::-1]) for part in parts)
+    orientations = {
+        np.rot90(mirrored, turns).tobytes(): (turns, number)
+        for part in parts
+        for number, mirrored in enumerate((part, part[:, ::-1]))
+        for turns in range(4)
+    }
+    crops = [data.random_crop(photo, 192, rng, scale=1.0) for _ in range(60)]
+    assert len({orientations[crop.tobytes()] for crop in crops}) == 8
 
 
 def test_processes_make_parts_of_one_batch(folder):

@@ -168,9 +168,10 @@ def read_rgb(path: Path) -> np.ndarray:
 def random_crop(
     image: np.ndarray, size: int, rng: np.random.Generator, scale: float = 2.0
 ) -> np.ndarray:
-    """Return a random crop `[size, size, 3]`, at random reduced by up to `scale`, or mirrored.
+    """Return a random crop `[size, size, 3]`, reduced by up to `scale`, in one of 8 orientations.
 
-    Reducing shows the model several scales, and hides the traces of JPEG.
+    Reducing shows the model several scales, and hides the traces of JPEG. Orientations, mirrored
+    and turned, give a small set of images more variety.
     """
     largest = min(scale, min(image.shape[:2]) / size)
     side = size if largest <= 1 else int(size * rng.uniform(1, largest))
@@ -180,7 +181,9 @@ def random_crop(
     if side != size:
         resized = Image.fromarray(crop).resize((size, size), Image.Resampling.LANCZOS)
         crop = np.asarray(resized)
-    return crop[:, ::-1] if rng.random() < 0.5 else crop
+    mirrored, upside_down, transposed = rng.integers(2, size=3)
+    crop = crop[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
+    return crop.transpose(1, 0, 2) if transposed else crop
 
 
 def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
