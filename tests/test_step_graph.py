@@ -10,11 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmamba_ref.training import step_graph
-from cmamba_ref.training.data import find_images
-from cmamba_ref.training.distributed import Group
 from cmamba_ref.training.step_graph import StepGraph
 from cmamba_ref.training.trainer import Trainer
-from tests.training_helpers import make_run_folder, make_trainer, settings
+from tests.training_helpers import make_run_folder, make_trainer
 
 PHASES = {"crop": [64, 128], "batch": [4, 2], "until": [0.5], "steps": 6}
 
@@ -139,9 +137,7 @@ def test_a_graph_needs_one_gpu(folder, caplog):
 
 
 def on_gpu(folder, **changes) -> Trainer:
-    images = find_images(folder / "photos", 64, held_out=1)
-    chosen = settings(folder, device="cuda", **{**PHASES, **changes})
-    return Trainer(chosen, images, Group(torch.device("cuda", 0)))
+    return make_trainer(folder, device="cuda", **{**PHASES, **changes})
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

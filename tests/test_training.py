@@ -41,8 +41,11 @@ def test_recipes_are_whole(root):
     assert len(recipes) >= 3
     for path in recipes:
         resolved = settings.resolve(settings.read_toml(path), {"data": "photos", "out": "run"})
-        resolved.model_config()
+        config = resolved.model_config()
         assert resolved.to_dict() == json.loads(json.dumps(resolved.to_dict()))
+        # Those of 1 - MS-SSIM alone are larger, and of no use with the loss of this version.
+        assert 0 < max(config.lmbdas or (resolved.lmbda,)) < 0.5, path
+        assert config.variable_rate or "all qualities in one model" not in path.read_text(), path
 
 
 @pytest.mark.parametrize(
@@ -436,12 +439,12 @@ def test_the_trainer_minimises_the_logarithm(folder):
     gradients, losses = [], []
     for log_loss in (False, True):
         run = training_helpers.make_trainer(folder, batch=[1], log_loss=log_loss)
+        run.model.double()  # so that rounding hides nothing
         losses.append(float(run._gradients(run.next_batch())[0]))
         gradients.append(torch.cat([p.grad.flatten() for p in run.parameters]))
         run.close()
     assert losses[0] == pytest.approx(losses[1])
-    difference = gradients[1] * (1 + losses[0]) - gradients[0]
-    assert difference.norm() < 1e-5 * gradients[0].norm()
+    assert torch.allclose(gradients[1] * (1 + losses[0]), gradients[0], rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------- checkpoints and log

@@ -85,7 +85,8 @@ def settings(folder: Path, **changes: Any) -> Settings:
 def make_trainer(folder: Path, **changes: Any) -> Trainer:
     """A trainer of one process with these settings."""
     images = find_images(folder / "photos", 64, held_out=1)
-    return Trainer(settings(folder, **changes), images, Group(torch.device("cpu")))
+    chosen = settings(folder, **changes)
+    return Trainer(chosen, images, Group(torch.device(chosen.device)))
 
 
 def arguments(folder: Path, **changes: Any) -> list[str]:

@@ -52,7 +52,7 @@ def default_sizes(backend: str) -> list[tuple[int, int]]:
 def measure(
     backend: str, crop: int, batch: int, images: Path, args: argparse.Namespace
 ) -> dict[str, Any] | None:
-    """Return one row of the result; None where a training failed, with its stderr shown."""
+    """Return one row of the result; None where the training failed, with its stderr shown."""
     row: dict[str, Any] = {"backend": backend, "crop": crop, "batch": batch, "steps": MEASURED}
     log = train(row, images, args, "--profile", str(PROFILED))
     if log is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,15 @@ def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     return graph.replay, result
 
 
+class _Recorded(NamedTuple):
+    """A graph, and where it reads and writes."""
+
+    replay: Callable[[], None]
+    inputs: Batch
+    gradients: list[Tensor | None]
+    measures: Tensor
+
+
 class StepGraph:
     """Computes gradients by a graph, recorded anew where the shape of the batch changes.
 
@@ -52,9 +62,6 @@ class StepGraph:
             it names each part of the step to its second argument once that is done.
         parameters: those that have gradients afterwards.
         device: a GPU.
-
-    Attributes:
-        is_used: whether the last step was launched as a graph.
     """
 
     def __init__(
@@ -63,12 +70,14 @@ class StepGraph:
         parameters: Sequence[Tensor],
         device: torch.device,
     ) -> None:
-        self.is_used = False
         self._compute, self._parameters, self._device = compute, parameters, device
-        self._inputs: Batch | None = None
-        self._replay: Callable[[], None] | None = None
-        self._results: tuple[list[Tensor | None], Tensor] = ([], torch.empty(0))
+        self._recorded: _Recorded | None = None
         self._failed = False
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the last step was launched as a graph."""
+        return self._recorded is not None
 
     def __call__(self, batch: Batch, lap: Lap) -> Tensor:
         """Set the gradients, and return what `compute` does; both hold until the next call.
@@ -77,24 +86,20 @@ class StepGraph:
             batch: on the host.
             lap: as for `compute`; a graph does not tell the forward from the backward.
         """
-        if self._inputs is None or self._inputs.x.shape != batch.x.shape:
-            self._record(batch)
-        self.is_used = self._replay is not None
-        if self._inputs is None or self._replay is None:
+        fits = self._recorded is not None and self._recorded.inputs.x.shape == batch.x.shape
+        if not fits and not self._failed:
+            self._recorded = None  # first, so that its memory is free
+            self._recorded = self._record(batch)
+        if self._recorded is None:
             return self._compute(batch, lap)
-        self._inputs.copy_(batch)
-        self._replay()
-        gradients, measures = self._results
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+        self._recorded.inputs.copy_(batch)
+        self._recorded.replay()
+        for parameter, gradient in zip(self._parameters, self._recorded.gradients, strict=True):
             parameter.grad = gradient
         lap("backward")
-        return measures
+        return self._recorded.measures
 
-    def _record(self, batch: Batch) -> None:
-        self._inputs = self._replay = None  # first, so that its memory is free
-        self._results = ([], torch.empty(0))
-        if self._failed:
-            return
+    def _record(self, batch: Batch) -> _Recorded | None:
         inputs = batch.to(self._device)
 
         def run() -> Tensor:
@@ -102,14 +107,16 @@ class StepGraph:
             return self._compute(inputs, lambda part: None)
 
         try:
-            self._replay, measures = record(run)
+            replay, measures = record(run)
         except RuntimeError as error:  # of whatever is refused, torch raises this one
             self._failed = True
             logger.warning("no CUDA graph; operators are launched one by one: %s", _first(error))
+            return None
         else:
-            self._inputs = inputs
-            self._results = [parameter.grad for parameter in self._parameters], measures
-        self._clear()
+            gradients = [parameter.grad for parameter in self._parameters]
+            return _Recorded(replay, inputs, gradients, measures)
+        finally:
+            self._clear()
 
     def _clear(self) -> None:
         for parameter in self._parameters:

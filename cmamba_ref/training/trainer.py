@@ -239,9 +239,8 @@ class Trainer:
 
     def _gradients(self, batch: Batch) -> Tensor:
         """Set the gradient of the mean loss; returns sums of loss, bpp and distortion `[3]`."""
-        if self.graph is None:
-            return self._add_gradients(batch, self.clock.lap)
-        return self.graph(batch, self.clock.lap)
+        compute = self.graph or self._add_gradients
+        return compute(batch, self.clock.lap)
 
     def _add_gradients(self, batch: Batch, lap: Lap) -> Tensor:
         """Add up the gradient of the mean loss; returns sums of loss, bpp and distortion `[3]`.
@@ -254,11 +253,12 @@ class Trainer:
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         for start in range(0, len(batch.x), size):
             part = batch.part(slice(start, start + size))
+            x = moved(part.x, device).float() / 255
             # Qualities stay where they are: on the host, their range is checked.
-            x, quality, noise = moved(part.x, device).float() / 255, part.quality, part.noise
+            quality = part.quality
             if quality is not None and device.type == "cuda":
                 quality = pinned(quality)
-            noise = {name: moved(values, device) for name, values in noise.items()}
+            noise = {name: moved(values, device) for name, values in part.noise.items()}
             # Gradients are exchanged once, with those of the last part.
             last = start + size == len(batch.x)
             network, wait = self.network, contextlib.nullcontext()
