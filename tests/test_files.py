@@ -21,7 +21,7 @@ from PIL import Image
 
 import cmamba_ref
 from cmamba_ref import CMambaError, decode_file, encode_file, errors
-from cmamba_ref.codec import images
+from cmamba_ref.codec import files, images
 from cmamba_ref.codec.files import FileResult
 
 PIXELS = make_image(40, 56)
@@ -46,6 +46,15 @@ def test_a_file_and_back(photo: Path, tmp_path: Path):
     np.testing.assert_array_equal(load_image(decoded), expected)
     sizes = encoded.stat().st_size, decoded.stat().st_size
     assert result == FileResult(str(encoded), str(decoded), *sizes, 56, 40)
+
+
+def test_the_input_may_be_removed_while_it_is_encoded(photo: Path):
+    data = photo.read_bytes()
+    read = files.read_source(data, str(photo), files.EncodeOptions())
+    photo.unlink()
+    output = photo.with_suffix(".cmb")
+    result = files.write_encoded(photo, output, read, random_model(), files.EncodeOptions())
+    assert (result.bytes_in, result.bytes_out) == (len(data), output.stat().st_size)
 
 
 def test_the_output_is_beside_the_input_and_the_model_bundled(photo: Path):

@@ -109,11 +109,12 @@ class FileResult:
 
 
 class Source(NamedTuple):
-    """An image to encode, the metadata to store, and the names of what is dropped."""
+    """An image to encode, the metadata to store, names of what is dropped, and the file's size."""
 
     image: np.ndarray
     metadata: Metadata
     dropped: tuple[str, ...]
+    size: int
 
 
 def encode_file(
@@ -262,8 +263,8 @@ def read_source(data: bytes, name: str, options: EncodeOptions) -> Source:
         keep_metadata=options.keep_metadata,
     )
     if options.keep_metadata:
-        return Source(image, metadata, ())
-    return Source(image, NO_METADATA, tuple(metadata.names()))
+        return Source(image, metadata, (), len(data))
+    return Source(image, NO_METADATA, tuple(metadata.names()), len(data))
 
 
 def encode_source(
@@ -318,7 +319,7 @@ def write_encoded(
     write_atomically(output, data, check if options.verify else None, time_from=time_from)
     warn_of_graphics(read, model, options, quality, data, decoded)
     height, width = read.image.shape[:2]
-    sizes = source.stat().st_size, len(data), width, height
+    sizes = read.size, len(data), width, height
     return FileResult(str(source), str(output), *sizes, quality, read.dropped)
 
 
