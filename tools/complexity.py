@@ -111,6 +111,10 @@ def count(config: CMambaConfig | str, width: int, height: int) -> dict[str, Cost
             macs=sum(flops.get(key, {}).values()) // 2,
             scan=elements.get(key, {}).get(scan, 0),
         )
+    if "bypass" in costs:
+        # It is used by other methods than `forward`, which the counter does not see: the rest.
+        named = sum(cost.macs for name, cost in costs.items() if name != "total")
+        costs["bypass"] = replace(costs["bypass"], macs=costs["total"].macs - named)
     return costs
 
 
