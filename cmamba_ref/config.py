@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field, fields
 from cmamba_ref.errors import InvalidArgumentError
 
 # One lambda per quality 1...8 of a variable-rate model, log-spaced between two values of the
-# field's ladder (0.0018 and 0.0932, the MSE lambdas of CompressAI's qualities 1 and 7).
-VARIABLE_RATE_LMBDAS = tuple(0.0018 * (0.0932 / 0.0018) ** (i / 7) for i in range(8))
+# field's ladder (0.0018 and 0.18, the MSE lambdas of CompressAI's qualities 1 and 8).
+VARIABLE_RATE_LMBDAS = tuple(0.0018 * (0.18 / 0.0018) ** (i / 7) for i in range(8))
 
 # What `context` may be; the first is the paper's. Blocks are registered, see cmamba_ref.nn.blocks.
 CONTEXTS = ("cae", "cae-without-ssm", "none")
@@ -251,14 +251,16 @@ TINY = CMambaConfig(
     widths=(32, 64, 96),
     depths=(1, 1, 1),
     ssm_stages=(False, True, True),
-    latent_channels=128,
+    latent_channels=256,
     hyper_widths=(96, 64),
-    slices=4,
+    slices=(32, 32, 32, 32, 64, 64),
     cae_width=96,
     lrp_widths=(96, 64),
     d_state=2,
     ssm_ratio=0.5,
+    lrp=False,
     lmbdas=VARIABLE_RATE_LMBDAS,
+    bypass=True,
 )
 
 CONFIGS = {config.name: config for config in (BASE, SMALL, TINY)}

@@ -40,6 +40,8 @@ SMALL = dataclasses.replace(
     slices=2,
     cae_width=16,
     lrp_widths=(16, 8),
+    lrp=True,
+    bypass=False,
 )
 ONE_RATE = dataclasses.replace(SMALL, name="small-random-one-rate", lmbdas=())
 

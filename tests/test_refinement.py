@@ -26,10 +26,10 @@ def loss(image: np.ndarray, data: bytes, quality: float) -> float:
     return 8 * (len(container.y) + len(container.z)) + lmbda * float((error**2).sum()) / 3
 
 
-@pytest.mark.parametrize(("quality", "part"), [(2, 0.999), (6.5, 0.97)])
+@pytest.mark.parametrize(("quality", "part"), [(2, 0.985), (6.5, 0.96)])
 def test_an_effort_lowers_the_loss(image, quality, part):
     model = shipped_model()
-    plain, refined = (encode(image, model, quality, effort=effort) for effort in (0, 2))
+    plain, refined = (encode(image, model, quality, effort=effort) for effort in (0, 4))
     assert loss(image, refined, quality) < part * loss(image, plain, quality)
 
 
