@@ -44,6 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.config import CONFIGS, CMambaConfig
+from cmamba_ref.nn.bypass import BLOCK
 from cmamba_ref.nn.ss2d import DIRECTIONS
 from cmamba_ref.weights import pretrained_names
 
@@ -112,9 +113,9 @@ def count(config: CMambaConfig | str, width: int, height: int) -> dict[str, Cost
             scan=elements.get(key, {}).get(scan, 0),
         )
     if "bypass" in costs:
-        # It is used by other methods than `forward`, which the counter does not see: the rest.
-        named = sum(cost.macs for name, cost in costs.items() if name != "total")
-        costs["bypass"] = replace(costs["bypass"], macs=costs["total"].macs - named)
+        # The counter names no other method than `forward`. Each weight meets each position of y.
+        bypass = costs["bypass"]
+        costs["bypass"] = replace(bypass, macs=bypass.params * width * height // BLOCK**2)
     return costs
 
 
