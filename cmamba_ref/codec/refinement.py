@@ -29,7 +29,7 @@ from cmamba_ref.model import CMamba, pad
 # Gradient steps of the efforts 0...9.
 STEPS = (0, 10, 15, 22, 32, 45, 64, 90, 110, 250)
 
-# Our choices, from crops of four training images (docs/benchmarks.md).
+# Our choices (docs/benchmarks.md): the rate from crops of training images, the rest from Kodak.
 LEARNING_RATE = 0.143  # times the fourth root of lambda, falling to 0
 BETAS = (0.8, 0.99)
 FIRST_TEMPERATURE = 1.0
