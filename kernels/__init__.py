@@ -5,6 +5,7 @@ module `kernels` is ever installed. Importing this package does not import trito
 `backend` does, which holds the scans. Modules in here import each other relatively.
 """
 
+import functools
 import importlib.util
 import os
 from typing import NamedTuple
@@ -44,8 +45,30 @@ def unavailable_reason(device_type: str) -> str | None:
         )
     if not torch.cuda.is_available():
         return "torch finds no GPU"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return "the kernels need a GPU of compute capability 8.0 or later"
+    for index in range(torch.cuda.device_count() if torch.version.hip is None else 0):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < (8, 0):
+            return (
+                "the kernels need GPUs of compute capability 8.0 or later, "
+                f"cuda:{index} has {capability[0]}.{capability[1]}; "
+                "CUDA_VISIBLE_DEVICES can leave it out"
+            )
+    return _driver_failure()
+
+
+@functools.cache
+def _driver_failure() -> str | None:
+    """Why Triton cannot launch kernels, or None when it can.
+
+    Its driver compiles a helper in C when it is first used.
+    """
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # noqa: BLE001 - of many types, from the compiler to the disk
+        what = str(error).strip().partition("\n")[0]
+        return f"Triton cannot start: {what or type(error).__name__}"
     return None
 
 

@@ -4,7 +4,9 @@ Triton compiles in processes of its own: the one of the tests may have the inter
 """
 
 from collections.abc import Iterable
-from itertools import product
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, product
+from multiprocessing import get_context
 from types import ModuleType
 from typing import Any
 
@@ -102,6 +104,37 @@ def test_all_kernels_compile_for_all_targets_within_their_registers(reports: lis
     assert kernels == {(kernel, target) for kernel in KERNELS for target in TARGETS}
     limits = {"sm_80": 255, "sm_90": 255, "gfx942": 512}
     assert not failing(reports, lambda r: r.registers > limits[r.target] and r.registers)
+
+
+def other_keys(scans: list[Scan]) -> list[str]:
+    """Launches whose key in triton's cache is not that of what is compiled ahead of time."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    found = []
+    for target, launch in product(("sm_90", "gfx942"), chain.from_iterable(map(record, scans))):
+        backend = make_backend(GPUTarget(*TARGETS[target]))
+        kernel = getattr(launch_code(), launch.variant.kernel)
+        given = dict(launch.arguments)
+        if target == "gfx942":
+            given.pop("maxnreg", None)
+        # What `JITFunction.run` does before it compiles.
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        options = {name: x for name, x in given.items() if name not in kernel.arg_names}
+        packed = kernel._pack_args(backend, options, *bind(**given))
+        ours = compile_kernels.source_of(launch.variant, TARGETS[target])
+        if ASTSource(kernel, *packed[1:]).hash() != ours.hash():
+            found.append(f"{target} {launch.variant}")
+    return found
+
+
+def test_launches_find_what_was_compiled_ahead(
+    monkeypatch: pytest.MonkeyPatch, require_triton: ModuleType
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        assert pool.submit(other_keys, QUICK_SCANS).result() == []
 
 
 def test_forward_does_not_spill_in_its_loops(reports: list[Report]) -> None:

@@ -4,8 +4,10 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import gpu_check
@@ -125,7 +127,9 @@ def test_a_stage_that_crashes_or_hangs_ends_no_other(tmp_path, monkeypatch):
         "stage = sys.argv[sys.argv.index('--stage') + 1]\n"
         "print('began', flush=True)\n"
         "if stage == 'tests': os.abort()\n"
-        "if stage == 'profile': time.sleep(600)\n"
+        "if stage == 'profile':\n"
+        "    try: time.sleep(600)\n"
+        "    except KeyboardInterrupt: print('interrupted')\n"
     )
     monkeypatch.setattr(gpu_check, "__file__", str(script))
     monkeypatch.setattr(gpu_check, "STAGES", {n: (None, 0.1) for n in gpu_check.STAGES})
@@ -134,7 +138,83 @@ def test_a_stage_that_crashes_or_hangs_ends_no_other(tmp_path, monkeypatch):
     ended = {stage: result["status"] for stage, result in summary.items()}
     assert ended["tests"] == "failed" and ended["profile"] == "out of time"
     assert ended["codec"] == ended["exchange"] == ended["step"] == "ok"
-    assert (tmp_path / "profile.txt").read_text() == "began\n"
+    # What is out of time is told first, and can say what it knows.
+    assert (tmp_path / "profile.txt").read_text() == "began\ninterrupted\n"
+
+
+FAILING = """
+import os, pytest
+pytestmark = pytest.mark.gpu
+def test_first(): pass
+def test_second(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_third(): assert "CUDA_LAUNCH_BLOCKING" in os.environ, "reached"
+"""
+
+
+def test_an_error_of_cuda_is_traced_to_its_launch(root, tmp_path, monkeypatch, capsys):
+    """Failures are named; after one that hides its cause the tests run again, and stop there."""
+    (tmp_path / "test_failing.py").write_text(FAILING)
+    script = tmp_path / "check.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(root / 'tools')!r}); import gpu_check\n"
+        f"gpu_check.TEST_FILES = [{str(tmp_path / 'test_failing.py')!r}]\n"
+        "gpu_check.FIRST_TESTS = 'test'\n"
+        "sys.exit(gpu_check.main(sys.argv[1:]))\n"
+    )
+    monkeypatch.setattr(gpu_check, "__file__", str(script))
+    (tmp_path / "tests.json").write_text('{"failed": "an earlier run"}')
+    assert gpu_check.run_all(arguments(tmp_path, minutes=20, stages=["tests"])) == 1
+    failed = json.loads((tmp_path / "tests.json").read_text())
+    assert [name.split("::")[1] for name in failed["tests_failed"]] == ["test_second", "test_third"]
+    assert f"2 tests failed; see {tmp_path / 'tests'}.txt" in capsys.readouterr().out
+    _, again = (tmp_path / "tests.txt").read_text().split("once more")
+    assert "test_second FAILED" in again and "test_third" not in again
+
+
+def test_tests_that_are_interrupted_name_what_failed(root, tmp_path):
+    """As when the time is over."""
+    test = tmp_path / "test_hangs.py"
+    lines = "def test_first(): assert 0\ndef test_second(): time.sleep(600)\n"
+    test.write_text(f"import time, pytest\npytestmark = pytest.mark.gpu\n{lines}")
+    (tmp_path / "tests.txt").touch()
+    code = (
+        f"import argparse, pathlib, sys; sys.path.insert(0, {str(root / 'tools')!r})\n"
+        f"import gpu_check; gpu_check.TEST_FILES = [{str(test)!r}]\n"
+        f"out = pathlib.Path({str(tmp_path)!r})\n"
+        "args = argparse.Namespace(out=out, rehearse=True, stage='tests')\n"
+        "print(gpu_check.run_tests(args, 'test'))\n"
+    )
+    with open(tmp_path / "tests.txt", "w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-uc", code], stdout=output, cwd=root, start_new_session=True
+        )
+        until = time.monotonic() + 300
+        while "test_first FAILED" not in (tmp_path / "tests.txt").read_text():
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(100) == 0
+    report = (tmp_path / "tests.txt").read_text().splitlines()[-1]
+    assert "test_hangs.py::test_first" in report and "1 tests failed" in report
+
+
+def test_a_stage_that_fails_unexpectedly_says_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(gpu_check.STAGES, "codec", (lambda args: 1 // 0, 0.1))
+    assert gpu_check.run_stage(arguments(tmp_path, stage="codec")) == 1
+    (tmp_path / "codec.txt").touch()
+    reason = gpu_check.reason_of(tmp_path, "codec")
+    assert reason.startswith("ZeroDivisionError: ") and reason.endswith("codec.txt")
+
+
+def test_training_without_its_graph_fails_the_stage(tmp_path, monkeypatch):
+    def train(argv):
+        rows = [{gpu_check.WITH_GRAPH: rate} for rate in (90.0, None)]
+        (tmp_path / "training_rows.json").write_text(json.dumps({"rows": rows}))
+        return 0
+
+    monkeypatch.setattr(gpu_check.bench_training, "main", train)
+    assert "failed" not in gpu_check.step(arguments(tmp_path))  # on a CPU there is none
+    assert "graph" in gpu_check.step(arguments(tmp_path, rehearse=False))["failed"]
 
 
 def test_warnings_of_other_versions_fail_no_test(root, tmp_path):

@@ -4,6 +4,8 @@ All runs here are poisoned: memory that a launch allocates is full of NaN before
 every argument lies between NaN, so that a wrong mask or index shows.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -33,6 +35,7 @@ pytestmark = [
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
+from cmamba_ref import kernels  # noqa: E402  # pyright: ignore[reportAttributeAccessIssue]
 from cmamba_ref.kernels import (  # noqa: E402  # pyright: ignore[reportMissingImports]
     is_supported,
     launch,
@@ -222,6 +225,41 @@ def test_misaligned_arguments_are_copied():
         selective_scan_2d(**{**a, "x": x}, backend="triton"),
         selective_scan_2d(**a, backend="reference"),
     )
+
+
+@pytest.fixture
+def capabilities(monkeypatch):
+    """Of the GPUs that torch finds; triton's driver starts on them."""
+    found = [(9, 0), (8, 0)]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", found.__getitem__)
+    with_driver(monkeypatch, lambda: None)
+    yield found
+    kernels._driver_failure.cache_clear()
+
+
+def with_driver(monkeypatch, start):
+    """Replace triton's driver by one whose start does this."""
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=start))
+    monkeypatch.setattr("triton.runtime.driver", driver)
+    kernels._driver_failure.cache_clear()
+
+
+def test_an_old_gpu_is_refused_whichever_it_is(capabilities):
+    assert kernels.unavailable_reason("cuda") is None
+    capabilities.append((7, 5))
+    assert "cuda:2 has 7.5" in kernels.unavailable_reason("cuda")
+
+
+def test_a_triton_that_cannot_start_is_refused(capabilities, monkeypatch):
+    def start():
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    with_driver(monkeypatch, start)
+    reason = kernels.unavailable_reason("cuda")
+    assert reason == "Triton cannot start: Failed to find C compiler."
 
 
 def test_too_many_states_or_ranks_are_refused_by_name():

@@ -36,7 +36,7 @@ def tools(tmp_path: Path, monkeypatch) -> Path:
     """A folder of stand-ins for the tools; `log` beside it, where each notes that it was run."""
     folder = tmp_path / "tools"
     folder.mkdir()
-    for commands in measure_all.commands_of(tmp_path, tmp_path).values():
+    for commands in measure_all.commands_of(tmp_path, tmp_path, others=[tmp_path]).values():
         for tool, *_ in commands:
             assert (measure_all.TOOLS / tool).is_file()
             (folder / tool).write_text(TOOL.format(log=str(tmp_path / "log")))
@@ -87,6 +87,24 @@ def test_new_weights_renew_their_rows_and_reuse_the_others(arguments, tmp_path):
     assert [line.split()[0] for line in lines] == expected
     result = measure_all.BENCHMARKS / "kodak_tiny.json"
     assert lines[0].endswith(f"--model tiny --reuse {result} -o {result}")
+
+
+def test_further_folders_get_results_of_their_own(arguments, tmp_path):
+    for name in ("CBSD68", "Urban"):
+        (tmp_path / name).mkdir()
+    folders = [str(tmp_path / name) for name in ("CBSD68", "Urban")]
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "urban_tiny.json").touch()
+    assert measure_all.main([*arguments, "--only", "others", "--others", *folders]) == 0
+    for line, folder, name in zip(ran(tmp_path), folders, ("cbsd68", "urban"), strict=True):
+        assert line.startswith(f"eval_rd {folder} --model tiny --brief")
+        assert line.endswith(f"-o {results / name}_tiny.json") and "--reuse" not in line
+    # New weights reuse what there is of the other codecs.
+    commands = measure_all.commands_of(
+        tmp_path, results, reuse=True, others=list(map(Path, folders))
+    )
+    assert ["--reuse" in command for command in commands["others"]] == [False, True]
 
 
 def test_a_failure_is_named_and_stops_only_what_needs_it(arguments, tmp_path, monkeypatch, capsys):
@@ -144,7 +162,9 @@ def test_a_tool_that_was_interrupted_alone_ends_the_run(arguments, monkeypatch, 
         # Results of less do not replace those of the repository.
         (["{images}", "--limit", "3"], "say --into another folder"),
         (["{images}", "--model", "mine"], "say --into another folder"),
-        (["{images}/none"], "must be a folder of images"),
+        (["{images}/none"], "must be folders of images"),
+        (["{images}", "--others", "{images}/none"], "must be folders of images"),
+        (["{images}", "--only", "others"], "needs folders"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, tmp_path, capsys, given, message):

@@ -122,13 +122,22 @@ def test_auto_on_cuda_warns_once_where_the_kernels_are_not_installed(module, mon
 
 def test_auto_on_cuda_only_mentions_what_the_kernels_cannot_do(monkeypatch, caplog):
     kernels = SimpleNamespace(
-        unavailable_reason=lambda device_type: None, size_reason=lambda n, rank: f"N = {n} is large"
+        unavailable_reason=lambda device_type: None,
+        size_reason=lambda n, rank: f"N = {n} is large" if n > 32 else None,
     )
     monkeypatch.setitem(sys.modules, "cmamba_ref.kernels", kernels)
     caplog.set_level(logging.INFO, logger="cmamba_ref.ops")
     assert [dispatch.choose("auto", "cuda", 64) for _ in range(3)] == ["chunked"] * 3
     (record,) = (r for r in caplog.records if r.name == "cmamba_ref.ops")
     assert record.levelno == logging.INFO and "N = 64 is large" in record.getMessage()
+
+
+def test_auto_on_cuda_warns_where_triton_cannot_start(monkeypatch, caplog):
+    kernels = SimpleNamespace(unavailable_reason=lambda device_type: "no C compiler")
+    monkeypatch.setitem(sys.modules, "cmamba_ref.kernels", kernels)
+    assert dispatch.choose("auto", "cuda") == "chunked"
+    (record,) = (r for r in caplog.records if r.name == "cmamba_ref.ops")
+    assert record.levelno == logging.WARNING and "no C compiler" in record.getMessage()
 
 
 def small_backend(**changes):

@@ -86,7 +86,11 @@ def train(
             what = f"{row['backend']}, {row['batch']} crops of {row['crop']}"
             print(f"{what}:\n{ended.stderr}", file=sys.stderr)
             return None
-        return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+        lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+        log = [json.loads(line) for line in lines]
+        if "--cuda-graph" in more and not _last(log).get("cuda_graph"):
+            print(f"without a CUDA graph:\n{ended.stderr}", file=sys.stderr)
+        return log
 
 
 def _last(log: list[dict[str, Any]]) -> dict[str, Any]:

@@ -324,10 +324,8 @@ class Report:
         return min(32, 4 * (16384 // per_warp))
 
 
-def compiled(variant: Variant, target: Target) -> Any:
-    """Return the variant as triton compiles it; a launch finds it in triton's cache."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def source_of(variant: Variant, target: Target) -> Any:
+    """Return the `triton.compiler.ASTSource` of a variant, as a launch makes it."""
     from triton.compiler import ASTSource
 
     function = getattr(launch_code(), variant.kernel)
@@ -335,20 +333,29 @@ def compiled(variant: Variant, target: Target) -> Any:
     facts = [["tt.divisibility", 16]]
     if target[0] == "hip":
         facts.append(["tt.pointer_range", 32])  # so it is launched for tensors below 2 GiB
-    source = ASTSource(
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    return ASTSource(
         fn=function,
-        signature={name: types.get(name, "constexpr") for name in function.arg_names},
+        signature=signature,
         constexprs=dict(variant.constants),
+        # Constants have an empty list: without it, triton's cache would hold another key.
         attrs={
-            (index,): facts
-            for index, name in enumerate(function.arg_names)
-            if types.get(name, "").startswith("*")
+            (index,): facts if kind.startswith("*") else []
+            for index, kind in enumerate(signature.values())
+            if kind.startswith("*") or kind == "constexpr"
         },
     )
+
+
+def compiled(variant: Variant, target: Target) -> Any:
+    """Return the variant as triton compiles it; a launch finds it in triton's cache."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
     options = dict(variant.options)
     if target[0] == "hip":
         options.pop("maxnreg", None)  # a launch on AMD does not ask for it
-    return triton.compile(source, target=GPUTarget(*target), options=options)
+    return triton.compile(source_of(variant, target), target=GPUTarget(*target), options=options)
 
 
 def compile_variant(variant: Variant, target: str) -> Report:

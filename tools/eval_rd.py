@@ -440,7 +440,8 @@ def main(argv: list[str] | None = None) -> int:
         heading, rows = curve.table()
         print(f"{curve.label}\n\n{markdown_table(heading, rows, figures=len(heading))}\n")
     for codec, steps in falls.items():
-        print(f"{codec}: mean bpp and mean PSNR rise with quality, but for {steps or 'no step'}")
+        rises = f"not at {steps}" if steps else "at every step"
+        print(f"{codec}: mean bpp and mean PSNR rise with quality, {rises}")
     ours = dict.fromkeys(point.codec for point in points if point.model is not None)
     meta = {
         **provenance,

@@ -6,13 +6,16 @@
 The checkout need not be installed.  Beyond torch for CUDA and triton it takes numpy, einops,
 Pillow, safetensors, tqdm, pytest and hypothesis.  Each stage runs in a process of its own, so that
 a crash ends none of the others, and leaves NAME.txt (its output) and NAME.json (its result, with
-`failed` where something is wrong) in the folder; summary.json is written anew after each one:
+`failed` where something is wrong) in the folder; its line on the screen repeats why.  A stage that
+is out of time is interrupted first, so that pytest names what failed.  summary.json is written anew
+after each stage:
 
     machine    card, driver, versions
     compile    in parallel most kernels that the other stages launch; they compile the others
     backend    that CUDA tensors get the backend `triton`; if not, nothing else runs
     tests      the GPU tests that matter most, and how much of the accuracy rule's bound each case
-               uses; margins.jsonl holds error and bound
+               uses; margins.jsonl holds error and bound.  After an error of CUDA or HIP, which
+               hides its cause, once more with launches that block, up to the first failure
     profile    three shapes: `triton` beside VMamba's pipeline and the floor of the card
     codec      encode and decode 768x512 with `base`: seconds by stage
     exchange   files written on the GPU and read on the CPU, and the reverse
@@ -30,13 +33,15 @@ import contextlib
 import copy
 import functools
 import importlib.util
-import itertools
 import json
 import multiprocessing
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +53,7 @@ import numpy as np
 import profile_scan
 import torch
 from bench_cpu import demo_image
+from bench_training import WITH_GRAPH
 from compile_kernels import Scan, Target, Variant, sequence
 from determinism import decode_batch, scale_indexes
 from profile_scan import BOTH, FORWARD, Settings, Shape
@@ -55,7 +61,7 @@ from provenance import ROOT, of_run, versions
 from stage_clock import time_by_stage
 
 import cmamba_ref
-from cmamba_ref import CMamba, CMambaError
+from cmamba_ref import CMamba
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.config import CONFIGS
 from cmamba_ref.ops import available_backends, dispatch
@@ -78,6 +84,7 @@ FIRST_TESTS = (
     "peak_memory or auto_takes_triton or trains_with_a_graph"
 )
 CROP, BATCHES = 256, (16, 64)
+GRACE_S = 10.0  # for a stage that was interrupted to say what it knows
 MAX_JOBS = 16  # processes that compile; each imports torch
 
 
@@ -152,15 +159,18 @@ def compile_all(args: argparse.Namespace) -> Result:
     found.sort(key=lambda variant: variant.kernel != "chunk_scan_bwd")  # the slowest first
     if args.rehearse:
         found = [variant for variant in found if variant.kernel == "state_passing"][:2]
-    target = compile_kernels.TARGETS["sm_90"]
-    if not args.rehearse:
-        major, minor = torch.cuda.get_device_capability()
-        target = ("cuda", 10 * major + minor, 32)
+    target = compile_kernels.TARGETS["sm_90"] if args.rehearse else own_target()
     jobs = min(len(found), len(os.sched_getaffinity(0)), MAX_JOBS)
     start = time.perf_counter()
+    done, failures = [], []
     with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        done = list(pool.map(_compile, found, itertools.repeat(target)))
-    failures = [failure for _, failure in done if failure]
+        futures = {pool.submit(_compile, variant, target): variant for variant in found}
+        for future in concurrent.futures.as_completed(futures):
+            try:
+                done.append(future.result())
+            except concurrent.futures.BrokenExecutor:  # the compiler ended its process
+                failures.append(f"not compiled, one of these ended the compiler: {futures[future]}")
+    failures += [failure for _, failure in done if failure]
     result = {
         "kernels": len(done),
         "processes": jobs,
@@ -171,6 +181,14 @@ def compile_all(args: argparse.Namespace) -> Result:
     if failures:
         result["failed"] = f"{len(failures)} kernels do not compile"
     return result
+
+
+def own_target() -> Target:
+    """Return the target that triton compiles for on this machine."""
+    from triton.runtime import driver
+
+    target: Any = driver.active.get_current_target()
+    return target.backend, target.arch, target.warp_size
 
 
 def backend(args: argparse.Namespace) -> Result:
@@ -188,7 +206,7 @@ def pytest_command(files: Sequence[str], chosen: str, processes: int) -> list[st
     Plugins and warnings of a foreign environment fail no test, and the checkout stays as it is.
     """
     return [
-        *(sys.executable, "-m", "pytest", *files, "-m", "gpu", "-k", chosen, "-q", "-rfEs"),
+        *(sys.executable, "-m", "pytest", *files, "-m", "gpu", "-k", chosen, "-v", "-rfEs"),
         *("-W", "default", "-p", "no:cacheprovider", "--durations=8"),
         *(("-n", str(processes), "--dist", "worksteal") if processes > 1 else ()),
     ]
@@ -201,22 +219,35 @@ def run_tests(args: argparse.Namespace, chosen: str, processes: int = 6) -> Resu
     command = pytest_command(TEST_FILES, chosen, processes if has_xdist else 1)
     before = len(margins.read_text().splitlines()) if margins.exists() else 0
     environment = {**os.environ, "CMAMBA_MARGINS": str(margins)}
-    # Into the file of this stage, line by line: what is cut off has been written before.
-    ended = subprocess.run(command, cwd=ROOT, env=environment)
+    status = _run_pytest(command, environment)
     output = (args.out / f"{args.stage}.txt").read_text()
+    if re.search("(CUDA|HIP) error", output):  # reported later than caused, and by every test after
+        print("once more, each launch by itself, up to the first failure", flush=True)
+        blocking = {"CUDA_LAUNCH_BLOCKING": "1", "AMD_SERIALIZE_KERNEL": "3"}
+        _run_pytest([*pytest_command(TEST_FILES, chosen, 1), "-x"], environment | blocking)
     lines = margins.read_text().splitlines()[before:] if margins.exists() else []
     shares = shares_of_bound(lines)
     for one in shares:
         print(f"{one['share']:.3f} of the bound: {one['name']}, {one['test']}")
     result: Result = {
-        "exit_status": ended.returncode,
+        "exit_status": status,
         "summary": output.strip().splitlines()[-1:],
         "cases": len(shares),
         "largest_share_of_bound": shares[:10],
     }
-    if ended.returncode:
-        result["failed"] = "tests failed; see the output"
+    if status:
+        result["tests_failed"] = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        count = len(result["tests_failed"])
+        result["failed"] = f"{count} tests failed" if count else f"pytest ended with {status}"
     return result
+
+
+def _run_pytest(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Return the exit status of pytest, whose output goes into the file of this stage."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    # When the time is over, pytest is interrupted and reports; its result is still written.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return process.wait()
 
 
 def shares_of_bound(lines: list[str]) -> list[Result]:
@@ -322,9 +353,12 @@ def step(args: argparse.Namespace) -> Result:
             *("--precision", "fp32" if args.rehearse else "bf16", "--cuda-graph"),
         ]
     )
-    steps = json.loads(rows.read_text())["rows"] if rows.exists() else []
-    failed = {"failed": "training failed; see the output"} if status else {}
-    return {"steps": steps, **failed}
+    result: Result = {"steps": json.loads(rows.read_text())["rows"] if rows.exists() else []}
+    if status:
+        result["failed"] = "training failed"
+    elif not args.rehearse and any(row[WITH_GRAPH] is None for row in result["steps"]):
+        result["failed"] = "no CUDA graph was recorded"
+    return result
 
 
 # Each with the share of the time that it may take at most.
@@ -349,11 +383,10 @@ def run_stage(args: argparse.Namespace) -> int:
     call, _ = STAGES[args.stage]
     try:
         result = call(args)
-    except CMambaError as error:
-        result = {"failed": str(error)}
+    except Exception as error:  # noqa: BLE001 - whatever a GPU does, the reason is kept
+        traceback.print_exc()
+        result = {"failed": f"{type(error).__name__}: {error}"}
     write_json(args.out / f"{args.stage}.json", result)
-    if "failed" in result:
-        print(f"failed: {result['failed']}", file=sys.stderr)
     return int("failed" in result)
 
 
@@ -369,15 +402,26 @@ def run_all(args: argparse.Namespace) -> int:
         summary[name] = {"status": run_one(args, name, limit) if limit > 5 else "no time left"}
         summary[name]["seconds"] = round(time.monotonic() - start, 1)
         write_json(args.out / "summary.json", summary)
-        print(f"{name:<10}{summary[name]['status']:<14}{summary[name]['seconds']:>7} s", flush=True)
+        status, reason = summary[name]["status"], ""
+        if status in ("failed", "out of time"):
+            reason = reason_of(args.out, name)
+        print(f"{name:<10}{status:<14}{summary[name]['seconds']:>7} s  {reason}", flush=True)
         if name == "backend" and summary[name]["status"] != "ok":
-            print(f"nothing else is run; see {args.out / name}.txt", file=sys.stderr)
+            print("nothing else is run", file=sys.stderr)
             break
     return 0 if all(stage["status"] == "ok" for stage in summary.values()) else 1
 
 
+def reason_of(out: Path, name: str) -> str:
+    """Return in one line why a stage failed, as far as it said so, and where its output is."""
+    result = out / f"{name}.json"
+    failed = json.loads(result.read_text()).get("failed", "") if result.exists() else ""
+    return "; ".join([*failed.splitlines()[:1], f"see {out / name}.txt"])
+
+
 def run_one(args: argparse.Namespace, name: str, seconds: float) -> str:
     """Run a stage in a process of its own; return how it ended."""
+    (args.out / f"{name}.json").unlink(missing_ok=True)  # of an earlier run
     command = [sys.executable, __file__, "--out", str(args.out), "--stage", name]
     command += ["--rehearse"] if args.rehearse else []
     with open(args.out / f"{name}.txt", "w", encoding="utf-8") as output:
@@ -391,6 +435,9 @@ def run_one(args: argparse.Namespace, name: str, seconds: float) -> str:
         try:
             return "ok" if process.wait(seconds) == 0 else "failed"
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
             return "out of time"
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -404,7 +451,8 @@ def environment_of(args: argparse.Namespace, stage: str) -> dict[str, str]:
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
-    environment.pop("TRITON_INTERPRET", None)
+    for name in ("TRITON_INTERPRET", dispatch.ENVIRONMENT_VARIABLE):
+        environment.pop(name, None)
     if args.rehearse:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if args.rehearse and stage != "compile":

@@ -4,14 +4,15 @@
     python tools/measure_all.py kodak
     python tools/measure_all.py kodak --only plots report
     python tools/measure_all.py kodak --only rd plots --limit 3 --into trial
-    python tools/measure_all.py kodak --weights
+    python tools/measure_all.py kodak --weights --others CBSD68 CUrban100
 
-`kodak` is a folder with the 24 Kodak images. --weights renews what new weights make false: `rd`,
-with the other codecs' results as they are, `plots`, `report` and `tables`. By hand remain the
-recipe and the id in the model card, and docs/models.md.
+`kodak` is a folder with the 24 Kodak images. --weights renews what new weights make false: `rd` and
+`others`, with the other codecs' results as they are, `plots`, `report` and `tables`. By hand remain
+the recipe and the id in the model card, and docs/models.md.
 The stages, in this order; all but `large` and `tables` unless --only names some:
 
     rd          size, PSNR, MS-SSIM, times: the bundled weights and the codecs of Pillow
+    others      size and PSNR of the same on the images of other folders, which --others names
     fine        size and PSNR at every tenth of a quality, and whether both rise at every step
     plots       rate-distortion plots of `rd`, and one beside published points
     complexity  parameters, MACs by convention, time and memory of `base`, `small` and `tiny`
@@ -52,15 +53,21 @@ TOOLS = Path(__file__).resolve().parent
 BENCHMARKS = TOOLS.parent / "benchmarks"
 INTERRUPTED = 130
 STAGES = (
-    "rd", "fine", "plots", "complexity", "analyze", "report", "cpu", "training", "large", "tables"
-)  # fmt: skip
+    *("rd", "others", "fine", "plots", "complexity", "analyze", "report", "cpu", "training"),
+    *("large", "tables"),
+)
 NEED_RD = ("plots", "report", "tables")
-WEIGHTS = ("rd", "plots", "report", "tables")
+WEIGHTS = ("rd", "others", "plots", "report", "tables")
 UNASKED = [name for name in STAGES if name not in ("large", "tables")]
 
 
 def commands_of(
-    images: Path, into: Path, model: str = "tiny", limit: int | None = None, reuse: bool = False
+    images: Path,
+    into: Path,
+    model: str = "tiny",
+    limit: int | None = None,
+    reuse: bool = False,
+    others: Sequence[Path] = (),
 ) -> dict[str, list[list[str]]]:
     """Return the commands of every stage, each a tool and its arguments.
 
@@ -70,6 +77,7 @@ def commands_of(
         model: name or directory of the model.
         limit: only the first so many images; None for all.
         reuse: take the other codecs' results from where they are.
+        others: further folders of images.
     """
 
     def at(name: str) -> str:
@@ -80,18 +88,29 @@ def commands_of(
 
     rd, fine = (at(f"kodak_{Path(model).name}{end}.json") for end in ("", "_fine"))
     published = str(BENCHMARKS / "published_kodak.json")
-    given = [str(images), *([] if limit is None else ["--limit", str(limit)]), "--model", model]
+    chosen = [*([] if limit is None else ["--limit", str(limit)]), "--model", model]
+    given = [str(images), *chosen]
     # The rates that plots show, so that those of all curves are seen.
     bpp = ["--bpp", "0", "1.6"]
     beside_jpeg = [rd, "--anchor", f"{rd}:jpeg420", *bpp]
     beside_published = [f"{rd}:cmamba", f"{rd}:jpeg420", published, "--anchor"]
     # The Kodak images may not be passed on: what is shown is another one.
     shown = ["--picture", str(DEMO_IMAGE)]
-    sweep = ["--qualities", "1:8:0.1", "--codecs", "--brief", "--jobs", str(core_count())]
+    brief = ["--brief", "--jobs", str(core_count())]
+    sweep = ["--qualities", "1:8:0.1", "--codecs", *brief]
     costs = at("complexity.json")
+
+    def measure(folder: Path, path: str, *options: str) -> list[str]:
+        earlier = ["--reuse", path] if reuse and Path(path).exists() else []
+        return ["eval_rd.py", str(folder), *chosen, *options, *earlier, "-o", path]
+
     return {
         # One process with all cores, whose times are those of a user.
-        "rd": [["eval_rd.py", *given, *(["--reuse", rd] if reuse else []), "-o", rd]],
+        "rd": [measure(images, rd)],
+        "others": [
+            measure(folder, at(f"{folder.resolve().name.lower()}_{Path(model).name}.json"), *brief)
+            for folder in others
+        ],
         "fine": [["eval_rd.py", *given, *sweep, "-o", fine]],
         "plots": [
             ["plot_rd.py", *beside_jpeg, "-o", at("kodak_psnr.png")],
@@ -154,6 +173,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("images", type=Path, metavar="KODAK", help="folder with the 24 Kodak images")
+    add("--others", type=Path, nargs="+", default=[], metavar="DIR", help="more folders of images")
     add("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}")
     add("--weights", action="store_true", help="renew what new weights make false")
     add("--into", type=Path, metavar="DIR", help="put results here (default: benchmarks)")
@@ -162,8 +182,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.weights and (args.only or args.into):
         parser.error("--weights must stand without --only and --into")
-    if not args.images.is_dir():
-        parser.error(f"KODAK must be a folder of images, got {str(args.images)!r}")
+    for folder in (args.images, *args.others):
+        if not folder.is_dir():
+            parser.error(f"KODAK and DIR must be folders of images, got {str(folder)!r}")
     if args.into is None and (args.model != "tiny" or args.limit is not None):
         parser.error(
             "benchmarks holds results of all images and the bundled weights; "
@@ -172,14 +193,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.into is not None and "tables" in (args.only or ()):
         parser.error("the stage tables fills the repository's pages from benchmarks: no --into")
     args.into = args.into or BENCHMARKS
-    args.only = WEIGHTS if args.weights else args.only or UNASKED
+    if "others" in (args.only or ()) and not args.others:
+        parser.error("the stage others needs folders: --others DIR")
+    args.only = args.only or [
+        name for name in (WEIGHTS if args.weights else UNASKED) if name != "others" or args.others
+    ]
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     args.into.mkdir(parents=True, exist_ok=True)
-    commands = commands_of(args.images, args.into, args.model, args.limit, args.weights)
+    chosen = args.model, args.limit, args.weights, args.others
+    commands = commands_of(args.images, args.into, *chosen)
     names = [name for name in STAGES if name in args.only]
     failed: dict[str, str] = {}
     for k, name in enumerate(names):

@@ -667,8 +667,8 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument(
         "--keep-metadata",
         action="store_true",
-        help="keep EXIF, XMP and the ICC profile, with the pixels in its colour space (default: "
-        "drop them, and convert to sRGB; also with --background)",
+        help="keep EXIF, XMP and the ICC profile, with pixels in its colour space; with "
+        "--background the profile is applied instead (default: drop all, convert to sRGB)",
     )
     encode.add_argument(
         "--background",
@@ -679,8 +679,8 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument(
         "--strict-color",
         action="store_true",
-        help="refuse images with a colour profile that cannot be applied (default: ignore the "
-        "profile, with a warning)",
+        help="refuse images whose colour profile cannot be applied (default: ignore it, with a "
+        "warning)",
     )
     encode.add_argument(
         "--lenient",
@@ -734,7 +734,7 @@ def _parser() -> argparse.ArgumentParser:
         type=stdio.parse_path,
         nargs="+",
         metavar="IN",
-        help="a .cmb file, or a folder of them; of --model, or of a bundled model",
+        help=".cmb files or folders of them, made by a bundled model or by --model",
     )
     _add_work(verify)
     verify.set_defaults(command=_verify)
@@ -810,17 +810,15 @@ def _add_files(parser: argparse.ArgumentParser, source: str, suffix: str) -> Non
         "-o",
         dest="output",
         metavar="OUT",
-        help="a file or a folder, made where missing, which ends in / for one IN; - is standard "
-        f"output (default: beside IN, with the suffix {suffix}; - where IN is -)",
+        help="output file or folder, created if missing; end it in / for a folder with one IN; - "
+        f"is standard output (default: beside IN, with the suffix {suffix}; - where IN is -)",
     )
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace OUT if it exists; of several files, those that exist are skipped without it",
+        help="replace existing files (default: an error, or with several files, skip them)",
     )
-    parser.add_argument(
-        "--keep-time", action="store_true", help="give OUT the time of change of IN"
-    )
+    parser.add_argument("--keep-time", action="store_true", help="keep the modification time of IN")
     _add_work(parser)
 
 
@@ -835,7 +833,7 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         "--max-pixels",
         type=_positive,
         metavar="N",
-        help="refuse larger images (default: 100 million)",
+        help="refuse images of more than N pixels (default: 100 million)",
     )
     parser.add_argument(
         "--max-memory",

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from cmamba_ref.errors import BackendUnavailableError, InvalidArgumentError
-from cmamba_ref.ops import lazy_triton
 from cmamba_ref.ops.validation import Scan2dInputs, ScanInputs
 
 ENVIRONMENT_VARIABLE = "CMAMBA_SCAN_BACKEND"
@@ -146,11 +145,10 @@ def available_backends() -> tuple[str, ...]:
     )
 
 
-def _log_once(reason: str) -> None:
-    """Log why CUDA tensors get `chunked`: a warning where only an installation is missing."""
+def _log_once(reason: str, level: int) -> None:
+    """Log why CUDA tensors get `chunked`."""
     if reason not in _logged_reasons and not torch.compiler.is_compiling():
         _logged_reasons.add(reason)
-        level = logging.INFO if lazy_triton.is_installed() else logging.WARNING
         _logger.log(level, "scans on CUDA tensors use the slower backend 'chunked': %s", reason)
 
 
@@ -169,10 +167,12 @@ def choose(backend: str, device_type: str, n: int = 1, rank: int = 0) -> str:
     if name == "auto":
         if device_type != "cuda":
             return "chunked"
-        reason = BACKENDS["triton"].refusal(device_type, n, rank)
+        refusal = BACKENDS["triton"].refusal
+        reason = refusal(device_type, n, rank)
         if reason is None:
             return "triton"
-        _log_once(reason)
+        # A warning unless only the sizes of this scan are too large.
+        _log_once(reason, logging.WARNING if refusal(device_type, 1, 0) else logging.INFO)
         return "chunked"
     reason = BACKENDS[name].refusal(device_type, n, rank)
     if reason is not None:

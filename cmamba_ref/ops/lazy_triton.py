@@ -1,7 +1,6 @@
 """The backend `triton`, registered without its imports: the kernels are loaded at the first use."""
 
 import importlib
-import importlib.util
 
 from torch import Tensor
 
@@ -19,11 +18,6 @@ def _import_failure() -> str | None:
     except ImportError as error:
         return f"the Triton kernels cannot be imported ({error})"
     return None
-
-
-def is_installed() -> bool:
-    """Whether the kernels and triton are there, whatever the device."""
-    return _import_failure() is None and importlib.util.find_spec("triton") is not None
 
 
 def _unavailable_reason(device_type: str) -> str | None:
