@@ -10,9 +10,9 @@ import rd_curves
 import readme_tables
 from markdown_table import signed
 from published_costs import PUBLISHED_CODECS
-from readme_tables import BENCHMARKS, BLOCK, JPEG, OURS, TABLES, VTM
+from readme_tables import BENCHMARKS, BLOCK, FOLDERS, JPEG, OURS, TABLES, VTM
 
-FILES = ("kodak_tiny", "published_kodak")
+FILES = (*FOLDERS, "published_kodak")
 
 
 def rows_of(table: str, first: str, column: int = 0) -> list[list[str]]:
@@ -44,6 +44,14 @@ def edit(folder: Path, change) -> dict:
     return content
 
 
+def expected_of(results: Path) -> list[str]:
+    """Our BD-rates by PSNR on Kodak, against JPEG and against AVIF, from the table of Kodak."""
+    table = TABLES["bd_rates"](results, "")
+    ((_, ours, *_),) = rows_of(table, "CMamba tiny")
+    ((_, _, _, against, _),) = rows_of(table, "AVIF 4:4:4, speed 4, tune psnr")
+    return [ours, against]
+
+
 # ---------------------------------------------------------------- made from the results
 
 
@@ -55,7 +63,7 @@ def test_the_pages_agree_with_the_results(capsys):
     ("page", "tables"),
     [
         ("README.md", ["kodak"]),
-        ("docs/benchmarks.md", ["bd_rates", "published"]),
+        ("docs/benchmarks.md", ["bd_rates", "folders", "published"]),
         ("cmamba_ref/pretrained/tiny/README.md", ["kodak"]),
     ],
 )
@@ -63,7 +71,7 @@ def test_a_table_that_differs_is_renewed(root, page, tables):
     text = (root / page).read_text()
     assert sorted(match[2] for match in BLOCK.finditer(text) if match[2] in TABLES) == tables
     # Of `published` most is kept by hand, so that it cannot be made from nothing.
-    made = {"kodak", "bd_rates"}
+    made = {"kodak", "bd_rates", "folders"}
     worn = BLOCK.sub(lambda m: f"{m[1]}outdated\n{m[4]}" if m[2] in made else m[0], text)
     assert worn != text and readme_tables.filled(worn, BENCHMARKS) == text
 
@@ -106,6 +114,17 @@ def test_bd_rates_are_those_that_the_evaluation_found(results):
         for codec in found[metric]["codecs"]:
             ((*cells,),) = rows_of(table, codec["label"])
             assert cells[column] == signed(codec["bd_rate"]["percent"])
+
+
+def test_folders_are_measured_with_the_same_weights(results):
+    models = [
+        json.loads((results / f"{stem}.json").read_text())["meta"]["models"][OURS]
+        for stem in FOLDERS
+    ]
+    assert models == models[:1] * len(FOLDERS)
+    rows = {stem: rows_of(TABLES["folders"](results, ""), name) for stem, name in FOLDERS.items()}
+    ((_, images, ours, *_, against),) = rows["kodak_tiny"]
+    assert [images, ours, against] == ["24", *expected_of(results)]
 
 
 def test_only_our_row_of_the_published_codecs_is_renewed(root, results):

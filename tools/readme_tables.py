@@ -7,6 +7,7 @@ The text between `<!-- table: NAME -->` and `<!-- end -->` is replaced, from ben
 
     kodak       each quality on Kodak, beside the rate of JPEG 4:2:0 at the same PSNR
     bd_rates    BD-rates of all that was measured there, and ours against each
+    folders     BD-rates by PSNR there and on further folders of images
     published   only the row of our measured model
 
 Other tables are kept by hand, and tests compare them with their JSON. The exit status of --check is
@@ -35,7 +36,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 PAGES = ("README.md", "docs/benchmarks.md", "cmamba_ref/pretrained/tiny/README.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-OURS, JPEG, VTM = "cmamba", "jpeg420", "VTM-9.1"
+OURS, JPEG, AVIF, VTM = "cmamba", "jpeg420", "avif", "VTM-9.1"
+# Results on further folders of images, and what the folders are called.
+FOLDERS = {"kodak_tiny": "Kodak", "cbsd68_tiny": "CBSD68"}
 
 
 def kodak(folder: Path, _: str) -> str:
@@ -80,6 +83,25 @@ def bd_rates(folder: Path, _: str) -> str:
     return f"\n{markdown_table(heading, rows, figures=4)}\n\n"
 
 
+def folders(folder: Path, _: str) -> str:
+    """Return the table of BD-rates by PSNR on every folder of images."""
+    heading, rows = [], []
+    for stem, name in FOLDERS.items():
+        path = folder / f"{stem}.json"
+        meta = json.loads(path.read_text())["meta"]
+        curves = {curve.name: curve for curve in load_curves(str(path))}
+        anchor, ours = curves.pop(JPEG), curves[OURS]
+        found = meta["bd_rates"]["psnr"]["codecs"]
+        low, high = next(entry["interval_95"] for entry in found if entry["name"] == OURS)
+        cells = [signed(rate(anchor, curve, "psnr")) for curve in curves.values()]
+        against = signed(rate(curves[AVIF], ours, "psnr"))
+        images = str(len(meta["pictures"]["names"]))
+        rows.append((name, images, *cells, f"{signed(low)} to {signed(high)}", against))
+        labels = [curve.label.split(",")[0] for curve in curves.values()]
+        heading = ["", "images", *labels, "interval of ours", "ours against AVIF"]
+    return f"\n{markdown_table(heading, rows, figures=len(heading) - 1)}\n\n"
+
+
 def published(folder: Path, before: str) -> str:
     """Return the table of published codecs with our row renewed: BD-rate against VTM, and times."""
     curve = load_curve(f"{folder / 'kodak_tiny.json'}:{OURS}")
@@ -98,7 +120,7 @@ def published(folder: Path, before: str) -> str:
     return "".join(lines)
 
 
-TABLES = {"kodak": kodak, "bd_rates": bd_rates, "published": published}
+TABLES = {"kodak": kodak, "bd_rates": bd_rates, "folders": folders, "published": published}
 
 
 def rate(anchor: Curve, test: Curve, metric: str) -> float | None:
