@@ -85,6 +85,7 @@ FIRST_TESTS = (
 )
 CROP, BATCHES = 256, (16, 64)
 GRACE_S = 10.0  # for a stage that was interrupted to say what it knows
+INTERRUPTED = 2  # the exit status of pytest then
 MAX_JOBS = 16  # processes that compile; each imports torch
 
 
@@ -221,7 +222,8 @@ def run_tests(args: argparse.Namespace, chosen: str, processes: int = 6) -> Resu
     environment = {**os.environ, "CMAMBA_MARGINS": str(margins)}
     status = _run_pytest(command, environment)
     output = (args.out / f"{args.stage}.txt").read_text()
-    if re.search("(CUDA|HIP) error", output):  # reported later than caused, and by every test after
+    # Reported later than caused, and by every test after.
+    if status != INTERRUPTED and re.search("(CUDA|HIP) error", output):
         print("once more, each launch by itself, up to the first failure", flush=True)
         blocking = {"CUDA_LAUNCH_BLOCKING": "1", "AMD_SERIALIZE_KERNEL": "3"}
         _run_pytest([*pytest_command(TEST_FILES, chosen, 1), "-x"], environment | blocking)
@@ -244,6 +246,7 @@ def run_tests(args: argparse.Namespace, chosen: str, processes: int = 6) -> Resu
 
 def _run_pytest(command: Sequence[str], environment: dict[str, str]) -> int:
     """Return the exit status of pytest, whose output goes into the file of this stage."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which pytest inherits
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
     # When the time is over, pytest is interrupted and reports; its result is still written.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -381,6 +384,7 @@ STAGES: dict[str, tuple[Callable[[argparse.Namespace], Result], float]] = {
 def run_stage(args: argparse.Namespace) -> int:
     """Run one stage in this process, and leave its result."""
     call, _ = STAGES[args.stage]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     try:
         result = call(args)
     except Exception as error:  # noqa: BLE001 - whatever a GPU does, the reason is kept
