@@ -58,7 +58,7 @@ def unavailable_reason(device_type: str) -> str | None:
 
 @functools.cache
 def _driver_failure() -> str | None:
-    """Why Triton cannot launch kernels, or None when it can.
+    """Why Triton cannot launch kernels, or None when it can; asked once in a process.
 
     Its driver compiles a helper in C when it is first used.
     """

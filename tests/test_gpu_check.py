@@ -92,6 +92,14 @@ def test_codec_exchange_and_steps_are_measured(rehearsed):
     assert step["images_per_second"] > 0 and sum(step["share_of_operators"].values()) > 0.9
 
 
+@pytest.fixture(autouse=True)
+def _keep_sigint():
+    """A stage sets what SIGINT does in its process."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def arguments(tmp_path, **changes):
     given = {"out": tmp_path, "minutes": 1.0, "stages": list(gpu_check.STAGES), "rehearse": True}
     return argparse.Namespace(**{**given, "stage": None, **changes})
@@ -123,7 +131,8 @@ def test_a_stage_that_crashes_or_hangs_ends_no_other(tmp_path, monkeypatch):
     """Each runs in a process of its own, with its share of the time."""
     script = tmp_path / "stages.py"
     script.write_text(
-        "import os, sys, time\n"
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "stage = sys.argv[sys.argv.index('--stage') + 1]\n"
         "print('began', flush=True)\n"
         "if stage == 'tests': os.abort()\n"

@@ -165,6 +165,7 @@ def test_a_tool_that_was_interrupted_alone_ends_the_run(arguments, monkeypatch, 
         (["{images}/none"], "must be folders of images"),
         (["{images}", "--others", "{images}/none"], "must be folders of images"),
         (["{images}", "--only", "others"], "needs folders"),
+        (["{images}", "--others", "{images}", "{images}"], "of different names"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, tmp_path, capsys, given, message):

@@ -12,6 +12,8 @@ from markdown_table import signed
 from published_costs import PUBLISHED_CODECS
 from readme_tables import BENCHMARKS, BLOCK, FOLDERS, JPEG, OURS, TABLES, VTM
 
+from cmamba_ref import CMambaError
+
 FILES = (*FOLDERS, "published_kodak")
 
 
@@ -116,15 +118,27 @@ def test_bd_rates_are_those_that_the_evaluation_found(results):
             assert cells[column] == signed(codec["bd_rate"]["percent"])
 
 
-def test_folders_are_measured_with_the_same_weights(results):
-    models = [
-        json.loads((results / f"{stem}.json").read_text())["meta"]["models"][OURS]
-        for stem in FOLDERS
-    ]
-    assert models == models[:1] * len(FOLDERS)
-    rows = {stem: rows_of(TABLES["folders"](results, ""), name) for stem, name in FOLDERS.items()}
-    ((_, images, ours, *_, against),) = rows["kodak_tiny"]
+def test_folders(results):
+    """The row of Kodak agrees with its own table, every row with what the evaluation found."""
+    table = TABLES["folders"](results, "")
+    ((_, images, ours, *_, against),) = rows_of(table, "Kodak")
     assert [images, ours, against] == ["24", *expected_of(results)]
+    (heading,) = rows_of(table, "images")  # without its first cell, which is empty
+    for stem, name in FOLDERS.items():
+        ((*cells,),) = rows_of(table, name)
+        meta = json.loads((results / f"{stem}.json").read_text())["meta"]
+        for codec in meta["bd_rates"]["psnr"]["codecs"]:
+            cell = cells[1 + heading.index(codec["label"].split(",")[0])]
+            assert cell == signed(codec["bd_rate"]["percent"])
+
+
+def test_folders_of_other_weights_are_refused(results):
+    def other(content):
+        content["meta"]["models"][OURS][0]["id"] = "0" * 16
+
+    edit(results, other)
+    with pytest.raises(CMambaError, match="cbsd68_tiny.json was not measured with the bundled"):
+        TABLES["folders"](results, "")
 
 
 def test_only_our_row_of_the_published_codecs_is_renewed(root, results):

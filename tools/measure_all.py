@@ -180,6 +180,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="tiny", help="other weights: name or directory; needs --into")
     add("--limit", type=int, metavar="N", help="only the first N images; needs --into")
     args = parser.parse_args(argv)
+    results = ["kodak", *(folder.resolve().name.lower() for folder in args.others)]
+    if len(set(results)) < len(results):
+        parser.error("DIR must be folders of different names, none of them kodak")
     if args.weights and (args.only or args.into):
         parser.error("--weights must stand without --only and --into")
     for folder in (args.images, *args.others):
@@ -218,6 +221,8 @@ def main(argv: list[str] | None = None) -> int:
                 failed[name] = failure
         except KeyboardInterrupt:
             rest = "--weights" if args.weights else f"--only {' '.join(names[k:])}"
+            if "others" in names[k:]:
+                rest += f" --others {shlex.join(map(str, args.others))}"
             print(f"interrupted; for what is left say {rest}", file=sys.stderr)
             return INTERRUPTED
         print(f"{name}: {failed.get(name, 'done')}, after {time.monotonic() - start:.0f} s")

@@ -85,10 +85,13 @@ def bd_rates(folder: Path, _: str) -> str:
 
 def folders(folder: Path, _: str) -> str:
     """Return the table of BD-rates by PSNR on every folder of images."""
-    heading, rows = [], []
+    heading, rows, models = [], [], []
     for stem, name in FOLDERS.items():
         path = folder / f"{stem}.json"
         meta = json.loads(path.read_text())["meta"]
+        models.append(meta["models"][OURS])
+        if models[0] != models[-1]:
+            raise CMambaError(f"{path.name} was not measured with the bundled weights; renew it")
         curves = {curve.name: curve for curve in load_curves(str(path))}
         anchor, ours = curves.pop(JPEG), curves[OURS]
         found = meta["bd_rates"]["psnr"]["codecs"]
