@@ -45,6 +45,16 @@ def unavailable_reason(device_type: str) -> str | None:
         )
     if not torch.cuda.is_available():
         return "torch finds no GPU"
+    return _gpu_failure()
+
+
+@functools.cache
+def _gpu_failure() -> str | None:
+    """Why no kernel can run on the GPUs that torch finds, or None when they can.
+
+    Asked once in a process: scans ask before each launch. Triton's driver compiles a helper in C
+    when it is first used.
+    """
     for index in range(torch.cuda.device_count() if torch.version.hip is None else 0):
         capability = torch.cuda.get_device_capability(index)
         if capability < (8, 0):
@@ -53,15 +63,6 @@ def unavailable_reason(device_type: str) -> str | None:
                 f"cuda:{index} has {capability[0]}.{capability[1]}; "
                 "CUDA_VISIBLE_DEVICES can leave it out"
             )
-    return _driver_failure()
-
-
-@functools.cache
-def _driver_failure() -> str | None:
-    """Why Triton cannot launch kernels, or None when it can; asked once in a process.
-
-    Its driver compiles a helper in C when it is first used.
-    """
     from triton.runtime import driver
 
     try:

@@ -237,19 +237,20 @@ def capabilities(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", found.__getitem__)
     with_driver(monkeypatch, lambda: None)
     yield found
-    kernels._driver_failure.cache_clear()
+    kernels._gpu_failure.cache_clear()
 
 
 def with_driver(monkeypatch, start):
     """Replace triton's driver by one whose start does this."""
     driver = SimpleNamespace(active=SimpleNamespace(get_current_target=start))
     monkeypatch.setattr("triton.runtime.driver", driver)
-    kernels._driver_failure.cache_clear()
+    kernels._gpu_failure.cache_clear()
 
 
 def test_an_old_gpu_is_refused_whichever_it_is(capabilities):
     assert kernels.unavailable_reason("cuda") is None
     capabilities.append((7, 5))
+    kernels._gpu_failure.cache_clear()
     assert "cuda:2 has 7.5" in kernels.unavailable_reason("cuda")
 
 

@@ -145,10 +145,12 @@ def available_backends() -> tuple[str, ...]:
     )
 
 
-def _log_once(reason: str, level: int) -> None:
-    """Log why CUDA tensors get `chunked`."""
+def _log_once(reason: str, device_type: str) -> None:
+    """Log why CUDA tensors get `chunked`: a warning unless only this scan's sizes are too large."""
     if reason not in _logged_reasons and not torch.compiler.is_compiling():
         _logged_reasons.add(reason)
+        refused = BACKENDS["triton"].refusal(device_type, 1, 0)
+        level = logging.WARNING if refused else logging.INFO
         _logger.log(level, "scans on CUDA tensors use the slower backend 'chunked': %s", reason)
 
 
@@ -167,12 +169,10 @@ def choose(backend: str, device_type: str, n: int = 1, rank: int = 0) -> str:
     if name == "auto":
         if device_type != "cuda":
             return "chunked"
-        refusal = BACKENDS["triton"].refusal
-        reason = refusal(device_type, n, rank)
+        reason = BACKENDS["triton"].refusal(device_type, n, rank)
         if reason is None:
             return "triton"
-        # A warning unless only the sizes of this scan are too large.
-        _log_once(reason, logging.WARNING if refusal(device_type, 1, 0) else logging.INFO)
+        _log_once(reason, device_type)
         return "chunked"
     reason = BACKENDS[name].refusal(device_type, n, rank)
     if reason is not None:
