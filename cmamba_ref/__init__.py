@@ -42,7 +42,7 @@ if TYPE_CHECKING:
         set_default_backend,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # An installation holds `kernels`; in a checkout it lies beside this package.
 _package = Path(__file__).parent
