@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from cmamba_ref import weights
 from cmamba_ref.config import CONFIGS, CMambaConfig
 from cmamba_ref.entropy.bounds import ste_round
+from cmamba_ref.entropy.dead_zone import dead_zone_slope, is_zeroed
 from cmamba_ref.entropy.factorized import FactorizedPrior
-from cmamba_ref.entropy.gaussian import GaussianConditional, is_skipped
+from cmamba_ref.entropy.gaussian import GaussianConditional
 from cmamba_ref.entropy.latent_coder import (
     MULTIPLE,
     NOT_FINITE_STRING,
@@ -97,8 +98,8 @@ class CMamba(nn.Module):
         """Reconstruct images and compute the likelihoods of their latents.
 
         In training mode the rate is that of latents with uniform noise, and quantisation is
-        straight-through everywhere else; in eval mode latents are rounded for both, and symbols
-        skipped as the encoder skips them.
+        straight-through everywhere else; in eval mode latents are rounded for both, with the
+        encoder's dead zone.
 
         Args:
             x: images `[B, 3, H, W]` in 0...1, any H, W >= 1; padded inside, see `pad`, to a
@@ -131,10 +132,14 @@ class CMamba(nn.Module):
             y_hats: list[Tensor] = []
             gaussians: list[tuple[Tensor, Tensor]] = []  # means and log-scales of each slice
 
+            slope = None if self.training else self._dead_zone_slope(gains)
+
             def quantise(i: int, means: Tensor, log_scales: Tensor) -> Tensor:
-                y_hat = ste_round(y_slices[i] - means) + means
+                residual = y_slices[i] - means
+                y_hat = ste_round(residual) + means
                 if not self.training:
-                    y_hat = torch.where(is_skipped(log_scales, SKIPPED_TABLES), means, y_hat)
+                    zeroed = is_zeroed(residual, log_scales, SKIPPED_TABLES, slope)
+                    y_hat = torch.where(zeroed, means, y_hat)
                 y_hats.append(y_hat)
                 gaussians.append((means, log_scales))
                 return y_hat
@@ -248,8 +253,9 @@ class CMamba(nn.Module):
             InvalidArgumentError: wrong shape or quality.
             CMambaError: x, the weights or the latents hold NaN or infinity.
         """
-        y = self.analyze(x, self.check_quality(quality))
-        return self.latent_coder.symbols(y, self.h_a(y))
+        _check_images(x)
+        y, gains = self._analyse(pad(x), self.check_quality(quality))
+        return self.latent_coder.symbols(y, self.h_a(y), self._dead_zone_slope(gains))
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
@@ -401,6 +407,12 @@ class CMamba(nn.Module):
         else:
             quality = torch.tensor(self.check_quality(quality), device="cpu")
         return self.gain(quality.float().to(self._device(), non_blocking=True).expand(batch))
+
+    def _dead_zone_slope(self, gains: Gains | None) -> Tensor | None:
+        """Return the slope of the encoder's dead zone `[B, 1, 1, 1]`; None for a fixed rate."""
+        if self.gain is None or gains is None:
+            return None
+        return dead_zone_slope(self.gain.lmbda(gains.quality))[:, None, None, None]
 
     def _check_qualities(self, quality: Tensor, batch: int) -> None:
         top = len(self.config.lmbdas)

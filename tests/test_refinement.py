@@ -120,7 +120,7 @@ def test_padding_does_not_count(image):
     problem = refinement._Problem(shipped_model(), x, 4.0)
     y = shipped_model().analyze(x, 4)
     with torch.no_grad():
-        state = problem.state(y, shipped_model().h_a(y))
+        state = problem.state(y, shipped_model().h_a(y), problem.slope)
     assert state.loss == pytest.approx(loss(cut, encode(cut, shipped_model(), 4), 4), rel=1e-5)
     # The information of z and the overhead of the coder are not in the map.
     assert 0.8 * state.loss < float(state.loss_map.sum()) < state.loss

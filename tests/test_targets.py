@@ -141,3 +141,14 @@ def test_alpha_and_grey_have_targets_too(shape):
     image = image.reshape(shape) if len(shape) == 2 else np.resize(image, shape)
     found = encode_to(image, shipped_model(), target=Target("psnr", 20), nearest=True)
     assert decode(found.data).shape == image.shape
+
+
+def test_values_that_fall_between_neighbours_are_searched_on():
+    """Where the value of a higher quality is lower, the search goes on above it."""
+    values = {1.0: 10.0, 1.5: 29.99, 1.51: 29.9, 2.0: 40.0}
+    goal = targets._Goal(30.0, 30.02, 30.1, 20.0, is_size=False)
+    points = [targets._Point(v, q, b"") for q, v in values.items()]
+    tried = targets._next(points, goal, 8)
+    assert 1.51 < tried < 2
+    wrong = [targets._Point(30.5, 3.0, b""), targets._Point(29.0, 3.5, b"")]
+    assert 3.5 < targets._next(wrong, goal, 8) <= 8

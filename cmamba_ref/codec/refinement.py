@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cmamba_ref.entropy.dead_zone import dead_zone_slope
 from cmamba_ref.entropy.gaussian import is_skipped
 from cmamba_ref.entropy.latent_coder import SKIPPED_TABLES, CompressOutput, LatentSymbols
 from cmamba_ref.errors import InvalidArgumentError
@@ -104,7 +105,7 @@ def refine(
     with torch.no_grad():
         y = model.analyze(x, quality)
         z = model.h_a(y)
-    best = problem.state(y, z)
+    best = problem.state(y, z, problem.slope)
     phi = problem.phi(best.symbols.z)
     y = y.to(phi[0].dtype, copy=True)
     tiles = list(_tiles(*y.shape[2:]))
@@ -156,7 +157,8 @@ class _Problem:
         self.coder = model.latent_coder
         self.model = _without_weight_gradients(model)
         self.quality = model.check_quality(quality)
-        self.lmbda = float(model.gain.lmbda(torch.tensor([self.quality], device="cpu"))[0])
+        lmbda = model.gain.lmbda(torch.tensor([self.quality], device="cpu"))[0]
+        self.lmbda, self.slope = float(lmbda), dead_zone_slope(lmbda)
         self.height, self.width = x.shape[2:]
         self.x = pad(x).to(next(model.parameters()).device)
 
@@ -167,9 +169,13 @@ class _Problem:
         return self.model.h_s(z_hat.to(next(self.model.h_s.parameters()).dtype))
 
     @torch.no_grad()
-    def state(self, y: Tensor, z: Tensor) -> _State:
-        """What a decoder will see of y, and its loss."""
-        symbols = self.coder.symbols(y, z)
+    def state(self, y: Tensor, z: Tensor, slope: Tensor) -> _State:
+        """What a decoder will see of y, and its loss.
+
+        Args:
+            slope: of the dead zone, which the encoder's y has and a refined y has not.
+        """
+        symbols = self.coder.symbols(y, z, slope)
         coded = self.coder.encode(symbols, self.quality)
         x_hat = self.model.reconstruct(symbols.y_bar, torch.tensor([self.quality], device="cpu"))
         x_hat = (255 * x_hat).round() / 255
@@ -247,7 +253,8 @@ class _Problem:
 
     def choose(self, best: _State, y: Tensor, z: Tensor, tiles: list[_Tile]) -> _State:
         """The better of a state and of y, tile by tile as far as that lowers the whole loss."""
-        found = self.state(y, z)
+        slope = torch.zeros(y.shape[2:], device="cpu")
+        found = self.state(y, z, slope)
         worse = [t for t in tiles if found.loss_map[t.inner].sum() > best.loss_map[t.inner].sum()]
         candidates = [found]
         if 0 < len(worse) < len(tiles):
@@ -255,7 +262,8 @@ class _Problem:
             for tile in worse:
                 here = (slice(None), slice(None), *tile.inner)
                 y[here] = best.y[here]
-            candidates.append(self.state(y, z))
+                slope[tile.inner] = self.slope
+            candidates.append(self.state(y, z, slope))
         return min(best, *candidates, key=lambda state: state.loss)
 
 

@@ -180,9 +180,14 @@ def _search(
 
 
 def _next(points: list[_Point], goal: _Goal, top: int) -> float:
-    """The quality to try next: by a line through the nearest points on both sides of the goal."""
-    below = max((p for p in points if p.value < goal.low), default=None)
-    above = min((p for p in points if p.value > goal.high), default=None)
+    """The quality to try next: by a line through the nearest points on both sides of the goal.
+
+    Nearest by quality: values fall a little between some neighbouring qualities.
+    """
+    by_quality = sorted(points, key=lambda p: p.quality)
+    below = next((p for p in reversed(by_quality) if p.value < goal.low), None)
+    lowest = below.quality if below else 0
+    above = next((p for p in by_quality if p.value > goal.high and p.quality > lowest), None)
     pair = [below, above] if below and above else points[-2:]
     last = pair[-1]
     quality = last.quality + (goal.aim - last.value) / _slope(pair, goal.slope)

@@ -8,7 +8,8 @@ precision the transforms have (`cmamba_ref.entropy.precision`), and give the sca
 to the same slice loop, `ContextModel.forward`.
 
 Skip mode: where the scale is so small that its table is one of the first `SKIPPED_TABLES`, a symbol
-is nearly always 0; it is taken as 0 and not coded.
+is nearly always 0; it is taken as 0 and not coded.  Elsewhere rounding has a dead zone at 0, see
+`cmamba_ref.entropy.dead_zone`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from torch import Tensor, nn
 
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.entropy import rans
+from cmamba_ref.entropy.dead_zone import is_zeroed
 from cmamba_ref.entropy.factorized import FactorizedPrior
 from cmamba_ref.entropy.gaussian import (
     SCALE_LEVELS,
     GaussianConditional,
     choose_shift,
-    is_skipped,
     scale_index,
 )
 from cmamba_ref.entropy.latent_prefix import (
@@ -191,12 +192,13 @@ class LatentCoder:
                 raise WeightsError(f"there must be {count} tables, got {len(stored.tables())}")
 
     @torch.no_grad()
-    def symbols(self, y: Tensor, z: Tensor) -> LatentSymbols:
+    def symbols(self, y: Tensor, z: Tensor, slope: Tensor | None = None) -> LatentSymbols:
         """Compute the integers that `encode` codes.
 
         Args:
             y: scaled latents `[B, M, 4 h, 4 w]`, of any floating-point type.
             z: hyper-latents `[B, Z, h, w]`.
+            slope: of the dead zone, see `is_zeroed`, to be broadcast to y; None for no dead zone.
 
         Raises:
             CMambaError: the latents or the weights hold NaN or infinity.
@@ -211,9 +213,10 @@ class LatentCoder:
             all_log_scales: list[Tensor] = []
 
             def quantise(i: int, means: Tensor, log_scales: Tensor) -> Tensor:
-                symbols = _to_symbols(y_slices[i] - means, "y")
+                residual = y_slices[i] - means
+                symbols = _to_symbols(residual, "y")
                 check_finite(log_scales, CMambaError, NOT_FINITE_INPUT)
-                symbols[is_skipped(log_scales, SKIPPED_TABLES)] = 0
+                symbols[is_zeroed(residual, log_scales, SKIPPED_TABLES, slope)] = 0
                 y_symbols.append(symbols)
                 all_log_scales.append(log_scales)
                 return symbols + means

@@ -12,10 +12,17 @@ from cmamba_ref.config import CMambaConfig
 
 
 class Gains(NamedTuple):
-    """The gains of a batch, each `[B, M, 1, 1]`: of y before quantisation, and of y_bar."""
+    """The gains of a batch.
+
+    Attributes:
+        latent: of y before quantisation `[B, M, 1, 1]`.
+        inverse: of y_bar, same shape.
+        quality: that they are for `[B]`.
+    """
 
     latent: Tensor
     inverse: Tensor
+    quality: Tensor
 
 
 class GainUnits(nn.Module):
@@ -44,7 +51,7 @@ class GainUnits(nn.Module):
         def gain(table: Tensor) -> Tensor:
             return _interpolate(table, quality).exp()[..., None, None]
 
-        return Gains(gain(self.log_gain), gain(self.log_inverse_gain))
+        return Gains(gain(self.log_gain), gain(self.log_inverse_gain), quality)
 
     def lmbda(self, quality: Tensor) -> Tensor:
         """The trade-off that a quality was trained for, `[B]` to `[B]`."""
