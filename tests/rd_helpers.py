@@ -25,10 +25,10 @@ def write_results(folder: Path) -> Path:
                 "ms-ssim-rgb": MS_SSIM,
                 "encoding_time": [0.111, 0.2, 0.3, 0.4, 0.5],
             },
-            "per_picture": [],
+            "per_image": [],
         },
         "jpeg420": {"name": "JPEG", "results": {"bpp": jpeg[0], "psnr-rgb": jpeg[1]}},
-        "meta": {"commit": "abc1234", "machine": "an abacus", "pictures": {"folder": "kodak"}},
+        "meta": {"commit": "abc1234", "machine": "an abacus", "images": {"folder": "kodak"}},
     }
     path = folder / "rd.json"
     path.write_text(json.dumps(content))

@@ -174,13 +174,13 @@ def folder(tmp_path: Path) -> Path:
 def test_command(model, weights, folder, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = [str(folder), "-o", str(output), "--model", weights, "--quality", "3"]
-    assert analyze.main([*arguments, "--picture", "b.png"]) == 1
+    assert analyze.main([*arguments, "--image", "b.png"]) == 1
     assert "left out: c.png" in capsys.readouterr().err
     for name in ("spectra", "correlation", "fusion", "bits", "field"):
         with Image.open(output / f"{name}.png") as image:
             assert np.array(image.convert("L")).std() > 5
     numbers = json.loads((output / "analysis.json").read_text())
-    assert numbers["meta"]["pictures"]["names"] == ["a.png", "b.png"]
+    assert numbers["meta"]["images"]["names"] == ["a.png", "b.png"]
     assert numbers["meta"]["model"]["quality"] == 3
     assert "ceiling" not in numbers
     assert set(numbers["fusion"]) == {
@@ -197,7 +197,7 @@ def test_command(model, weights, folder, tmp_path, capsys):
         rows.append((bpp, analyze.spatial_correlation(seen.normalised)))
     assert sum(numbers["bits"]["y_bpp"]) == pytest.approx(np.mean([bpp for bpp, _ in rows]))
     np.testing.assert_allclose(numbers["correlation"], np.mean([c for _, c in rows], axis=0))
-    assert numbers["bits"]["picture"] == "b.png"
+    assert numbers["bits"]["image"] == "b.png"
     assert np.shape(numbers["bits"]["map"]) == (2, 8, 4)
     assert set(numbers["spectrum"]) == {"ssm", "cnn", "fused"}
     assert numbers["spectrum_of"] == "g_a H/8 1"
@@ -209,7 +209,7 @@ def test_the_image_that_is_shown_may_be_another(weights, folder, tmp_path):
     Image.fromarray(make_image(192, 64, seed=2)).save(apart)
     (folder / "c.png").unlink()
     found = []
-    for more in ([], ["--picture", str(apart)]):
+    for more in ([], ["--image", str(apart)]):
         output = tmp_path / f"out{len(more)}"
         arguments = [str(folder), "-o", str(output), "--model", weights, "--ceiling", "8", "2.5"]
         assert analyze.main([*arguments, *more]) == 0
@@ -218,8 +218,8 @@ def test_the_image_that_is_shown_may_be_another(weights, folder, tmp_path):
     meta, shown_meta = (numbers.pop("meta") for numbers in found)
     assert [row["quality"] for row in found[0]["ceiling"]] == [8, 2.5]
     assert found[0] == found[1] and without["y_bpp"] == shown["y_bpp"]
-    assert meta["pictures"] == shown_meta["pictures"]
-    assert (without["picture"], shown["picture"]) == ("a.png", "apart.png")
+    assert meta["images"] == shown_meta["images"]
+    assert (without["image"], shown["image"]) == ("a.png", "apart.png")
     assert np.shape(shown["map"]) == (2, 12, 4)
 
 
@@ -291,7 +291,7 @@ def test_ceiling_is_the_error_with_the_quantiser_off(model, weights, folder, tmp
     [
         (["--quality", "9"], "quality"),
         (["--ceiling", "4", "9"], "quality"),
-        (["--picture", "z.png"], "z.png"),
+        (["--image", "z.png"], "z.png"),
         (["--model", "none"], "config.json"),
     ],
 )

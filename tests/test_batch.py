@@ -49,7 +49,7 @@ def album(tmp_path: Path) -> Path:
     save(folder / "a.png", 70, 90)
     save(folder / "x" / "y" / "b.PNG", 64, 65, grey=True)
     save(folder / "x" / "c.d.jpg", 33, 64)
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     save(folder / ".hidden.png")
     save(folder / ".thumbnails" / "a.png")
     return folder

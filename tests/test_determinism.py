@@ -337,7 +337,7 @@ def test_the_command_measures_all_settings(tmp_path):
     assert determinism.main([str(tmp_path / "images"), *small, "-o", str(output)]) == 0
     report = json.loads(output.read_text())
     assert report["meta"]["all_promises_kept"]
-    assert report["pictures"]["settings"] == len(report["pictures"]["rows"]) == 32
-    assert report["pictures"]["indexes"] == 32 * 2.5 * 16 * 4 * 4
+    assert report["images"]["settings"] == len(report["images"]["rows"]) == 32
+    assert report["images"]["indexes"] == 32 * 2.5 * 16 * 4 * 4
     assert report["pairs"]["files"] == 40 and report["pairs"]["files_with_other_symbols"] == 0
     assert report["pairs"]["pixels"]["float32"]["values"] > 0

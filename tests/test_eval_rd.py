@@ -68,7 +68,7 @@ def test_report_agrees_with_an_independent_computation(folder, evaluated, codec,
     setting = report[codec]["results"]["quality"][point]
     (at_point,) = (kept / codec).glob(f"*{setting:g}" if codec == "cmamba" else f"{setting}")
     means = {"bpp": [], "psnr-rgb": [], "ms-ssim-rgb": []}
-    for k, name in enumerate(report["meta"]["pictures"]["names"]):
+    for k, name in enumerate(report["meta"]["images"]["names"]):
         original = np.array(Image.open(folder / name).convert("RGB")).astype(np.float64)
         decoded = np.array(Image.open(at_point / f"{name}.decoded.png")).astype(np.float64)
         x, y = (torch.from_numpy(p).permute(2, 0, 1)[None] for p in (original, decoded))
@@ -79,7 +79,7 @@ def test_report_agrees_with_an_independent_computation(folder, evaluated, codec,
             "ms-ssim-rgb": float(ms_ssim(x, y, data_range=255)),
         }
         for measure, value in row.items():
-            assert report[codec]["per_picture"][point][k][measure] == pytest.approx(value)
+            assert report[codec]["per_image"][point][k][measure] == pytest.approx(value)
             means[measure].append(value)
     for measure, values in means.items():
         assert report[codec]["results"][measure][point] == pytest.approx(np.mean(values))
@@ -96,7 +96,7 @@ def test_the_files_are_those_of_the_codec(folder, evaluated):
 
 def test_times_are_split_by_stage(evaluated):
     report, _ = evaluated
-    for row in [row for rows in report["cmamba"]["per_picture"] for row in rows]:
+    for row in [row for rows in report["cmamba"]["per_image"] for row in rows]:
         for direction in ("encoding", "decoding"):
             parts = [row[f"{direction}_time_{group}"] for group in rd_measure.GROUPS]
             assert sum(parts) == pytest.approx(row[f"{direction}_time"])
@@ -127,7 +127,7 @@ def test_layout(evaluated):
         points = len(curve["results"]["quality"])
         assert curve["name"] and curve["description"]
         assert all(len(values) == points for values in curve["results"].values())
-        assert [len(rows) for rows in curve["per_picture"]] == [2] * points
+        assert [len(rows) for rows in curve["per_image"]] == [2] * points
     jpeg = report["jpeg420"]["results"]
     assert jpeg["bpp"] == sorted(jpeg["bpp"]) and jpeg["psnr-rgb"] == sorted(jpeg["psnr-rgb"])
     for key in ("command", "commit", "machine", "versions", "models", "threads", "jobs"):
@@ -241,9 +241,7 @@ def test_classical_codecs_of_an_earlier_report_are_reused(folder, tmp_path, meas
     assert "jpeg420" in {task.point.codec for task in measured}  # brief results lack some
 
 
-@pytest.mark.parametrize(
-    "content", ["{}", "[]", "no JSON", '{"meta": {"pictures": {"names": []}}}']
-)
+@pytest.mark.parametrize("content", ["{}", "[]", "no JSON", '{"meta": {"images": {"names": []}}}'])
 def test_other_reports_are_not_reused(folder, tmp_path, capsys, content):
     (tmp_path / "earlier.json").write_text(content)
     with pytest.raises(SystemExit):
@@ -262,7 +260,7 @@ def interval_on(images: int, noise: float) -> tuple[float, float] | None:
             for k in range(6)
         ]
         results = {"bpp": [1.0], "psnr-rgb": [1.0]}  # only the rows count
-        report[name] = {"results": results, "per_picture": rows}
+        report[name] = {"results": results, "per_image": rows}
     return eval_rd.interval(report, *rd_curves.curves_in(report, Path("this run")), "psnr")
 
 
@@ -354,7 +352,7 @@ def test_ctrl_c_leaves_what_a_second_run_completes(folder, tmp_path, monkeypatch
     assert run(*arguments) == 0
     assert len(measured) == len(set(measured)) == 2 * (1 + len(CODECS["jpeg420"].settings))
     assert not partial.exists()
-    rows = [row for rows in json.loads(output.read_text())["cmamba"]["per_picture"] for row in rows]
+    rows = [row for rows in json.loads(output.read_text())["cmamba"]["per_image"] for row in rows]
     assert len(kept) == 5 and all(row in kept for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""Pictures from disk: read as one sees them, or refused with the way out."""
+"""Images from disk: read as one sees them, or refused with the way out."""
 
 import re
 import struct

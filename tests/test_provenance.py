@@ -12,7 +12,7 @@ from provenance import ROOT, portable
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("pictures", "pictures"),
+        ("images", "images"),
         ("--jobs", "--jobs"),
         ("/home/me/images/kodak", "kodak"),
         ("../shared/kodak", "kodak"),

@@ -75,7 +75,7 @@ def run(results: Path, output: Path, *more: str) -> str:
 @pytest.fixture(scope="module")
 def made(image, results, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("report") / "report.html"
-    run(results, output, "--picture", str(image), "--quality", str(QUALITY))
+    run(results, output, "--image", str(image), "--quality", str(QUALITY))
     return output
 
 
@@ -128,7 +128,7 @@ def test_images_and_sizes_are_those_of_the_codecs(made, image):
 
 def test_large_images_are_cropped_without_loss(made, image, results, tmp_path):
     """And the crops are drawn, which need the same coded images."""
-    arguments = ["--picture", str(image), "--quality", str(QUALITY), "--side", "100"]
+    arguments = ["--image", str(image), "--quality", str(QUALITY), "--side", "100"]
     crops = tmp_path / "crops.png"
     text = run(results, tmp_path / "small.html", *arguments, "--crops", str(crops))
     whole = made.read_text()
@@ -239,11 +239,11 @@ def test_without_images_there_is_no_script(results, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--picture", "none.png"], "none.png"),
-        (["--picture", "{image}", "--quality", "9"], "quality"),
+        (["--image", "none.png"], "none.png"),
+        (["--image", "{image}", "--quality", "9"], "quality"),
         (["--anchor", "{results}:vtm"], "vtm"),
         (["--side", "0"], "--side"),
-        (["--crops", "crops.png"], "--picture"),
+        (["--crops", "crops.png"], "--image"),
         (["-o", "no/such/folder/report.html"], "no/such/folder"),
     ],
 )
@@ -280,5 +280,5 @@ def test_an_image_that_cannot_be_coded_leaves_no_page(
     monkeypatch.setattr(report, "versions_of", fail)
     output = tmp_path / "report.html"
     with pytest.raises(SystemExit):
-        run(results, output, "--picture", str(image))
+        run(results, output, "--image", str(image))
     assert "not enough memory" in capsys.readouterr().err and not output.exists()

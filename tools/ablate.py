@@ -192,7 +192,7 @@ def page(rows: Sequence[dict[str, Any]], made: dict[str, Any]) -> str:
 # Ablation study
 
 Each variant trained for {" or ".join(map(str, steps))} steps of {crops}, seed \
-{", ".join(map(str, rows[0]["seeds"]))}, all else equal; then measured on the {made["pictures"]} \
+{", ".join(map(str, rows[0]["seeds"]))}, all else equal; then measured on the {made["images"]} \
 images of `{made["folder"]}` in real files at qualities \
 {", ".join(f"{quality:g}" for quality in QUALITIES)}. {in_words(made)}
 
@@ -259,11 +259,11 @@ def main(argv: list[str] | None = None) -> int:
     if status := eval_rd.main([str(args.images), *models, *qualities, "-o", str(rd)]):
         return status
     rows = results_of(chosen, args.seeds, logs, args.out)
-    evaluated = json.loads(rd.read_text())["meta"]["pictures"]
+    evaluated = json.loads(rd.read_text())["meta"]["images"]
     made = {
         **of_run("ablate.py", argv),
         "versions": versions("cmamba-ref", "torch"),
-        "pictures": len(evaluated["names"]),
+        "images": len(evaluated["names"]),
         "folder": evaluated["folder"],
     }
     text = page(rows, made)

@@ -79,7 +79,7 @@ def draw_fusion(numbers: Numbers, _: Path) -> Figure | None:
         # Side by side in order of channels, so that equal weights do not hide each other.
         axes.plot(k + np.linspace(-0.3, 0.3, len(alpha)), alpha, ".", markersize=4, color="C0")
         axes.hlines(alpha.mean(), k - 0.35, k + 0.35, color="C3")
-        spread = fusion["deviation_over_pictures"]
+        spread = fusion["deviation_over_images"]
         text = f"mean {alpha.mean():.2f}\n\N{PLUS-MINUS SIGN}{spread:.3f}"
         axes.text(k, 1.02, text, ha="center", va="bottom", fontsize=7)
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle="--")
@@ -103,7 +103,7 @@ def draw_bits(numbers: Numbers, image: Path) -> Figure:
     for axes in (first, *others):
         axes.set_axis_off()
     first.imshow(read_rgb(image)[: 16 * height, : 16 * width])
-    first.set_title(numbers["bits"]["picture"], fontsize=9)
+    first.set_title(numbers["bits"]["image"], fontsize=9)
     for axes, (title, bits) in zip(others, panels.items(), strict=False):
         shown = axes.imshow(bits, vmin=0, cmap="magma")
         axes.set_title(f"{title}: {bits.mean():.3f} bpp", fontsize=9)

@@ -1,7 +1,7 @@
 """Analyse a model over a folder of images: the paper's Figs. 1 and 6, and more.
 
     python tools/analyze.py photos -o analysis
-    python tools/analyze.py photos -o analysis --model runs/mine/model --quality 6 --picture a.png
+    python tools/analyze.py photos -o analysis --model runs/mine/model --quality 6 --image a.png
     python tools/analyze.py photos -o analysis --ceiling
 
 Writes into the folder of -o:
@@ -14,7 +14,7 @@ Writes into the folder of -o:
                      3 positions away; the less, the more the model has explained
     fusion.png       how CA-SSM weights its paths: alpha (SSM) of every channel of each block; beta
                      (CNN) is 1 - alpha
-    bits.png         the bits of each slice over one image: the first, or the --picture, which may
+    bits.png         the bits of each slice over one image: the first, or the --image, which may
                      be any file; one that is not in the folder is in no mean
     field.png        effective receptive field of g_a, from the centre of each image
     analysis.json    all numbers that are drawn, means over images, and provenance; with --ceiling
@@ -239,7 +239,7 @@ def means_of(rows: Sequence[Numbers], qualities: Sequence[float | None]) -> Numb
             block: {
                 "alpha": np.mean(values, axis=0).tolist(),
                 # How much the weights follow the content: what a fixed weight would not have.
-                "deviation_over_pictures": float(np.std(values, axis=0).mean()),
+                "deviation_over_images": float(np.std(values, axis=0).mean()),
             }
             for block, values in alphas.items()
         },
@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--quality", type=float, help="default: 4, where a model has qualities")
     add("--limit", type=int, metavar="N", help="only the first N images")
     shown_help = "the image of bits.png: one of the folder, or another file (default: the first)"
-    add("--picture", metavar="NAME", help=shown_help)
+    add("--image", metavar="NAME", help=shown_help)
     ceiling = (
         "also PSNR with the quantiser off, and the share of the error that no rate removes, at "
         "these qualities (default: all whole ones)"
@@ -294,9 +294,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         paths = image_paths(args.folder, args.limit)
         names = {path.name: path for path in paths}
-        shown = names.get(args.picture, Path(args.picture)) if args.picture else paths[0]
+        shown = names.get(args.image, Path(args.image)) if args.image else paths[0]
         if not shown.is_file():
-            raise CMambaError(f"--picture must be an image or a file, got {args.picture!r}")
+            raise CMambaError(f"--image must be an image or a file, got {args.image!r}")
         model = CMamba.from_pretrained(args.model)
         quality = model.check_quality(args.quality)
         whole = range(1, len(model.config.lmbdas) + 1)
@@ -341,14 +341,14 @@ def main(argv: list[str] | None = None) -> int:
 
     shown = shown if shown in seen else used[0]
     numbers = means_of([seen[path] for path in used], ceilings)
-    numbers["bits"] |= {"picture": shown.name, "map": seen[shown]["bits"]["map"]}
+    numbers["bits"] |= {"image": shown.name, "map": seen[shown]["bits"]["map"]}
     for name, draw in FIGURES.items():
         if (figure := draw(numbers, shown)) is not None:
             save(figure, args.output / f"{name}.png")
     numbers["meta"] = {
         **provenance,
         "model": {"name": model.config.name, "id": model.model_id.hex(), "quality": quality},
-        "pictures": {"folder": args.folder.resolve().name, "names": [path.name for path in used]},
+        "images": {"folder": args.folder.resolve().name, "names": [path.name for path in used]},
     }
     write_atomically(output, (json.dumps(numbers) + "\n").encode())
     kept.discard()

@@ -296,7 +296,7 @@ def find_jobs(
     triton = [backend for backend in backends if backend == "triton"]
     jobs = {}
     for part, model_of_part, chosen, taken, crop in (
-        ("pictures", model, eager, paths, None),
+        ("images", model, eager, paths, None),
         ("small", SMALL_MODEL, triton, paths[:every], CROP_OF_TRITON),
     ):
         sources = [
@@ -360,7 +360,7 @@ def report_of(part: str, jobs: Sequence[Job], results: Sequence[Row]) -> Row:
             "encoder": job.encoder._asdict(),
             "decoder": job.decoder._asdict(),
             "quality": [source.quality for source in job.sources],
-            "pictures": [source.path.name for source in job.sources],
+            "images": [source.path.name for source in job.sources],
             **row,
         }
         for job, row in zip(jobs, results, strict=True)
@@ -423,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
         **of_run("determinism.py", argv),
         "versions": versions("cmamba-ref", "torch", "numpy", "triton"),
         "models": [{"source": Path(m).name, "id": model_id} for m, model_id in models.items()],
-        "pictures": {
+        "images": {
             "folder": args.folder.resolve().name,
             "names": [path.name for path in paths],
         },

@@ -25,7 +25,7 @@ Along each curve, bpp and PSNR should rise from every quality to the next; where
 steps are printed, and `meta` has them under `not_rising`.
 
 The JSON has CompressAI's layout, one object per codec: `results` holds a list per measure with an
-entry per point, `per_picture` the same for each image. `meta` holds provenance, and BD-rates
+entry per point, `per_image` the same for each image. `meta` holds provenance, and BD-rates
 against the --anchor by PSNR and MS-SSIM (see tools/bd_rate.py), each with the interval in which
 95 % of the BD-rates over resampled images lie (bootstrap).
 
@@ -154,7 +154,7 @@ def reusable(
     try:
         earlier = json.loads(path.read_text())
         meta = earlier["meta"]
-        is_on_these = meta["pictures"]["names"] == [image.name for image in images]
+        is_on_these = meta["images"]["names"] == [image.name for image in images]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CMambaError(f"--reuse must be a report, got {path}: {error!r}") from error
     if not is_on_these:
@@ -247,7 +247,7 @@ def report_of(
             "name": name,
             "description": description,
             "results": means,
-            "per_picture": rows,
+            "per_image": rows,
         }
     return report
 
@@ -317,7 +317,7 @@ def interval(
     # Of each codec [measure, point, image].
     values = {
         name: np.array(
-            [[[row[m] for row in rows] for rows in report[name]["per_picture"]] for m in measures]
+            [[[row[m] for row in rows] for rows in report[name]["per_image"]] for m in measures]
         )
         for name in (anchor.name, test.name)
     }
@@ -446,7 +446,7 @@ def main(argv: list[str] | None = None) -> int:
     meta = {
         **provenance,
         "models": {name: _models([p for p in points if p.codec == name]) for name in ours},
-        "pictures": {
+        "images": {
             "folder": args.folder.resolve().name,
             "names": [path.name for path in images],
         },

@@ -95,7 +95,7 @@ def commands_of(
     beside_jpeg = [rd, "--anchor", f"{rd}:jpeg420", *bpp]
     beside_published = [f"{rd}:cmamba", f"{rd}:jpeg420", published, "--anchor"]
     # The Kodak images may not be passed on: what is shown is another one.
-    shown = ["--picture", str(DEMO_IMAGE)]
+    shown = ["--image", str(DEMO_IMAGE)]
     brief = ["--brief", "--jobs", str(core_count())]
     sweep = ["--qualities", "1:8:0.1", "--codecs", *brief]
     costs = at("complexity.json")

@@ -146,7 +146,7 @@ def curves_in(data: object, path: Path) -> Iterator[Curve]:
     if not isinstance(data, dict):
         raise CurveError(f"{path} must hold a JSON object, got {type(data).__name__}")
     meta = data.get("meta", {})
-    dataset = data.get("dataset") or meta.get("pictures", {}).get("folder", "")
+    dataset = data.get("dataset") or meta.get("images", {}).get("folder", "")
     # A table that names its images has its curves one level down.
     for keys, node in _nodes_with_points(data.get("codecs", data), ()):
         name = "/".join(keys) or node.get("name", path.stem)

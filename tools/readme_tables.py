@@ -98,7 +98,7 @@ def folders(folder: Path, _: str) -> str:
         low, high = next(entry["interval_95"] for entry in found if entry["name"] == OURS)
         cells = [signed(rate(anchor, curve, "psnr")) for curve in curves.values()]
         against = signed(rate(curves[AVIF], ours, "psnr"))
-        images = str(len(meta["pictures"]["names"]))
+        images = str(len(meta["images"]["names"]))
         rows.append((name, images, *cells, f"{signed(low)} to {signed(high)}", against))
         labels = [curve.label.split(",")[0] for curve in curves.values()]
         heading = ["", "images", *labels, "interval of ours", "ours against AVIF"]

@@ -1,5 +1,5 @@
 "use strict";
-// A comparison of versions of one picture: two of them on a stage with a boundary that moves, and
+// A comparison of versions of one image: two of them on a stage with a boundary that moves, and
 // below it the same detail of all.  Without this script the page shows every version whole.
 
 function setUpComparison(section) {
@@ -15,7 +15,7 @@ function setUpComparison(section) {
   const width = images[0].naturalWidth;
   const height = images[0].naturalHeight;
 
-  // The picture on the right lies below, the one on the left above it, cut off at the boundary.
+  // The image on the right lies below, the one on the left above it, cut off at the boundary.
   const shown = {};
   for (const side of ["right", "left"]) {
     shown[side] = document.createElement("img");

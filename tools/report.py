@@ -1,14 +1,14 @@
 """Write one HTML page of results: plots, tables, and images side by side.
 
     python tools/report.py rd.json -o report.html
-    python tools/report.py rd.json --picture photo.png --quality 3 -o report.html
+    python tools/report.py rd.json --image photo.png --quality 3 -o report.html
     python tools/report.py rd.json anchors.json:kodak/VTM-9.1 --anchor anchors.json:kodak/VTM-9.1 \\
-        --picture a.png b.png --model runs/mine/model -o report.html
+        --image a.png b.png --model runs/mine/model -o report.html
 
 Each argument is FILE or FILE:NAME, see tools/rd_curves.py. The page has plots by PSNR and MS-SSIM,
 BD-rates against the --anchor, every point in tables, and provenance.
 
-Each --picture is encoded by the --model, and by classical codecs at the quality whose file is
+Each --image is encoded by the --model, and by classical codecs at the quality whose file is
 nearest in size to ours. On the page a slider moves the boundary between any two of the results, and
 a detail of all of them is magnified, at first the one with most detail in the original.
 
@@ -243,14 +243,14 @@ def make(args: argparse.Namespace, argv: list[str]) -> str:
     facts = {curve.file: curve.meta for curve in curves if curve.meta}
     facts["this page"] = {**of_run("report.py", argv), "versions": versions(*PACKAGES)}
     comparisons = []
-    if args.picture:
-        originals = [read_rgb(path) for path in args.picture]
+    if args.image:
+        originals = [read_rgb(path) for path in args.image]
         model = load_model(args.model)
         quality = model.check_quality(args.quality)
-        for path, original in zip(tqdm(args.picture, disable=None), originals, strict=True):
+        for path, original in zip(tqdm(args.image, disable=None), originals, strict=True):
             coded = versions_of(model, original, quality)
             comparisons.append(comparison(path, original, coded, args.side))
-            if args.crops and path == args.picture[0]:
+            if args.crops and path == args.image[0]:
                 write_atomically(args.crops, png(crops_side_by_side(original, coded)))
     # Here: it belongs to the extra `eval`, whose lack main() explains.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -295,15 +295,15 @@ def main(argv: list[str] | None = None) -> int:
     usual = f"FILE:NAME of the anchor of BD-rates (default: the first {USUAL_ANCHOR} there is)"
     add("--anchor", metavar="CURVE", help=usual)
     add("--bpp", type=float, nargs=2, metavar=("FROM", "TO"), help="plot only these rates")
-    add("--picture", type=Path, nargs="+", default=[], metavar="FILE", help="images to compare")
+    add("--image", type=Path, nargs="+", default=[], metavar="FILE", help="images to compare")
     add("--model", default="tiny", help="name or directory of ours (default: tiny)")
     add("--quality", type=float, help="of ours (default: the model's)")
     add("--crops", type=Path, metavar="FILE", help="also draw a detail of the first image as PNG")
     embedded = "embed at most so many pixels across and down (default: %(default)s)"
     add("--side", type=int, default=1024, metavar="N", help=embedded)
     args = parser.parse_args(argv)
-    if args.crops and not args.picture:
-        parser.error("--crops needs an image, see --picture")
+    if args.crops and not args.image:
+        parser.error("--crops needs an image, see --image")
     if args.side < 1:
         parser.error(f"--side must be at least 1, got {args.side}")
     try:
