@@ -176,6 +176,23 @@ def test_figures_of_an_image(model, tmp_path):
             assert run["peak_mib"] >= run["loaded_mib"] + beyond - 1e-6
 
 
+def test_stages_of_an_unsteady_machine_add_up(monkeypatch, model, tmp_path):
+    """Interrupted in another stage each time: the medians of the stages are 3 of 6 s."""
+    model.save_pretrained(tmp_path)
+    times = iter([(9, 9, 9), (4, 1, 1), (1, 5, 1), (1, 1, 3)])
+
+    def interrupted(model, call, memory=False):
+        stages = dict(zip("abc", next(times), strict=True))
+        return b"", stage_clock.Timing(sum(stages.values()), stages)
+
+    monkeypatch.setattr(bench_cpu, "time_by_stage", interrupted)
+    settings = replace(bench_cpu.SETTINGS, repeats=3, seconds=0)
+    run, _ = bench_cpu.code_image(str(tmp_path), (64, 64), DIRECTIONS[0], b"", settings, 1)
+    assert (run["repeats"], run["first_s"], run["median_s"]) == (3, 27, 6)
+    assert [stage["seconds"] for stage in run["stages"].values()] == [4, 1, 1]
+    assert sum(stage["share"] for stage in run["stages"].values()) == pytest.approx(1)
+
+
 def test_a_process_that_dies_is_a_result(monkeypatch):
     with pytest.raises(BrokenProcessPool):
         bench_cpu.in_fresh_process(os._exit, 1)
