@@ -451,7 +451,7 @@ def test_file_of_another_model_is_refused(
 ) -> None:
     other = make_model(tmp_path / "other", seed=1)
     assert main(["decode", str(encoded), "-o", str(tmp_path / "a.png"), "--model", other]) == 1
-    assert "was made by model" in error_line(capsys)
+    assert "needs model" in (message := error_line(capsys)) and "docs/models.md" in message
 
 
 def test_missing_model_is_named(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:

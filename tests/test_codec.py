@@ -36,6 +36,7 @@ from cmamba_ref import (
     codec,
     model_id,
 )
+from cmamba_ref.codec import image_codec
 from cmamba_ref.codec.container import Container
 from cmamba_ref.entropy import rans
 from cmamba_ref.entropy.latent_coder import RANS_SLACK
@@ -432,6 +433,18 @@ def test_the_model_of_a_file_is_found_by_its_id():
         codec.model_for(bytes(range(1, 9)), [small_model()])
     assert "needs model 0102030405060708, which is not available" in str(caught.value)
     assert "docs/models.md" in str(caught.value)
+
+
+def test_without_a_model_the_one_that_a_file_names_decodes_it(monkeypatch):
+    image, wanted = np.zeros((64, 64, 3), np.uint8), small_model()
+    data = codec.encode(image, wanted)
+    with pytest.raises(ModelMismatchError, match="needs model .* docs/models.md"):
+        codec.decode(data)
+    monkeypatch.setattr(image_codec, "name_of", {wanted.model_id: "wanted"}.get)
+    loaded_model = image_codec.loaded_model
+    models = {"wanted": lambda: wanted, "tiny": lambda: loaded_model("tiny")}
+    monkeypatch.setattr(image_codec, "loaded_model", lambda name: models[name]())
+    assert np.array_equal(codec.decode(data), codec.decode(data, wanted))
 
 
 def test_list_of_bundled_models_begins_with_the_current_one(root):

@@ -170,7 +170,7 @@ def _decode(args: argparse.Namespace) -> int:
     _check_time(args, source, target)
     with _stages(4) as begin:
         begin("reading")
-        from cmamba_ref.codec import decode_container
+        from cmamba_ref.codec import decode_container, model_for
         from cmamba_ref.codec.container import Container
         from cmamba_ref.codec.output import image_bytes
 
@@ -181,6 +181,7 @@ def _decode(args: argparse.Namespace) -> int:
         start = time.perf_counter()
         with _naming(source, "input"):
             file = Container.unpack(data)
+            model = model_for(file.model_id, [model])
             image = decode_container(file, model, **files.limits(options))
         seconds = time.perf_counter() - start
         begin("writing")

@@ -158,7 +158,7 @@ def decode(
 
     Args:
         data: the bytes of a `.cmb` file.
-        model: the model it was encoded with; None for the bundled model "tiny".
+        model: the model it was encoded with; None for the bundled model that it names.
         max_pixels: refuse files that declare more; sides count as padded to multiples of 64.
         max_memory: as in `encode`.
 
@@ -186,6 +186,8 @@ def decode_container(
 
     Arguments, result and errors are those of `decode`.
     """
+    if model is None:
+        model = model_for(container.model_id, [default_model()])
     model = _checked_model(model)
     y_bar, quality = _decode_latent(container, model, max_pixels, max_memory)
     alpha = _unpacked_alpha(container)
