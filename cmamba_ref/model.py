@@ -60,7 +60,7 @@ class ForwardOutput(TypedDict):
 
 
 class CMamba(nn.Module):
-    """The CMamba codec (Wu et al. 2025, arXiv 2502.04988), re-derived to its published totals.
+    """The CMamba codec (Wu et al. 2025, arXiv 2502.04988), re-derived to the totals that it implies.
 
     Args:
         config: a `CMambaConfig` or the name of one: "base", "small", "tiny".

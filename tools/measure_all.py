@@ -1,4 +1,4 @@
-"""Renew every result in benchmarks/ that needs neither training nor a GPU.
+"""Renew most results in benchmarks/; its README lists the others.
 
     pip install -c constraints.txt -e ".[eval,bench]"
     python tools/measure_all.py kodak
