@@ -60,7 +60,7 @@ class ForwardOutput(TypedDict):
 
 
 class CMamba(nn.Module):
-    """The CMamba codec (Wu et al. 2025, arXiv 2502.04988), re-derived to the totals that it implies.
+    """The CMamba codec (Wu et al. 2025, arXiv 2502.04988), with totals derived from the paper.
 
     Args:
         config: a `CMambaConfig` or the name of one: "base", "small", "tiny".
@@ -368,13 +368,27 @@ class CMamba(nn.Module):
             WeightsError: nothing there, damaged, or not to be downloaded.
         """
         _check_device(device)
-        return weights.load(cls, source).to(device).eval()
+        # In inference mode it would be a model that can never be trained, nor compute gradients.
+        with torch.inference_mode(False):
+            return weights.load(cls, source).to(device).eval()
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write `config.json`, `model.safetensors` and its hash into `directory`."""
         weights.save(self, directory)
 
     # ---------------------------------------------------------------- inside
+
+    def __getstate__(self) -> dict[str, Any]:
+        known = self._known_id
+        if known is not None:
+            known = ((), known[1]) if known[0] == fingerprint(self) else None
+        return {**self.__dict__, "_known_id": known}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy is the same model in other memory; by its content, one that was cast would not be.
+        super().__setstate__(state)
+        if self._known_id is not None:
+            self._known_id = (fingerprint(self), self._known_id[1])
 
     def _apply(self, fn, recurse: bool = True) -> CMamba:
         tables = self.gaussian_conditional.stored

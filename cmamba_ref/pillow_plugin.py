@@ -57,7 +57,7 @@ EXTENSION = ".cmb"
 MIME = "image/x-cmamba"
 
 # Models that were named, given or needed, by what identified them: weights are loaded once.
-_models: dict[str | bytes | int, CMamba] = {}
+_models: dict[bytes | int, CMamba] = {}
 _models_guard = threading.Lock()
 
 
@@ -68,17 +68,16 @@ def use_model(model: str | os.PathLike | CMamba) -> CMamba:
         model: as the option of `save`.
 
     Raises:
+        InvalidArgumentError: it is no model.
         WeightsError: nothing there, damaged, or not to be downloaded.
     """
     from cmamba_ref.codec import loaded_model
-    from cmamba_ref.model import CMamba
+    from cmamba_ref.codec.image_codec import checked_model
 
+    used = loaded_model(model) if isinstance(model, str | os.PathLike) else checked_model(model)
     with _models_guard:
-        if isinstance(model, CMamba):
-            # By the object: its weights, and with them its id, may change.
-            return _models.setdefault(id(model), model)
-        name = os.fspath(model)
-        return _models.setdefault(name, loaded_model(name))
+        # By the object: its weights, and with them its id, may change.
+        return _models.setdefault(id(used), used)
 
 
 def _model_of(model_id: bytes) -> CMamba:
@@ -166,11 +165,10 @@ class CMambaImageFile(ImageFile.ImageFile):
 
 
 def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
-    from cmamba_ref.codec import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, encode, images
-    from cmamba_ref.model import CMamba
+    from cmamba_ref.codec import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, encode, images, is_model
 
     options = im.encoderinfo
-    model = options.get("model") or DEFAULT_MODEL
+    model = options.get("model")
     exif, xmp = options.get("exif"), options.get("xmp")
     with _told_as_pillow_does("cannot save: the image"):
         given = Metadata(
@@ -186,12 +184,13 @@ def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
         else:
             icc = images.profile_of(im, "the image")
         image = images.to_array(im, icc=icc, orientation=orientation)
+        kept = images.upright_metadata(given, "the image")
     data = encode(
         image,
-        model if isinstance(model, CMamba) else use_model(model),
+        model if is_model(model) else use_model(DEFAULT_MODEL if model is None else model),
         options.get("quality"),
         effort=options.get("effort") or 0,
-        metadata=given.upright(),
+        metadata=kept,
         max_pixels=options.get("max_pixels") or DEFAULT_MAX_PIXELS,
         max_memory=options.get("max_memory"),
     )

@@ -53,7 +53,7 @@ def to_bytes(model: CMamba) -> bytes:
     weights that were rounded on purpose take half the room.
 
     Raises:
-        WeightsError: the model was cast to another precision than float32.
+        WeightsError: the model is, or was, cast to another precision than float32.
     """
     cast = {str(p.dtype) for p in model.parameters()} - {"torch.float32"}
     if cast:
@@ -61,7 +61,13 @@ def to_bytes(model: CMamba) -> bytes:
             f"a model is saved in float32, this one holds {', '.join(sorted(cast))}; "
             "save it before casting"
         )
-    state = {name: _compact(tensor.cpu()) for name, tensor in model.state_dict().items()}
+    tensors = model.state_dict()
+    if content_id(tensors) != model.model_id:
+        raise WeightsError(
+            "a model is saved as it was made, this one was cast and cast back; save it before, or "
+            "load its state_dict into a new CMamba"
+        )
+    state = {name: _compact(tensor.cpu()) for name, tensor in tensors.items()}
     return serialize(state, metadata={"format": "pt"})
 
 
@@ -69,7 +75,7 @@ def save(model: CMamba, directory: str | os.PathLike) -> None:
     """Write a model; each file replaces the old one only when it is complete.
 
     Raises:
-        WeightsError: the model was cast to another precision than float32.
+        WeightsError: the model is, or was, cast to another precision than float32.
     """
     data = to_bytes(model)
     target = Path(directory)
@@ -144,14 +150,15 @@ def _check_hash(data: bytes, path: Path) -> None:
 def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
     """Read a model from the package, by name, from a directory, or from the Hugging Face Hub.
 
-    The name of a bundled model comes first: write `./tiny` for a directory of that name.  Then
-    comes a directory, then, for "user/repository" where there is none, the Hub.
+    Of a string, the name of a bundled model comes first: write `./tiny` for a directory of that
+    name.  Then comes a directory, then, for "user/repository" where there is none, the Hub.  A
+    `Path` is a directory.
 
     Raises:
         WeightsError: nothing there, damaged, weights that do not fit the configuration or the hash
             beside them, or a download that failed.
     """
-    directory = _find(os.fspath(source))
+    directory = _find(source) if isinstance(source, str) else Path(source)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise WeightsError(

@@ -279,7 +279,7 @@ def test_output_of_a_batch_must_be_a_folder(
     album: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["encode", str(album), "-o", str(album / "notes.txt")]
-    assert "`-o` must be a folder" in refused(args, capsys, album)
+    assert "`-o` must be a folder" in refused(args, capsys, album, code=2)
 
 
 def test_what_a_folder_leaves_out_is_counted(

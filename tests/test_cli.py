@@ -454,6 +454,35 @@ def test_file_of_another_model_is_refused(
     assert "needs model" in (message := error_line(capsys)) and "docs/models.md" in message
 
 
+def test_empty_paths_are_wrong_usage(photo: Path, monkeypatch, capsys) -> None:
+    """An unset variable is not the current folder."""
+    monkeypatch.chdir(photo.parent)
+    for args in ([""], [str(photo), "-o", ""], [str(photo), "--force", ""], ["--", ""]):
+        with pytest.raises(SystemExit) as caught:
+            main(["encode", *args])
+        assert caught.value.code == 2
+    assert names(photo.parent) == ["photo.png"]
+
+
+def test_a_file_is_not_encoded_under_an_image_s_name(photo: Path, capsys) -> None:
+    assert main(["encode", str(photo), "-o", str(photo.with_name("b.png"))]) == 2
+    assert "`-o` must end in .cmb" in error_line(capsys)
+    assert names(photo.parent) == ["photo.png"]
+
+
+def test_no_folder_is_made_for_an_input_that_is_not_there(tmp_path: Path, capsys) -> None:
+    assert main(["encode", str(tmp_path / "a.png"), "-o", f"{tmp_path / 'new'}/"]) == 1
+    assert "a.png" in error_line(capsys) and not names(tmp_path)
+
+
+def test_inputs_may_follow_two_dashes(photo: Path, model_dir: str, monkeypatch) -> None:
+    monkeypatch.chdir(photo.parent)
+    photo.rename("-b.png")
+    shutil.copy("-b.png", "a.png")
+    assert main(["encode", "a.png", "-o", "o/", "--model", model_dir, "--", "-b.png"]) == 0
+    assert names(Path("o")) == ["-b.cmb", "a.cmb"]
+
+
 def test_missing_model_is_named(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["encode", str(photo), "--model", "no-such-model"]) == 1
     assert "no config.json in 'no-such-model'" in error_line(capsys)

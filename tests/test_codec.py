@@ -632,6 +632,25 @@ def test_a_model_loaded_in_inference_mode_codes(tmp_path):
     assert np.array_equal(cmamba_ref.decode(data, model), cmamba_ref.decode(data, random_model()))
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_cast_model_is_the_same_model(copied):
+    model = random_model().half()
+    data = cmamba_ref.encode(make_image(64, 64), model, 3)
+    same = copied(model)
+    assert same.model_id == random_model().model_id
+    cmamba_ref.decode(data, same)
+    with torch.no_grad():
+        next(same.parameters()).add_(1)
+    assert same.model_id != model.model_id
+
+
+def test_a_model_that_was_cast_and_cast_back_is_not_saved(tmp_path):
+    with pytest.raises(WeightsError, match="cast back"):
+        random_model().half().float().save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    random_model().double().float().save_pretrained(tmp_path)  # nothing was lost
+
+
 def test_cast_models_are_not_saved(tmp_path):
     for cast in (torch.bfloat16, torch.float16, torch.float64):
         with pytest.raises(WeightsError, match="float32"):
@@ -645,7 +664,9 @@ def test_folder_does_not_shadow_a_bundled_model(tmp_path, monkeypatch):
     random_model(seed=2).save_pretrained(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
     assert CMamba.from_pretrained("tiny").model_id == random_model(seed=1).model_id
-    assert CMamba.from_pretrained("./tiny").model_id == random_model(seed=2).model_id
+    for folder in ("./tiny", Path("tiny"), Path("./tiny")):
+        assert CMamba.from_pretrained(folder).model_id == random_model(seed=2).model_id
+        assert image_codec.loaded_model(folder).model_id == random_model(seed=2).model_id
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -86,6 +86,11 @@ def test_options_reach_the_codec(photo: Path, tmp_path: Path, model_dir: str):
     for max_pixels in (100, 0):
         with pytest.raises(errors.ImageError, match="max_pixels"):
             encode_file(photo, tmp_path / "b.cmb", model_dir, max_pixels=max_pixels)
+    with pytest.raises(errors.InvalidArgumentError, match="`model` must be a CMamba"):
+        decode_file(target, tmp_path / "b.png", 5)
+    for wrong in (1000, "size"):
+        with pytest.raises(errors.InvalidArgumentError, match="a kind and a number"):
+            encode_file(photo, tmp_path / "b.cmb", model_dir, target=wrong)
     with pytest.raises(TypeError, match="qualty"):
         encode_file(photo, tmp_path / "b.cmb", model_dir, qualty=3)
 

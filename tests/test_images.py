@@ -13,7 +13,7 @@ import pytest
 from codec_helpers import PNG_SIGNATURE, png_chunk
 from PIL import Image, ImageCms, ImageFile
 
-from cmamba_ref import ImageError, ImageWarning, atomic_write
+from cmamba_ref import ImageError, ImageWarning, InvalidArgumentError, atomic_write
 from cmamba_ref.atomic_write import write_atomically
 from cmamba_ref.codec.images import (
     bits_of,
@@ -445,6 +445,13 @@ def test_a_colour_key_of_few_bits_is_kept(tmp_path: Path, depth: int) -> None:
     path.write_bytes(png(8, 3, depth, 0, key, png_chunk(b"IDAT", pixels)))
     expected = np.dstack([levels * 255 // top, np.where(levels == 1, 0, 255)])
     np.testing.assert_array_equal(read_image(path), expected)
+
+
+@pytest.mark.parametrize("colour", [(255, 255), "red", (1.0, 1.0, 1.0), (300, 0, 0), (0, 0, -1)])
+def test_a_background_that_is_no_colour_is_named(tmp_path: Path, rgb: np.ndarray, colour) -> None:
+    Image.fromarray(rgb).save(tmp_path / "a.png")
+    with pytest.raises(InvalidArgumentError, match="`background` must be three whole numbers"):
+        read_image(tmp_path / "a.png", background=colour)
 
 
 def test_background_is_laid_under(tmp_path: Path, rgb: np.ndarray) -> None:

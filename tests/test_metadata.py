@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 from codec_helpers import make_image, png_chunk
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 import cmamba_ref
+import cmamba_ref.pillow_plugin  # registers .cmb
 from cmamba_ref.cli import main
 from cmamba_ref.codec.container import Container
 from cmamba_ref.codec.images import parse_image, read_image
@@ -52,6 +54,42 @@ def save(folder: Path, suffix: str, orientation: int) -> Path:
         options["exif"] = b"Exif\0\0" + exif
     stored.save(path, **options)
     return path
+
+
+def exif_of_type(kind: int, code: str, *values: float) -> bytes:
+    """EXIF data from its TIFF header on: an orientation of that type, little-endian."""
+    payload, entry = struct.pack("<" + code, *values), struct.pack("<HHI", 0x0112, kind, 1)
+    here, there = (payload, b"") if len(payload) <= 4 else (struct.pack("<I", 26), payload)
+    return b"II*\0" + struct.pack("<IH", 8, 1) + entry + here.ljust(4, b"\0") + bytes(4) + there
+
+
+# What Pillow turns images by: all numbers, of whatever type.
+IN_PLACE = [(3, "H", 6), (4, "I", 6), (6, "b", 6), (8, "h", 6), (9, "i", 6), (11, "f", 6.0)]
+ELSEWHERE = [(5, "II", 6, 1), (10, "ii", 6, 1), (12, "d", 6.0), (16, "Q", 6)]
+
+
+@pytest.mark.parametrize("kind", [*IN_PLACE, *ELSEWHERE])
+def test_an_orientation_of_any_type_is_applied_once(tmp_path: Path, kind: tuple) -> None:
+    """And the profile that the pixels are in stays, where EXIF data has to go."""
+    path, exif = tmp_path / "a.jpg", exif_of_type(*kind)
+    stored = Image.fromarray(IMAGE)
+    stored.save(path, exif=b"Exif\0\0" + exif, icc_profile=PROFILE)
+    assert ImageOps.exif_transpose(Image.open(path)).size == IMAGE.shape[:2]
+    expected = Metadata(None, PROFILE)
+    if kind in IN_PLACE:
+        expected = Metadata(exif_of_type(*kind[:2], 1), PROFILE)
+    dropped = nullcontext() if kind in IN_PLACE else pytest.warns(ImageWarning, match="set to 1")
+    with dropped:
+        image, metadata = parse_image(path.read_bytes(), "a", keep_metadata=True)
+    assert image.shape[:2] == IMAGE.shape[1::-1] and metadata == expected
+    _, lost = parse_image(path.read_bytes(), "a")
+    assert lost.names() == ["EXIF"]
+
+    dropped = nullcontext() if kind in IN_PLACE else pytest.warns(ImageWarning, match="set to 1")
+    with dropped:
+        stored.save(tmp_path / "a.cmb", exif=exif)
+    saved = Image.open(tmp_path / "a.cmb")
+    assert saved.size == IMAGE.shape[:2] == ImageOps.exif_transpose(saved).size
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])

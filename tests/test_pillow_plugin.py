@@ -10,17 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from codec_helpers import field_of, make_image, with_field
+import torch
+from codec_helpers import field_of, make_image, random_model, with_field
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 import cmamba_ref
 from cmamba_ref import CMamba, MemoryLimitError, codec, pillow_plugin
 from cmamba_ref.codec import image_codec, memory
+from cmamba_ref.codec.container import Container
 from cmamba_ref.codec.images import read_image
 from cmamba_ref.errors import (
     BitstreamError,
     ImageError,
     ImageWarning,
+    InvalidArgumentError,
     ModelMismatchError,
     PillowError,
 )
@@ -85,6 +88,27 @@ def test_importing_and_opening_take_no_torch(photo: Path, root: Path) -> None:
         "assert Image.registered_extensions()['.cmb'] == 'CMAMBA'"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code, str(photo)], cwd=root, check=True)
+
+
+def test_a_folder_is_the_one_that_the_current_folder_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = []
+    for seed, name in enumerate("ab"):
+        random_model(seed=seed).save_pretrained(tmp_path / name / "mine")
+        monkeypatch.chdir(tmp_path / name)
+        Image.fromarray(IMAGE).save("x.cmb", model="mine")
+        ids.append(Container.unpack(Path("x.cmb").read_bytes()).model_id)
+    assert ids == [random_model(seed=seed).model_id for seed in range(2)]
+
+
+def test_a_compiled_model_saves_and_opens(model: CMamba, tmp_path: Path) -> None:
+    compiled = torch.compile(model)
+    Image.fromarray(IMAGE).save(tmp_path / "x.cmb", model=compiled)
+    pillow_plugin.use_model(compiled)
+    assert Image.open(tmp_path / "x.cmb").convert("RGB").size == (90, 70)
+    with pytest.raises(InvalidArgumentError, match="`model` must be a CMamba"):
+        pillow_plugin.use_model(7)
 
 
 def test_bundled_model_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from codec_helpers import ONE_RATE, load_image, make_image, random_model, shipped_model
 
-from cmamba_ref import InvalidArgumentError, decode, encode
+from cmamba_ref import CMamba, InvalidArgumentError, decode, encode
 from cmamba_ref.cli.demo import DEMO_IMAGE
 from cmamba_ref.codec import refinement
 from cmamba_ref.codec.container import Container
@@ -31,6 +31,30 @@ def test_an_effort_lowers_the_loss(image, quality, part):
     model = shipped_model()
     plain, refined = (encode(image, model, quality, effort=effort) for effort in (0, 4))
     assert loss(image, refined, quality) < part * loss(image, plain, quality)
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, autocast])
+def test_an_effort_needs_no_mode_of_its_caller(image, mode):
+    model, part = shipped_model(), image[:64, :64]
+    expected = encode(part, model, 4, effort=1)
+    with mode():
+        found = encode(part, model, 4, effort=1)
+    if mode is autocast:  # analyses in 16 bits
+        assert loss(part, found, 4) < loss(part, encode(part, model, 4), 4)
+    else:
+        assert found == expected
+
+
+def test_a_model_first_used_in_inference_mode_takes_an_effort(image, tmp_path):
+    part = image[:64, :64]
+    with torch.inference_mode():
+        model = CMamba.from_pretrained("tiny")
+        encode(part, model, 4)
+    assert encode(part, model, 4, effort=1) == encode(part, shipped_model(), 4, effort=1)
 
 
 def test_the_same_effort_gives_the_same_file_and_leaves_the_model_alone(image):
@@ -151,6 +175,10 @@ def test_compiled_models_and_default_devices_change_nothing():
 def test_efforts_are_checked(effort):
     with pytest.raises(InvalidArgumentError, match="`effort` must be"):
         check_effort(effort)
+
+
+def test_efforts_may_be_of_numpy():
+    assert check_effort(np.int64(3)) == check_effort(3)
 
 
 def test_a_model_of_one_rate_has_no_efforts(image):

@@ -126,6 +126,17 @@ def test_targets_are_checked(image, value):
 
 
 def test_the_kind_of_a_target_is_checked(image):
+    for target in (1000, "size", ("size",), ("size", 20, 30)):
+        with pytest.raises(InvalidArgumentError, match="a kind and a number"):
+            encode_to(image, target=target)
+    with pytest.raises(InvalidArgumentError, match="a positive number, got '1000'"):
+        encode_to(image, target=("size", "1000"))
+    with pytest.raises(InvalidArgumentError, match="`image` must be a NumPy array"):
+        encode_to("a.png", target=("bpp", 1))
+    with pytest.raises(InvalidArgumentError, match="`image` must have 1 to"):
+        encode_to(image[:0], target=("bpp", 1))
+    with pytest.raises(InvalidArgumentError, match="`model` must be a CMamba"):
+        encode_to(image, "tiny", target=("bpp", 1))
     with pytest.raises(InvalidArgumentError, match="must be of size, bpp, psnr, got 'ssim'"):
         encode_to(image, shipped_model(), target=Target("ssim", 1), nearest=True)
 

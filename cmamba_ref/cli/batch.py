@@ -1,6 +1,6 @@
 """Batch processing of files: which to read and write, the work on each, and the summary.
 
-The parent process imports neither torch nor a model.
+With several processes, the parent imports neither torch nor a model.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from cmamba_ref.errors import (
     MemoryLimitError,
     ModelMismatchError,
     UnsupportedFileError,
+    UsageError,
     explain,
     is_out_of_memory,
     printable,
@@ -182,12 +183,12 @@ def with_targets(
         suffix: of the outputs.
 
     Raises:
-        InvalidArgumentError: `output` is a file.
+        UsageError: `output` is a file.
         OSError: no file can be written into `output`.
     """
     if output is not None:
         if output.exists() and not output.is_dir():
-            raise InvalidArgumentError(
+            raise UsageError(
                 "`-o` must be a folder for a folder or several files, "
                 f"got the file {str(output)!r}; choose another name"
             )

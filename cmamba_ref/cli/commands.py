@@ -113,6 +113,8 @@ def _encode(args: argparse.Namespace) -> int:
         return _many(args, "encode", ".cmb", _encode_options(args))
     source, target = pair
     _check_target(target, source, args.force)
+    if target.suffix.lower() in batch.OUTPUT_SUFFIXES["decode"]:
+        raise UsageError(f"`-o` must end in .cmb, got {str(target)!r}; end a folder in /")
     _check_time(args, source, target)
     options = _encode_options(args)
     with _stages(4) as begin:
@@ -331,7 +333,7 @@ def load_model(name: str | None, device: str, quality: float | None = None) -> C
 
     use_one_thread_if_busy()
     try:
-        model = CMamba.from_pretrained(name or DEFAULT_MODEL, device)
+        model = CMamba.from_pretrained(DEFAULT_MODEL if name is None else name, device)
         model.check_quality(quality)
     except InvalidArgumentError as error:
         raise UsageError(str(error)) from error
@@ -361,6 +363,7 @@ def _single(args: argparse.Namespace, command: str, suffix: str) -> tuple[Path, 
         raise UsageError(f"`-o` must be a file where IN is -, got the folder {output!r}; name one")
     if not is_folder:
         return source, path
+    source.stat()  # before a folder is made for nothing
     path.mkdir(parents=True, exist_ok=True)
     return source, path / target.name
 
@@ -625,10 +628,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the arguments; further inputs may follow options, which argparse by itself refuses."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if "inputs" not in args or any(text.startswith("-") and text != "-" for text in rest):
-        parser.parse_args(argv)  # says what it does not know, if there is something
+    end = rest.index("--") if "--" in rest else len(rest)
+    paths = rest[:end] + rest[end + 1 :]
+    is_unknown = any(text.startswith("-") and text != "-" for text in rest[:end])
+    if "inputs" not in args or is_unknown or "" in paths:
+        parser.parse_args(argv)  # says what is wrong, if something is
     else:
-        args.inputs += map(stdio.parse_path, rest)
+        args.inputs += map(stdio.parse_path, paths)
     return args
 
 
@@ -810,8 +816,10 @@ def _add_files(parser: argparse.ArgumentParser, source: str, suffix: str) -> Non
     parser.add_argument(
         "-o",
         dest="output",
+        type=stdio.checked_output,
         metavar="OUT",
-        help="output file or folder, created if missing; end it in / for a folder with one IN; - "
+        help="output file, in a folder that exists, or folder, created if missing; end it in / for "
+        "a folder with one IN; - "
         f"is standard output (default: beside IN, with the suffix {suffix}; - where IN is -)",
     )
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import sys
@@ -15,9 +16,25 @@ STREAM = Path("-")
 
 
 def parse_path(text: str) -> Path:
-    """Parse a path as typed; `./-` stays the file of that name, which `Path` would take for `-`."""
+    """Parse a path as typed; `./-` stays the file of that name, which `Path` would take for `-`.
+
+    Raises:
+        ArgumentTypeError: it is empty, as an unset variable; `Path` would take it for the folder.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got ''")
     path = Path(text)
     return path.absolute() if path == STREAM and text != "-" else path
+
+
+def checked_output(text: str) -> str:
+    """Return the text of `-o`, of which a slash at the end counts.
+
+    Raises:
+        ArgumentTypeError: as `parse_path`.
+    """
+    parse_path(text)
+    return text
 
 
 def label(path: Path, stream: str) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         decode_container,
         default_model,
         encode,
+        is_model,
         loaded_model,
         model_for,
     )
@@ -27,6 +28,7 @@ __all__ = [
     "decode_container",
     "default_model",
     "encode",
+    "is_model",
     "loaded_model",
     "model_for",
 ]

@@ -228,10 +228,11 @@ def check_output_path(path: Path, source: Path) -> None:
 
 def _loaded(model: str | os.PathLike | CMamba | None, device: str) -> CMamba:
     from cmamba_ref.codec import DEFAULT_MODEL, loaded_model
+    from cmamba_ref.codec.image_codec import checked_model
 
     if model is None or isinstance(model, str | os.PathLike):
-        return loaded_model(os.fspath(model or DEFAULT_MODEL), device)
-    return model
+        return loaded_model(DEFAULT_MODEL if model is None else model, device)
+    return checked_model(model)
 
 
 def naming(source: Path, text: str) -> str:
@@ -290,10 +291,9 @@ def encode_source(
     }
     if options.target is None:
         return encode(read.image, model, options.quality, **settings), None
-    from cmamba_ref.codec.targets import Target, encode_to
+    from cmamba_ref.codec.targets import encode_to
 
-    target = Target(*options.target)
-    found = encode_to(read.image, model, target=target, nearest=options.nearest, **settings)
+    found = encode_to(read.image, model, target=options.target, nearest=options.nearest, **settings)
     return found.data, found.quality
 
 

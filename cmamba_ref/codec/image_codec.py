@@ -7,6 +7,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -36,9 +37,9 @@ _CHANNELS = ((), (2,), (3,), (4,))
 _loading = threading.Lock()
 
 
-def loaded_model(name: str, device: str = "cpu") -> CMamba:
+def loaded_model(name: str | os.PathLike, device: str = "cpu") -> CMamba:
     """Return `CMamba.from_pretrained(name, device)`, which is loaded once and stays in memory."""
-    if name not in pretrained_names() and os.path.isdir(name):
+    if not isinstance(name, str) or (name not in pretrained_names() and os.path.isdir(name)):
         name = os.path.abspath(name)  # another one where another folder is current
     with _loading:  # a cache by itself lets threads load one each
         return _load(name, device)
@@ -109,19 +110,21 @@ def encode(
 
     Raises:
         InvalidArgumentError: wrong type, shape, size or quality.
+        WeightsError: the model has no entropy tables.
+        CMambaError: the weights hold NaN or infinity.
         MemoryLimitError: more memory is needed than there is or than is allowed.
     """
-    if _is_model(image) or (image is None and not (model is None or _is_model(model))):
+    if is_model(image) or (image is None and not (model is None or is_model(model))):
         warnings.warn(
             "encode(model, image, ...) is deprecated; write encode(image, model, ...)",
             DeprecationWarning,
             stacklevel=2,
         )
         image, model = model, image  # type: ignore[assignment]
-    _check_image(image)
+    check_image(image)
     if not isinstance(metadata, Metadata):
         raise InvalidArgumentError(f"`metadata` must be a Metadata, got {_described(metadata)}")
-    model, steps = _checked_model(model), check_effort(effort)
+    model, steps = checked_model(model), check_effort(effort)
     height, width = image.shape[:2]
     rows, columns = hyper_latent_shape(height, width)
     if not 0 < rows * columns * MULTIPLE**2 <= max_pixels:
@@ -188,7 +191,7 @@ def decode_container(
     """
     if model is None:
         model = model_for(container.model_id, [default_model()])
-    model = _checked_model(model)
+    model = checked_model(model)
     y_bar, quality = _decode_latent(container, model, max_pixels, max_memory)
     alpha = _unpacked_alpha(container)
     x_hat = model.reconstruct(y_bar, quality)[0, :, : container.height, : container.width]
@@ -226,18 +229,29 @@ def has_alpha(image: np.ndarray) -> bool:
 
 def is_image(array: np.ndarray) -> bool:
     """Return whether an array has one of the forms that `encode` takes, `SHAPES`."""
-    return array.dtype == np.uint8 and array.ndim in (2, 3) and array.shape[2:] in _CHANNELS
+    return (
+        isinstance(array, np.ndarray)
+        and array.dtype == np.uint8
+        and array.ndim in (2, 3)
+        and array.shape[2:] in _CHANNELS
+    )
 
 
-def _is_model(value: object) -> bool:
+def is_model(value: object) -> TypeGuard[CMamba]:
+    """Return whether a value is a model, as it is or compiled."""
     # `torch.compile` wraps a model in a module that passes its methods through.
     return isinstance(getattr(value, "_orig_mod", value), CMamba)
 
 
-def _checked_model(model: CMamba | None) -> CMamba:
+def checked_model(model: CMamba | None) -> CMamba:
+    """Return the model, the default one for None.
+
+    Raises:
+        InvalidArgumentError: it is no model.
+    """
     if model is None:
         return default_model()
-    if not _is_model(model):
+    if not is_model(model):
         raise InvalidArgumentError(
             f"`model` must be a CMamba or None, got {_described(model)}; "
             "load one with CMamba.from_pretrained"
@@ -245,7 +259,12 @@ def _checked_model(model: CMamba | None) -> CMamba:
     return model
 
 
-def _check_image(image: np.ndarray) -> None:
+def check_image(image: np.ndarray) -> None:
+    """Refuse what is no image of one of the forms that `encode` takes.
+
+    Raises:
+        InvalidArgumentError: another type or shape.
+    """
     if not isinstance(image, np.ndarray):
         raise InvalidArgumentError(
             f"`image` must be a NumPy array, {SHAPES}, "

@@ -16,8 +16,9 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import (
@@ -99,6 +100,7 @@ def read_image(
 
     Raises:
         ImageError: no image, damaged, or of a kind that this codec does not store.
+        InvalidArgumentError: `background` is no colour.
         OSError: the file cannot be read.
     """
     data = Path(path).read_bytes()
@@ -147,8 +149,11 @@ def parse_image(
 
     Returns:
         the image, and the metadata that describes it; without `keep_metadata`, what of it is lost
-        if it is not stored. The orientation in it is 1, as that of the image.
+        if it is not stored. With `keep_metadata` its orientation is 1, as that of the image.
     """
+
+    if background is not None:
+        _check_colour(background)
 
     def parse(*, truncated: bool) -> tuple[np.ndarray, Metadata]:
         limits = max_pixels, truncated
@@ -157,15 +162,13 @@ def parse_image(
             keep_profile = keep_metadata and background is None and image.mode != "CMYK"
             array = to_array(image, icc=None if keep_profile else icc, background=background)
             try:
-                metadata = metadata_of(image, icc if keep_profile else None).upright()
+                metadata = metadata_of(image, icc if keep_profile else None)
             except InvalidArgumentError as error:  # too much of it: no reason not to drop it
                 if keep_metadata:
                     reason = "more metadata than a file can hold"
                     raise ImageError(f"has {reason}: {error}", reason) from error
                 metadata = NO_METADATA
-        # The orientation could not be set, where Pillow reads it.
-        is_upright = orientation_in(metadata) not in UPRIGHT_BY
-        return array, metadata if is_upright else NO_METADATA
+        return array, upright_metadata(metadata, name) if keep_metadata else metadata
 
     try:
         return parse(truncated=False)
@@ -176,6 +179,14 @@ def parse_image(
     result = parse(truncated=True)
     warnings.warn(f"{damage}; it is read as far as it goes", ImageWarning, stacklevel=2)
     return result
+
+
+def _check_colour(colour: Any) -> None:
+    is_colour = isinstance(colour, tuple | list) and len(colour) == 3
+    if not is_colour or not all(isinstance(v, int) and 0 <= v <= 255 for v in colour):
+        raise InvalidArgumentError(
+            f"`background` must be three whole numbers from 0 to 255, got {colour!r}"
+        )
 
 
 def check_header(
@@ -371,6 +382,23 @@ def orientation_in(metadata: Metadata) -> int:
     image = Image.new("L", (1, 1))
     image.info |= {"exif": metadata.exif or b"", "xmp": metadata.xmp or b""}
     return _orientation(image)
+
+
+def upright_metadata(metadata: Metadata, name: str) -> Metadata:
+    """Return the metadata of an image that has been turned upright.
+
+    Where the orientation cannot be set to 1, as it is no number of at most four bytes, EXIF and XMP
+    are dropped with an `ImageWarning`: viewers would turn the image again.
+    """
+    upright = metadata.upright()
+    if orientation_in(upright) not in UPRIGHT_BY:
+        return upright
+    warnings.warn(
+        f"{name} has an orientation that cannot be set to 1; its EXIF and XMP are dropped",
+        ImageWarning,
+        stacklevel=3,
+    )
+    return replace(upright, exif=None, xmp=None)
 
 
 def _upright(image: Image.Image, orientation: int | None) -> Image.Image:

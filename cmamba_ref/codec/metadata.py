@@ -18,7 +18,8 @@ EXIF_PREFIX = b"Exif\0\0"
 # What Pillow takes for a TIFF header, two wrong forms among them.
 _BYTE_ORDERS = {b"II*\0": "<", b"II\0*": "<", b"MM\0*": ">", b"MM*\0": ">"}
 _ORIENTATION_TAG = 0x0112
-_VALUE_FORMATS = {3: "H", 4: "I"}  # SHORT and LONG
+# SHORT, which it should be, and the other types of at most four bytes that Pillow turns by.
+_VALUE_FORMATS = {3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 11: "f", 13: "I"}
 # The forms in which Pillow reads an orientation from XMP; pixels are turned by no other.
 _XMP_ORIENTATION = re.compile(rb"""(tiff:Orientation(?:="|>))[0-9]""")
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from cmamba_ref.entropy.gaussian import is_skipped
 from cmamba_ref.entropy.latent_coder import SKIPPED_TABLES, CompressOutput, LatentSymbols
 from cmamba_ref.errors import InvalidArgumentError
 from cmamba_ref.model import CMamba, pad
+from cmamba_ref.ops.autocast import without_autocast
 
 # Gradient steps of the efforts 0...9.
 STEPS = (0, 10, 15, 22, 32, 45, 64, 90, 110, 250)
@@ -54,7 +56,8 @@ def check_effort(effort: int) -> int:
     Raises:
         InvalidArgumentError: it is not a whole number from 0 to 9.
     """
-    if isinstance(effort, bool) or not isinstance(effort, int) or not 0 <= effort < len(STEPS):
+    is_whole = isinstance(effort, numbers.Integral) and not isinstance(effort, bool)
+    if not is_whole or not 0 <= effort < len(STEPS):
         raise InvalidArgumentError(
             f"`effort` must be a whole number from 0 to {len(STEPS) - 1}, got {effort!r}; "
             "0 takes what the network gives"
@@ -101,21 +104,24 @@ def refine(
             f"`effort` must be 0 for {model.config.name!r}: a fixed-rate model does not know the "
             "lambda that it was trained with"
         )
-    problem = _Problem(model, x, quality)
-    with torch.no_grad():
-        y = model.analyze(x, quality)
-        z = model.h_a(y)
-    best = problem.state(y, z, problem.slope)
-    phi = problem.phi(best.symbols.z)
-    y = y.to(phi[0].dtype, copy=True)
-    tiles = list(_tiles(*y.shape[2:]))
-    done, total = 0, len(tiles) * steps
-    for tile in tiles:
-        for _ in problem.anneal(y, phi, tile, steps):
-            done += 1
-            if progress is not None and progress(done, total):
-                return problem.choose(best, y, z, tiles).coded
-    return problem.choose(best, y, z, tiles).coded
+    # It takes gradients in fp32, also where its caller wants none, or computes in 16 bits.
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast(x.device):
+        x = x.clone()  # one made in inference mode takes part in no gradients
+        problem = _Problem(model, x, quality)
+        with torch.no_grad():
+            y = model.analyze(x, quality)
+            z = model.h_a(y)
+        best = problem.state(y, z, problem.slope)
+        phi = problem.phi(best.symbols.z)
+        y = y.to(phi[0].dtype, copy=True)
+        tiles = list(_tiles(*y.shape[2:]))
+        done, total = 0, len(tiles) * steps
+        for tile in tiles:
+            for _ in problem.anneal(y, phi, tile, steps):
+                done += 1
+                if progress is not None and progress(done, total):
+                    return problem.choose(best, y, z, tiles).coded
+        return problem.choose(best, y, z, tiles).coded
 
 
 class _Tile(NamedTuple):
@@ -300,4 +306,5 @@ def _without_weight_gradients(model: CMamba) -> CMamba:
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
     }
     shared |= {id(b): b for b in model.buffers()}
+    shared[id(model._float64_path)] = model._float64_path
     return copy.deepcopy(model, shared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,13 +11,14 @@ import numpy as np
 
 from cmamba_ref.codec.image_codec import (
     DEFAULT_MAX_PIXELS,
+    check_image,
+    checked_model,
     decode,
-    default_model,
     encode,
     has_alpha,
 )
 from cmamba_ref.codec.metadata import NO_METADATA, Metadata
-from cmamba_ref.codec.refinement import Progress
+from cmamba_ref.codec.refinement import Progress, check_effort
 from cmamba_ref.errors import InvalidArgumentError, TargetError
 from cmamba_ref.metrics import psnr
 from cmamba_ref.model import CMamba
@@ -81,7 +83,7 @@ def encode_to(
     image: np.ndarray,
     model: CMamba | None = None,
     *,
-    target: Target,
+    target: Target | tuple[str, float],
     nearest: bool = False,
     effort: int = 0,
     progress: Progress | None = None,
@@ -96,22 +98,26 @@ def encode_to(
 
     Args:
         image, model, effort, metadata, max_pixels, max_memory: as in `cmamba_ref.encode`.
-        target: what to reach. The size is that of the whole file, metadata included.
+        target: what to reach, a `Target` or its two values. The size is that of the whole file,
+            metadata included.
         nearest: where the target is out of reach, return the nearest file in place of an error.
         progress: as in `cmamba_ref.encode`, for every file that is encoded with an effort; True
             ends the search for the quality too.
 
     Raises:
         TargetError: no quality of the model reaches the target; the message names the nearest.
-        InvalidArgumentError: a target of another kind or not positive, a fixed-rate model, and as
-            `encode`.
+        InvalidArgumentError: a target of another kind or no positive number, a fixed-rate model,
+            and as `encode`.
     """
-    model = default_model() if model is None else model
+    check_image(image)
+    check_effort(effort)
+    model = checked_model(model)
     top = len(model.config.lmbdas)
     if not top:
         raise InvalidArgumentError(
             f"`model` must have several qualities, got {model.config.name!r}, which has one rate"
         )
+    target = _checked(target)
     goal = _goal(target, image)
     limits: dict[str, Any] = {"max_pixels": max_pixels, "max_memory": max_memory}
 
@@ -145,15 +151,25 @@ def encode_to(
     return _chosen(found, goal, target, top, nearest)
 
 
-def _goal(target: Target, image: np.ndarray) -> _Goal:
+def _checked(target: Target | tuple[str, float]) -> Target:
+    if not isinstance(target, tuple | list) or len(target) != 2:
+        raise InvalidArgumentError(
+            f"the target must be a kind and a number, such as ('size', 20000), got {target!r}"
+        )
     kind, value = target
     if kind not in UNITS:
         raise InvalidArgumentError(f"the target must be of {', '.join(UNITS)}, got {kind!r}")
-    if not 0 < value < math.inf:  # also for NaN
-        raise InvalidArgumentError(f"the target must be a positive number, got {value}")
+    if not (isinstance(value, numbers.Real) and 0 < value < math.inf):  # NaN is not
+        raise InvalidArgumentError(f"the target must be a positive number, got {value!r}")
+    return Target(kind, float(value))
+
+
+def _goal(target: Target, image: np.ndarray) -> _Goal:
+    kind, value = target
     if kind == "psnr":
         return _Goal(value, value + AIMED_PSNR, value + ENOUGH_PSNR, PSNR_SLOPE, is_size=False)
-    size = value if kind == "size" else value * image.shape[0] * image.shape[1] / 8
+    pixels = max(1, image.shape[0] * image.shape[1])  # `encode` refuses an image without any
+    size = value if kind == "size" else value * pixels / 8
     low, aim, high = (math.log(part * size) for part in (ENOUGH_SIZE, AIMED_SIZE, 1))
     return _Goal(low, aim, high, SIZE_SLOPE, is_size=True)
 
@@ -192,7 +208,7 @@ def _next(points: list[_Point], goal: _Goal, top: int) -> float:
     last = pair[-1]
     quality = last.quality + (goal.aim - last.value) / _slope(pair, goal.slope)
     low, high = below.quality if below else 1, above.quality if above else top
-    return round(min(max(quality, low), high) / STEP) * STEP
+    return round(min(max(quality, low), high), 2)
 
 
 def _slope(points: list[_Point], usual: float) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cmamba_ref.entropy.bounds import LIKELIHOOD_MIN, lower_bound
 from cmamba_ref.entropy.stored_tables import TableBuffers
 from cmamba_ref.entropy.tables import fitted_tables, gaussian_tables
-from cmamba_ref.errors import BitstreamError
+from cmamba_ref.errors import CMambaError
 
 # The field's scale table: 64 levels, log-spaced from 0.11 to 256.
 SCALE_LEVELS = 64
@@ -85,7 +85,7 @@ def choose_shift(log_scales: Tensor) -> int:
     """The first shift for which no log-scale is within MARGIN of a decision boundary.
 
     Raises:
-        BitstreamError: none of the 256 shifts will do (which no image has been seen to need).
+        CMambaError: none of the 256 shifts will do (which no image has been seen to need).
     """
     position = (log_scales.flatten() - LOG_SCALE_MIN) / LOG_SCALE_STEP + 0.5
     # Boundaries lie at whole positions 1...63; further out there is only one level to choose.
@@ -97,7 +97,7 @@ def choose_shift(log_scales: Tensor) -> int:
         distance = (shifted - torch.round(shifted)).abs()
         if not (distance < margin).any():
             return shift
-    raise BitstreamError(
+    raise CMambaError(
         "no table shift keeps every scale clear of a decision boundary; encode at another quality"
     )
 

@@ -233,7 +233,7 @@ class LatentCoder:
 
         Raises:
             WeightsError: the model has no entropy tables.
-            CMambaError: a symbol of a skipped table is not 0.
+            CMambaError: a symbol of a skipped table is not 0, or no shift suits all scales.
         """
         y_tables, z_tables = self.tables()
         batch, _, height, width = symbols.z.shape

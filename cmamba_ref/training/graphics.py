@@ -66,7 +66,10 @@ FONTS = ("DejaVuSans", "DejaVuSerif", "STIXGeneral", "cmb10", "cmmi10", "cmr10",
 
 
 def draw(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Return a random graphic, uint8 `[size, size, 3]`; the same for the same generator."""
+    """Return a random graphic, uint8 `[size, size, 3]`.
+
+    It is the same for the same generator, and the same fonts: those of matplotlib, if installed.
+    """
     if rng.random() < SOLID:
         return np.full((size, size, 3), _colour(rng), dtype=np.uint8)
     factor = 2 if rng.random() < SMOOTHED else 1

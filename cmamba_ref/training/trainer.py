@@ -26,8 +26,6 @@ from cmamba_ref.training.settings import Settings, conflicts
 from cmamba_ref.training.soap import SOAP, work
 from cmamba_ref.training.step_graph import Lap, StepGraph
 
-# The quantiles of the prior have a loss and an optimiser of their own (Ballé et al. 2018).
-QUANTILES = "entropy_bottleneck.quantiles"
 # Batches that are requested before they are needed.
 AHEAD = 3
 # The average follows faster in the first steps: its decay is at most (1 + n) / (10 + n).
