@@ -27,7 +27,7 @@ from codec_helpers import (
 from PIL import Image
 
 import cmamba_ref
-from cmamba_ref import BitstreamError
+from cmamba_ref import CMambaError
 from cmamba_ref.entropy.gaussian import (
     LOG_SCALE_MIN,
     LOG_SCALE_STEP,
@@ -178,7 +178,7 @@ def test_scales_beyond_the_outer_boundaries_need_no_shift():
 
 def test_scales_on_the_boundaries_of_every_shift_are_refused():
     taken = [boundary(1 + shift % 63, shift) for shift in range(MAX_SHIFT + 1)]
-    with pytest.raises(BitstreamError, match="another quality"):
+    with pytest.raises(CMambaError, match="another quality"):
         choose_shift(torch.tensor(taken, dtype=torch.float64))
     assert choose_shift(torch.tensor(taken[:-1], dtype=torch.float64)) == MAX_SHIFT
 
