@@ -61,7 +61,7 @@ _models: dict[bytes | int, CMamba] = {}
 _models_guard = threading.Lock()
 
 
-def use_model(model: str | os.PathLike | CMamba) -> CMamba:
+def use_model(model: str | os.PathLike | CMamba | None) -> CMamba:
     """Decode files of this model from now on; it stays in memory.
 
     Args:
@@ -71,10 +71,9 @@ def use_model(model: str | os.PathLike | CMamba) -> CMamba:
         InvalidArgumentError: it is no model.
         WeightsError: nothing there, damaged, or not to be downloaded.
     """
-    from cmamba_ref.codec import loaded_model
-    from cmamba_ref.codec.image_codec import checked_model
+    from cmamba_ref.codec import loaded_or_given
 
-    used = loaded_model(model) if isinstance(model, str | os.PathLike) else checked_model(model)
+    used = loaded_or_given(model)
     with _models_guard:
         # By the object: its weights, and with them its id, may change.
         return _models.setdefault(id(used), used)
@@ -165,7 +164,7 @@ class CMambaImageFile(ImageFile.ImageFile):
 
 
 def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
-    from cmamba_ref.codec import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, encode, images, is_model
+    from cmamba_ref.codec import DEFAULT_MAX_PIXELS, encode, images, is_model
 
     options = im.encoderinfo
     model = options.get("model")
@@ -187,7 +186,7 @@ def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
         kept = images.upright_metadata(given, "the image")
     data = encode(
         image,
-        model if is_model(model) else use_model(DEFAULT_MODEL if model is None else model),
+        model if is_model(model) else use_model(model),
         options.get("quality"),
         effort=options.get("effort") or 0,
         metadata=kept,

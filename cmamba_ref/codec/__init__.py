@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         default_model,
         encode,
         is_model,
-        loaded_model,
+        loaded_or_given,
         model_for,
     )
 
@@ -29,7 +29,7 @@ __all__ = [
     "default_model",
     "encode",
     "is_model",
-    "loaded_model",
+    "loaded_or_given",
     "model_for",
 ]
 

@@ -151,8 +151,10 @@ def encode_file(
     settings = EncodeOptions(**options)
 
     def work(source: Path, output: Path) -> FileResult:
+        from cmamba_ref.codec import loaded_or_given
+
         read = read_source(source.read_bytes(), str(source), settings)
-        return write_encoded(source, output, read, _loaded(model, device), settings)
+        return write_encoded(source, output, read, loaded_or_given(model, device), settings)
 
     return _one_file(work, Path(source), output, ".cmb", overwrite, on_error)
 
@@ -183,7 +185,9 @@ def decode_file(
     settings = DecodeOptions(**options)
 
     def work(source: Path, output: Path) -> FileResult:
-        return write_decoded(source, output, _loaded(model, device), settings)
+        from cmamba_ref.codec import loaded_or_given
+
+        return write_decoded(source, output, loaded_or_given(model, device), settings)
 
     return _one_file(work, Path(source), output, ".png", overwrite, on_error)
 
@@ -224,15 +228,6 @@ def check_output_path(path: Path, source: Path) -> None:
         raise InvalidArgumentError(
             f"the output must be a file, and another one than the input, got {str(path)!r}"
         )
-
-
-def _loaded(model: str | os.PathLike | CMamba | None, device: str) -> CMamba:
-    from cmamba_ref.codec import DEFAULT_MODEL, loaded_model
-    from cmamba_ref.codec.image_codec import checked_model
-
-    if model is None or isinstance(model, str | os.PathLike):
-        return loaded_model(DEFAULT_MODEL if model is None else model, device)
-    return checked_model(model)
 
 
 def naming(source: Path, text: str) -> str:

@@ -50,6 +50,18 @@ def _load(name: str, device: str) -> CMamba:
     return CMamba.from_pretrained(name, device)
 
 
+def loaded_or_given(model: str | os.PathLike | CMamba | None, device: str = "cpu") -> CMamba:
+    """Return a model as it was given; that of a name or folder, or for None the default, loaded.
+
+    Raises:
+        InvalidArgumentError: it is no model.
+        WeightsError: nothing there, damaged, or not to be downloaded.
+    """
+    if model is None or isinstance(model, str | os.PathLike):
+        return loaded_model(DEFAULT_MODEL if model is None else model, device)
+    return checked_model(model)
+
+
 def default_model() -> CMamba:
     """Return the bundled model that is used where none is named."""
     return loaded_model(DEFAULT_MODEL)
@@ -189,9 +201,8 @@ def decode_container(
 
     Arguments, result and errors are those of `decode`.
     """
-    if model is None:
-        model = model_for(container.model_id, [default_model()])
-    model = checked_model(model)
+    given = checked_model(model)
+    model = model_for(container.model_id, [given]) if model is None else given
     y_bar, quality = _decode_latent(container, model, max_pixels, max_memory)
     alpha = _unpacked_alpha(container)
     x_hat = model.reconstruct(y_bar, quality)[0, :, : container.height, : container.width]

@@ -19,6 +19,7 @@ from cmamba_ref.codec.image_codec import (
 )
 from cmamba_ref.codec.metadata import NO_METADATA, Metadata
 from cmamba_ref.codec.refinement import Progress, check_effort
+from cmamba_ref.entropy.latent_prefix import QUALITY_UNITS
 from cmamba_ref.errors import InvalidArgumentError, TargetError
 from cmamba_ref.metrics import psnr
 from cmamba_ref.model import CMamba
@@ -30,7 +31,7 @@ ENCODES = 6
 # Of those, at effort 0 where the effort is higher, to know where to begin.
 CHEAP_ENCODES = 3
 # Qualities differ by this, as files store them.
-STEP = 0.01
+STEP = 1 / QUALITY_UNITS
 
 # What is good enough, and what is aimed at: parts of a size, which is never exceeded, and dB above
 # a PSNR, which is always reached.
@@ -208,7 +209,7 @@ def _next(points: list[_Point], goal: _Goal, top: int) -> float:
     last = pair[-1]
     quality = last.quality + (goal.aim - last.value) / _slope(pair, goal.slope)
     low, high = below.quality if below else 1, above.quality if above else top
-    return round(min(max(quality, low), high), 2)
+    return round(min(max(quality, low), high) * QUALITY_UNITS) / QUALITY_UNITS
 
 
 def _slope(points: list[_Point], usual: float) -> float:
