@@ -1,14 +1,13 @@
-"""Model ids: the bundled models by name, any model by its id.
+"""Model ids, computed from weights.
 
-This module does not import torch, so that a file's model can be named without loading one.
+Importing this module does not import torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,34 +22,24 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "model.safetensors"
 # Beside it: the SHA-256 of its bytes, as `sha256sum` writes and checks it.
 HASH_FILE = "model.safetensors.sha256"
-PRETRAINED = Path(__file__).parent / "pretrained"
 ID_BYTES = 8
 
 
-def pretrained_names() -> list[str]:
-    """Return the names of the bundled models."""
-    return sorted(path.parent.name for path in PRETRAINED.glob(f"*/{WEIGHTS_FILE}"))
-
-
-def name_of(model_id: bytes) -> str | None:
-    """Return the name of the bundled model of that id, or None."""
-    for name in pretrained_names():
-        if id_of_file(PRETRAINED / name / WEIGHTS_FILE) == model_id:
-            return name
-    return None
-
-
 def id_of_file(path: str | os.PathLike) -> bytes:
-    """Return the id of the model whose weights a file holds; float16 there counts as float32.
+    """Return the id of the model whose weights a file holds.
 
     Raises:
         WeightsError: the file is damaged.
         OSError: it cannot be read.
     """
     try:
-        arrays = load_file(path)
+        return id_of_arrays(load_file(path))
     except SafetensorError as error:
         raise WeightsError(f"cannot read the weights in {str(path)!r}: {error}") from error
+
+
+def id_of_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Return the id of the model with these weights; float16 counts as float32."""
 
     def describe(name: str) -> tuple[str, str, list[int], bytes]:
         array = arrays[name]

@@ -1,6 +1,7 @@
 """Weights on disk: `config.json` and `model.safetensors` in a directory.  Pickle is never read.
 
 Beside them may lie the SHA-256 of `model.safetensors`, in a form that `sha256sum --check` reads.
+A directory without `model.safetensors` may hold the difference from a bundled model instead.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from cmamba_ref import model_id
+from cmamba_ref import bundled, model_id
 from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.bundled import pretrained_names
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.errors import WeightsError
-from cmamba_ref.model_id import HASH_FILE, WEIGHTS_FILE, pretrained_names
+from cmamba_ref.model_id import HASH_FILE, WEIGHTS_FILE
+from cmamba_ref.weight_difference import DIFFERENCE_FILE, unpack
 
 if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
@@ -112,7 +115,7 @@ def without_wrapper(state: Mapping[str, T]) -> Mapping[str, T]:
 def _find(source: str) -> Path:
     """The directory that holds a model, downloaded if need be."""
     if source in pretrained_names():
-        return model_id.PRETRAINED / source
+        return bundled.PRETRAINED / source
     if Path(source).exists() or not HUB_ID.fullmatch(source):
         return Path(source)
     try:
@@ -147,6 +150,20 @@ def _check_hash(data: bytes, path: Path) -> None:
         )
 
 
+def _stored_tensors(directory: Path) -> Mapping[str, Tensor]:
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        path = directory / DIFFERENCE_FILE
+        try:
+            arrays = unpack(path.read_bytes(), bundled.arrays_of)
+        except WeightsError as error:
+            raise WeightsError(f"cannot read the weights in {str(path)!r}: {error}") from error
+        return {name: torch.tensor(array) for name, array in arrays.items()}
+    data = path.read_bytes()
+    _check_hash(data, directory / HASH_FILE)
+    return without_wrapper(deserialize(data))
+
+
 def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
     """Read a model from the package, by name, from a directory, or from the Hugging Face Hub.
 
@@ -159,7 +176,10 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
             beside them, or a download that failed.
     """
     directory = _find(source) if isinstance(source, str) else Path(source)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    needed = [CONFIG_FILE]
+    if not (directory / DIFFERENCE_FILE).is_file():
+        needed.append(WEIGHTS_FILE)
+    for name in needed:
         if not (directory / name).is_file():
             raise WeightsError(
                 f"no {name} in {str(directory)!r}; give a directory written by save_pretrained, or "
@@ -167,10 +187,7 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
             )
     try:
         config = CMambaConfig.from_json((directory / CONFIG_FILE).read_text())
-        data = (directory / WEIGHTS_FILE).read_bytes()
-        _check_hash(data, directory / HASH_FILE)
-        stored = without_wrapper(deserialize(data))
-        state = {name: _widen(tensor) for name, tensor in stored.items()}
+        state = {name: _widen(tensor) for name, tensor in _stored_tensors(directory).items()}
     # ValueError: InvalidArgumentError, and text that is not UTF-8; deep nesting ends in recursion.
     except (ValueError, RecursionError, SafetensorError, OSError) as error:
         raise WeightsError(f"cannot read the weights in {str(directory)!r}: {error}") from error

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageCms
 
 import cmamba_ref
-from cmamba_ref import CMamba, atomic_write, codec, model_id
+from cmamba_ref import CMamba, atomic_write, bundled, codec
 from cmamba_ref.cli import commands, demo, main, threads
 from cmamba_ref.codec.images import read_image
 from cmamba_ref.codec.output import shrink
@@ -660,7 +660,7 @@ def test_info_names_the_bundled_model(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(model_id, "PRETRAINED", Path(model_dir).parent)
+    monkeypatch.setattr(bundled, "PRETRAINED", Path(model_dir).parent)
     assert main(["info", str(encoded)]) == 0
     assert f"({Path(model_dir).name})" in capsys.readouterr().out
 

@@ -33,8 +33,8 @@ from cmamba_ref import (
     CMambaError,
     InvalidArgumentError,
     WeightsError,
+    bundled,
     codec,
-    model_id,
 )
 from cmamba_ref.codec import image_codec
 from cmamba_ref.codec.container import Container
@@ -449,10 +449,12 @@ def test_without_a_model_the_one_that_a_file_names_decodes_it(monkeypatch):
 
 def test_list_of_bundled_models_begins_with_the_current_one(root):
     listed = re.findall(
-        r"^\| `([0-9a-f]{16})` \| `(\w+)`", (root / "docs/models.md").read_text(), re.M
+        r"^\| `([0-9a-f]{16})` \| `([\w-]+)`", (root / "docs/models.md").read_text(), re.M
     )
     assert listed[0] == (codec.default_model().model_id.hex(), codec.DEFAULT_MODEL)
     assert len({model_id for model_id, _ in listed}) == len(listed) >= 3
+    for name in bundled.pretrained_names():
+        assert (CMamba.from_pretrained(name).model_id.hex(), name) in listed
 
 
 def test_symbols_are_checked_without_reconstruction():
@@ -659,7 +661,7 @@ def test_cast_models_are_not_saved(tmp_path):
 
 
 def test_folder_does_not_shadow_a_bundled_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_id, "PRETRAINED", tmp_path / "package")
+    monkeypatch.setattr(bundled, "PRETRAINED", tmp_path / "package")
     random_model(seed=1).save_pretrained(tmp_path / "package" / "tiny")
     random_model(seed=2).save_pretrained(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)

@@ -177,7 +177,12 @@ def test_wheel_holds_every_module(root: Path, wheel_names: set[str]) -> None:
 
 def test_wheel_holds_the_data(root: Path, wheel_names: set[str]) -> None:
     expected = {"cmamba_ref/py.typed"}
-    for pattern in ("data/*", "pretrained/**/*.safetensors", "pretrained/**/*.json"):
+    for pattern in (
+        "data/*",
+        "pretrained/**/*.safetensors",
+        "pretrained/**/*.safetensors.gz",
+        "pretrained/**/*.json",
+    ):
         found = {path.relative_to(root).as_posix() for path in root.glob(f"cmamba_ref/{pattern}")}
         assert found, f"nothing matches cmamba_ref/{pattern}"
         expected |= found

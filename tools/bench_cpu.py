@@ -54,10 +54,10 @@ from tqdm import tqdm
 import cmamba_ref
 from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.bundled import pretrained_names
 from cmamba_ref.cli.demo import DEMO_IMAGE
 from cmamba_ref.codec import images, memory, output
 from cmamba_ref.model import MULTIPLE
-from cmamba_ref.weights import pretrained_names
 
 Section = dict[str, Any]  # what JSON holds
 Size = tuple[int, int]  # width and height

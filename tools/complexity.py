@@ -43,10 +43,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cmamba_ref import CMamba, CMambaError
 from cmamba_ref.atomic_write import write_atomically
+from cmamba_ref.bundled import pretrained_names
 from cmamba_ref.config import CONFIGS, CMambaConfig
 from cmamba_ref.nn.bypass import BLOCK
 from cmamba_ref.nn.ss2d import DIRECTIONS
-from cmamba_ref.weights import pretrained_names
 
 CONVENTIONS = {"no scan": 0, "4.5": 18, "VMamba's": 36}
 OURS = "4.5"

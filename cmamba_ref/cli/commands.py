@@ -481,11 +481,11 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
 
 def _describe(path: Path) -> dict[str, object]:
     """Return the content of a file, as `info --json` prints it, after checking its checksums."""
+    from cmamba_ref.bundled import name_of
     from cmamba_ref.codec.container import Container
     from cmamba_ref.entropy.latent_prefix import QUALITY_UNITS, unpack_latent
     from cmamba_ref.entropy.rans import lane_count
     from cmamba_ref.metrics import bits_per_pixel
-    from cmamba_ref.model_id import name_of
 
     data = stdio.read_input(path)
     container = Container.unpack(data)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmamba_ref.bundled import name_of, pretrained_names
 from cmamba_ref.codec import memory
 from cmamba_ref.codec.container import Container
 from cmamba_ref.codec.metadata import NO_METADATA, Metadata
@@ -24,7 +25,6 @@ from cmamba_ref.errors import (
     UnsupportedFileError,
 )
 from cmamba_ref.model import CMamba
-from cmamba_ref.model_id import name_of, pretrained_names
 
 DEFAULT_MODEL = "tiny"
 # Larger images are refused, when encoding and before anything is allocated when decoding.  What

@@ -1,0 +1,241 @@
+"""Models that are stored as a difference from a bundled one, and the bundled model that is."""
+
+import gzip
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pack_difference
+import pytest
+from safetensors.numpy import load, load_file, save
+
+import cmamba_ref
+from cmamba_ref import CMamba, WeightsError, bundled, codec, metrics, weight_difference
+from cmamba_ref.codec import image_codec
+from cmamba_ref.model_id import id_of_arrays
+from cmamba_ref.weight_difference import DIFFERENCE_FILE, id_in, pack, unpack
+from tests.codec_helpers import ENVIRONMENT, load_image, make_image, random_model
+
+Arrays = dict[str, np.ndarray]
+
+
+def half(seed: int) -> CMamba:
+    """A random model whose weights fit float16."""
+    model = random_model(seed=seed)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+    model.update()
+    return model
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In place of the bundled models: `tiny`, and as the difference from it `tuned`."""
+    folder = tmp_path / "package"
+    half(0).save_pretrained(folder / "tiny")
+    half(1).save_pretrained(tmp_path / "made")
+    whole, made = (load_file(f / "model.safetensors") for f in (folder / "tiny", tmp_path / "made"))
+    (folder / "tuned").mkdir()
+    (folder / "tuned" / DIFFERENCE_FILE).write_bytes(pack(made, whole))
+    (folder / "tuned" / "config.json").write_bytes((folder / "tiny/config.json").read_bytes())
+    monkeypatch.setattr(bundled, "PRETRAINED", folder)
+    image_codec._load.cache_clear()
+    return folder
+
+
+def test_weights_are_within_half_a_step():
+    random = np.random.default_rng(0)
+    base = {"a": random.normal(size=(40, 50)).astype(np.float16), "t": np.array([0, 1], np.int32)}
+    made = {
+        "a": base["a"] + random.normal(0, 0.1, (40, 50)).astype(np.float16),
+        "t": np.arange(5, dtype=np.int32),
+    }
+    data = pack(made, base)
+    found = unpack(data, lambda _: base)
+    assert {name: (a.dtype, a.shape) for name, a in found.items()} == {
+        name: (a.dtype, a.shape) for name, a in made.items()
+    }
+    assert np.array_equal(found["t"], made["t"])
+    # The nearest power of two to 0.1 / 4 is 1 / 32; float16 has 11 significant bits.
+    errors = np.abs(found["a"].astype(np.float64) - made["a"])
+    assert (errors <= 1 / 64 + np.abs(found["a"]) * 2.0**-11).all()
+    assert errors.max() > 1 / 80
+    assert id_in(data) == id_of_arrays(found)
+
+
+def test_transforms_have_finer_steps():
+    random = np.random.default_rng(0)
+    base = {name: np.zeros(1000, np.float16) for name in ("g_a.0", "h_a.0", "g_s.1", "bypass.w")}
+    made = {name: random.normal(size=1000).astype(np.float16) for name in base}
+    found = unpack(pack(made, base), lambda _: base)
+    errors = {name: np.abs(found[name] - made[name]).max() for name in base}
+    assert errors.pop("h_a.0") > 0.1
+    assert max(errors.values()) < 0.035
+
+
+def test_outliers_are_kept():
+    """Differences that 8 bits do not hold, beside others; and none at all."""
+    base = {"a": np.zeros(4000, np.float16), "b": np.ones((), np.float16)}
+    made = {"a": np.where(np.arange(4000) == 7, 1000, 0.01).astype(np.float16), "b": base["b"]}
+    found = unpack(pack(made, base), lambda _: base)
+    assert found["a"][7] == pytest.approx(1000, abs=4)
+    assert found["b"] == 1 and found["b"].shape == ()
+
+
+def test_other_models_are_refused():
+    base: Arrays = {"a": np.zeros(4, np.float16)}
+    others: list[Arrays] = [
+        {"b": np.zeros(4, np.float16)},
+        {"a": np.zeros(5, np.float16)},
+        {"a": np.zeros(4, np.float32)},
+        base | {"b": np.zeros(4, np.float16)},
+    ]
+    for other in others:
+        with pytest.raises(WeightsError, match="same configuration"):
+            pack(other, base)
+        with pytest.raises(WeightsError, match="same configuration"):
+            pack(base, other)
+
+
+def test_it_is_a_compressed_safetensors_file():
+    """Of integers; and the same bytes every time."""
+    base, made = {"a": np.zeros(9, np.float16)}, {"a": np.arange(9, dtype=np.float16)}
+    stored = load(gzip.decompress(pack(made, base)))
+    assert stored["a"].dtype == np.int8
+    assert stored["/model"].tobytes() == id_in(pack(made, base))
+    assert pack(made, base) == pack(made, base)
+
+
+# ---------------------------------------------------------------- in the package
+
+
+def test_model_loads_by_name_and_decodes_its_files(package):
+    assert bundled.pretrained_names() == ["tiny", "tuned"]
+    tuned, whole = CMamba.from_pretrained("tuned"), CMamba.from_pretrained("tiny")
+    near, base = half(1).state_dict(), whole.state_dict()
+    for name, tensor in tuned.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel() > 1000:
+            assert (tensor - near[name]).norm() <= 0.12 * (base[name] - near[name]).norm(), name
+    data = cmamba_ref.encode(make_image(64, 64), tuned, 4)
+    assert bundled.name_of(tuned.model_id) == "tuned"
+    assert bundled.name_of(whole.model_id) == "tiny"
+    assert np.array_equal(codec.decode(data), codec.decode(data, tuned))
+
+
+def test_whole_weights_replace_a_difference(package):
+    other = half(2)
+    other.save_pretrained(package / "tuned")
+    assert CMamba.from_pretrained("tuned").model_id == other.model_id
+    assert bundled.name_of(other.model_id) == "tuned"
+
+
+def test_missing_base_is_named(package):
+    model_id = CMamba.from_pretrained("tiny").model_id.hex()
+    half(2).save_pretrained(package / "tiny")
+    with pytest.raises(WeightsError, match=f"difference from model {model_id}, which is not"):
+        CMamba.from_pretrained("tuned")
+
+
+def truncated(data: bytes) -> bytes:
+    return data[:-1]
+
+
+def beheaded(data: bytes) -> bytes:
+    return data[1:]
+
+
+def of_zeros(data: bytes) -> bytes:
+    return gzip.compress(bytes(weight_difference.MAX_BYTES + 1))
+
+
+def changed(edit: Callable[[Arrays], object]) -> Callable[[bytes], bytes]:
+    def change(data: bytes) -> bytes:
+        stored = load(gzip.decompress(data))
+        edit(stored)
+        return gzip.compress(save({k: np.ascontiguousarray(v) for k, v in stored.items()}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncated,
+        beheaded,
+        of_zeros,
+        lambda data: b"",
+        lambda data: gzip.compress(b"no tensors"),
+        changed(lambda stored: stored.pop("/base")),
+        changed(lambda stored: stored.pop("/model")),
+        changed(lambda stored: stored.update({"g_a.0.weight": stored["g_a.0.weight"] + 1})),
+        changed(lambda stored: stored.update({"g_a.0.weight": stored["g_a.0.weight"][:1, :3]})),
+        changed(lambda stored: stored.update({"g_a.0.weight/step": np.zeros(0, np.float32)})),
+        changed(lambda stored: stored.update({"g_a.0.weight/step": np.array(1e38, np.float32)})),
+        changed(lambda stored: stored.pop("g_a.0.weight/step")),
+        changed(lambda stored: stored.pop("g_a.0.weight")),
+        changed(
+            lambda stored: stored.update(
+                {"new": np.ones(1, np.int8), "new/step": np.ones(1, np.float32)}
+            )
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_damage_is_noticed(package, damage):
+    path = package / "tuned" / DIFFERENCE_FILE
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(WeightsError, match=rf"{DIFFERENCE_FILE}.*difference"):
+        CMamba.from_pretrained("tuned")
+
+
+def test_no_flipped_bit_goes_unnoticed(package):
+    path = package / "tuned" / DIFFERENCE_FILE
+    whole, header = path.read_bytes(), 10
+    for position in np.random.default_rng(0).integers(8 * header, 8 * len(whole), size=60):
+        data = bytearray(whole)
+        data[position // 8] ^= 1 << position % 8
+        path.write_bytes(data)
+        with pytest.raises(WeightsError):
+            CMamba.from_pretrained("tuned")
+
+
+# ---------------------------------------------------------------- the tool
+
+
+def test_tool_packs_a_run(package, tmp_path, capsys):
+    main = pack_difference.main
+    output = package / "again"
+    assert main([str(tmp_path / "made"), "--base", "tiny", "-o", str(output)]) == 0
+    model = CMamba.from_pretrained("again")
+    assert f"model id {model.model_id.hex()}" in capsys.readouterr().out
+    assert model.model_id == CMamba.from_pretrained("tuned").model_id
+    for source in (tmp_path / "none", package / "tuned"):
+        assert main([str(source), "--base", "tiny", "-o", str(tmp_path / "no")]) == 2
+        assert "error" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+# ---------------------------------------------------------------- tiny-msssim
+
+
+def test_tiny_msssim_is_better_by_ms_ssim(root: Path) -> None:
+    pytest.importorskip("pytorch_msssim")
+    image = np.array(load_image(next((root / "cmamba_ref" / "data").glob("*.png"))))
+    size, quality = {}, {}
+    for name in ("tiny", "tiny-msssim"):
+        data = cmamba_ref.encode(image, CMamba.from_pretrained(name), 4)
+        size[name], quality[name] = len(data), metrics.ms_ssim(codec.decode(data), image)
+    assert size["tiny-msssim"] < 0.95 * size["tiny"]
+    assert quality["tiny-msssim"] > quality["tiny"]
+
+
+def test_a_model_is_named_without_torch() -> None:
+    code = (
+        "import sys; from cmamba_ref.bundled import name_of, pretrained_names\n"
+        "from cmamba_ref.model_id import id_of_file\n"
+        "assert 'tiny-msssim' in pretrained_names() and name_of(bytes(8)) is None\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True)
