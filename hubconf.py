@@ -14,6 +14,11 @@ def tiny(pretrained: bool = True) -> _CMamba:
     return _CMamba.from_pretrained("tiny") if pretrained else _CMamba(_CONFIGS["tiny"]).eval()
 
 
+def tiny_msssim() -> _CMamba:
+    """`tiny` with the bundled weights that are trained for MS-SSIM, in eval mode."""
+    return _CMamba.from_pretrained("tiny-msssim")
+
+
 def small() -> _CMamba:
     """`small` with random weights, in eval mode."""
     return _CMamba(_CONFIGS["small"]).eval()

@@ -359,8 +359,9 @@ class CMamba(nn.Module):
         """Load a model in eval mode, from weights that `save_pretrained` wrote.
 
         Args:
-            source: the name of a bundled model, "tiny"; or a directory; or "user/repository" of
-                the Hugging Face Hub, where there is no such directory (extra: hub).
+            source: the name of a bundled model, "tiny" or "tiny-msssim"; or a directory; or
+                "user/repository" of the Hugging Face Hub, where there is no such directory
+                (extra: hub).
             device: where the model shall be.
 
         Raises:

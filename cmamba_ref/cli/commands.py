@@ -797,7 +797,7 @@ def _model_options() -> argparse.ArgumentParser:
         "--model",
         metavar="NAME|DIR|USER/REPO",
         help="a bundled model, a directory with one, or a repository of the Hugging Face Hub "
-        "(default: tiny, which is bundled)",
+        "(default: tiny; tiny-msssim is bundled too)",
     )
     parent.add_argument(
         "--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, mps, ... (default: cpu)"
