@@ -141,12 +141,16 @@ def test_clone_works_without_installation(root: Path, tmp_path: Path) -> None:
 def test_torch_hub_finds_the_models(root: Path, tmp_path: Path) -> None:
     code = (
         "import torch\n"
-        "for name in ('tiny', 'small', 'base'):\n"
+        "for name in ('tiny', 'tiny_msssim', 'small', 'base'):\n"
         f"    model = torch.hub.load({str(root)!r}, name, source='local')\n"
         "    print(model.config.name, model.training, model.gaussian_conditional.stored.filled)"
     )
     found = run_python(code, tmp_path).splitlines()
-    assert found == ["tiny False True", "small False False", "base False False"]
+    trained, untrained = ("tiny", "tiny-msssim"), ("small", "base")
+    assert found == [
+        *(f"{name} False True" for name in trained),
+        *(f"{name} False False" for name in untrained),
+    ]
 
 
 def test_citation_and_changes_name_this_version(root: Path) -> None:

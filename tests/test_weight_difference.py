@@ -211,6 +211,7 @@ def test_tool_packs_a_run(package, tmp_path, capsys):
     model = CMamba.from_pretrained("again")
     assert f"model id {model.model_id.hex()}" in capsys.readouterr().out
     assert model.model_id == CMamba.from_pretrained("tuned").model_id
+    assert model.config.name == "again"
     for source in (tmp_path / "none", package / "tuned"):
         assert main([str(source), "--base", "tiny", "-o", str(tmp_path / "no")]) == 2
         assert "error" in capsys.readouterr().err

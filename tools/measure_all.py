@@ -93,6 +93,8 @@ def commands_of(
     # The rates that plots show, so that those of all curves are seen.
     bpp = ["--bpp", "0", "1.6"]
     beside_jpeg = [rd, "--anchor", f"{rd}:jpeg420", *bpp]
+    tuned = at(f"kodak_{Path(model).name}_msssim.json")
+    by_ms_ssim = [*([tuned] if Path(tuned).exists() else []), *beside_jpeg, "--metric", "ms-ssim"]
     beside_published = [f"{rd}:cmamba", f"{rd}:jpeg420", published, "--anchor"]
     # The Kodak images may not be passed on: what is shown is another one.
     shown = ["--image", str(DEMO_IMAGE)]
@@ -114,7 +116,7 @@ def commands_of(
         "fine": [["eval_rd.py", *given, *sweep, "-o", fine]],
         "plots": [
             ["plot_rd.py", *beside_jpeg, "-o", at("kodak_psnr.png")],
-            ["plot_rd.py", *beside_jpeg, "--metric", "ms-ssim", "-o", at("kodak_ms_ssim.png")],
+            ["plot_rd.py", *by_ms_ssim, "-o", at("kodak_ms_ssim.png")],
             ["plot_rd.py", *beside_published, f"{published}:VTM-9.1", *bpp]
             + ["-o", at("kodak_published.png")],
         ],
