@@ -26,10 +26,13 @@ def loss(image: np.ndarray, data: bytes, quality: float) -> float:
     return 8 * (len(container.y) + len(container.z)) + lmbda * float((error**2).sum()) / 3
 
 
-@pytest.mark.parametrize(("quality", "part"), [(2, 0.985), (6.5, 0.96)])
-def test_an_effort_lowers_the_loss(image, quality, part):
+@pytest.mark.parametrize(
+    ("effort", "quality", "part"),
+    [(1, 2, 0.993), (1, 6.5, 0.97), (4, 2, 0.985), (4, 6.5, 0.96)],
+)
+def test_an_effort_lowers_the_loss(image, effort, quality, part):
     model = shipped_model()
-    plain, refined = (encode(image, model, quality, effort=effort) for effort in (0, 4))
+    plain, refined = encode(image, model, quality), encode(image, model, quality, effort=effort)
     assert loss(image, refined, quality) < part * loss(image, plain, quality)
 
 
@@ -133,7 +136,7 @@ def test_a_search_that_is_ended_keeps_what_it_has_found(image):
 
     model = shipped_model()
     plain, stopped = encode(image, model, 6), encode(image, model, 6, effort=3, progress=stop)
-    assert seen == [(n, 22) for n in range(1, 13)]
+    assert seen == [(n, 32) for n in range(1, 13)]
     assert loss(image, stopped, 6) < loss(image, plain, 6)
 
 
