@@ -24,7 +24,11 @@ def pretrained_names() -> list[str]:
 
 
 def name_of(model_id: bytes) -> str | None:
-    """Return the name of the bundled model of that id, or None."""
+    """Return the name of the bundled model of that id, or None.
+
+    Raises:
+        WeightsError: a bundled model is damaged.
+    """
     for name in pretrained_names():
         if _id_of(name) == model_id:
             return name
@@ -48,4 +52,9 @@ def arrays_of(model_id: bytes) -> dict[str, np.ndarray]:
 
 def _id_of(name: str) -> bytes:
     whole, difference = (PRETRAINED / name / kind for kind in (WEIGHTS_FILE, DIFFERENCE_FILE))
-    return id_of_file(whole) if whole.is_file() else id_in(difference.read_bytes())
+    if whole.is_file():
+        return id_of_file(whole)
+    try:
+        return id_in(difference.read_bytes())
+    except WeightsError as error:
+        raise WeightsError(f"cannot read the weights in {str(difference)!r}: {error}") from error

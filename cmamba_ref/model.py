@@ -356,7 +356,7 @@ class CMamba(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, device: str = "cpu") -> CMamba:
-        """Load a model in eval mode, from weights that `save_pretrained` wrote.
+        """Load a model in eval mode, from the package or from what `save_pretrained` wrote.
 
         Args:
             source: the name of a bundled model, "tiny" or "tiny-msssim"; or a directory; or

@@ -1,10 +1,11 @@
-"""Weights stored as their difference from a bundled model, in a quarter of the bytes.
+"""Weights stored as their difference from a bundled model, in about a third of the bytes.
 
 A weight is `base + step * difference` in float32, rounded to float16.  The difference is an integer
-of 8 bits, or more in a tensor that does not fit 8; the step is a power of two, one for each tensor.
-IEEE arithmetic rounds both operations correctly, so the weights are the same on every machine.
-Tensors of integers, the entropy tables, are stored whole.  All of it is one
-`safetensors` file, compressed with gzip.  Our choice.
+of 8 bits, or of 16 in a tensor that does not fit 8; the step is a power of two, one for each
+tensor.  IEEE arithmetic rounds all operations correctly, so the weights are the same on every
+machine.  Tensors of integers, the entropy tables, are stored whole.  All of it is one `safetensors`
+file, compressed with gzip: the differences, the step of `NAME` as `NAME/step`, and as `/base` and
+`/model` the ids of both models.  Our choice.
 
 This module does not import torch.
 """
@@ -19,18 +20,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from cmamba_ref.errors import WeightsError
-from cmamba_ref.model_id import id_of_arrays
+from cmamba_ref.model_id import ID_BYTES, id_of_arrays
 
 DIFFERENCE_FILE = "difference.safetensors.gz"
-# Uncompressed: the difference of a model with nearly that many parameters.
-MAX_BYTES = 100_000_000
+MAX_BYTES = 100_000_000  # uncompressed
 GZIP = 16 + zlib.MAX_WBITS
 # The root mean square of a tensor's differences in steps, to within a factor of sqrt(2).  Errors in
 # the transforms are seen in images, those elsewhere only cost bytes.
 TRANSFORMS = ("g_a.", "g_s.", "bypass.")
 IN_TRANSFORMS, ELSEWHERE = 16, 4
-INTEGERS = (np.int8, np.int16, np.int32)
-# No tensor of a model has a slash in its name.
 BASE, MODEL, STEP = "/base", "/model", "/step"
 
 Arrays = Mapping[str, np.ndarray]
@@ -44,7 +42,7 @@ def pack(arrays: Arrays, base: Arrays) -> bytes:
         base: those of another model of the same configuration.
 
     Raises:
-        WeightsError: the two are not of the same configuration.
+        WeightsError: the two are not of the same configuration, or some weights cannot be stored.
     """
     if {name: _kind(base[name]) for name in base} != {name: _kind(arrays[name]) for name in arrays}:
         raise WeightsError("a difference needs two models of the same configuration, in float16")
@@ -53,18 +51,19 @@ def pack(arrays: Arrays, base: Arrays) -> bytes:
         if array.dtype != np.float16:
             stored[name] = array
             continue
+        if not np.isfinite(array).all():
+            raise WeightsError(f"{name} holds NaN or infinity")
         exact = array.astype(np.float32) - base[name].astype(np.float32)
         step = _step(exact, IN_TRANSFORMS if name.startswith(TRANSFORMS) else ELSEWHERE)
-        steps = np.asarray(np.rint(exact / step))
-        largest = np.abs(steps).max(initial=0)
-        fitting = (kind for kind in INTEGERS if largest <= np.iinfo(kind).max)
-        stored[name] = steps.astype(next(fitting))
-        stored[name + STEP] = np.asarray(step, np.float32)
+        stored[name] = _as_integers(name, exact / step)
+        stored[name + STEP] = np.array([step], np.float32)
     stored[BASE] = _as_array(id_of_arrays(base))
     stored[MODEL] = _as_array(id_of_arrays(_sum(stored, base)))
-    # Differences look like noise: matches of several bytes only cost time.
+    # Differences look like noise: a search for repetitions only takes time.
     packer = zlib.compressobj(9, zlib.DEFLATED, GZIP, zlib.DEF_MEM_LEVEL, zlib.Z_HUFFMAN_ONLY)
-    return packer.compress(save(stored)) + packer.flush()
+    data = packer.compress(save(stored)) + packer.flush()
+    unpack(data, lambda _: base)
+    return data
 
 
 def id_in(data: bytes) -> bytes:
@@ -95,7 +94,8 @@ def unpack(data: bytes, arrays_of: Callable[[bytes], Arrays]) -> dict[str, np.nd
 
 def _kind(array: np.ndarray) -> tuple:
     """What two tensors have in common; entropy tables have any length."""
-    return (array.dtype, array.shape) if array.dtype == np.float16 else (array.dtype,)
+    is_table = np.issubdtype(array.dtype, np.integer)
+    return (array.dtype,) if is_table else (np.dtype(np.float16), array.shape, array.dtype)
 
 
 def _step(difference: np.ndarray, resolution: float) -> float:
@@ -105,17 +105,29 @@ def _step(difference: np.ndarray, resolution: float) -> float:
     return 2.0 ** np.rint(np.log2(rms / resolution))
 
 
+def _as_integers(name: str, values: np.ndarray) -> np.ndarray:
+    largest = np.abs(values).max(initial=0)
+    for kind in (np.int8, np.int16):
+        if largest <= np.iinfo(kind).max:
+            return np.asarray(np.rint(values), kind)
+    raise WeightsError(f"the differences in {name} are too unlike each other")
+
+
 def _sum(stored: Arrays, base: Arrays) -> dict[str, np.ndarray]:
     arrays = {}
     for name, array in stored.items():
         if "/" in name:
             continue
-        if name + STEP in stored:
-            try:
-                array = base[name].astype(np.float32) + stored[name + STEP].reshape(()) * array
-            except (KeyError, ValueError) as error:
-                raise WeightsError("the difference is from another model than it says") from error
-            array = np.asarray(array, np.float16)
+        if (step := stored.get(name + STEP)) is not None:
+            of = base.get(name)
+            if of is None or (of.dtype, of.shape) != (np.float16, array.shape):
+                raise WeightsError(f"the difference is not from the model that it names: {name}")
+            is_sound = array.dtype in (np.int8, np.int16) and step.shape == (1,)
+            if not is_sound or step.dtype != np.float32:
+                raise WeightsError(f"the difference is damaged: {name}")
+            with np.errstate(over="ignore", invalid="ignore"):  # the id tells
+                single = of.astype(np.float32) + step[0] * array.astype(np.float32)
+                array = np.asarray(single, np.float16)
         arrays[name] = array
     return arrays
 
@@ -125,11 +137,19 @@ def _as_array(model_id: bytes) -> np.ndarray:
 
 
 def _open(data: bytes) -> dict[str, np.ndarray]:
+    unpacker = zlib.decompressobj(GZIP)
     try:
-        unpacker = zlib.decompressobj(GZIP)
-        stored = load(unpacker.decompress(data, MAX_BYTES))
-    except (zlib.error, SafetensorError) as error:
+        content = unpacker.decompress(data, MAX_BYTES)
+        if unpacker.unconsumed_tail:
+            raise WeightsError(f"the difference is larger than {MAX_BYTES / 1e6:g} MB")
+        if not unpacker.eof or unpacker.unused_data:
+            raise WeightsError("the difference is damaged: it is cut or continued")
+        stored = load(content)
+    # KeyError: a type that NumPy lacks.
+    except (zlib.error, SafetensorError, KeyError) as error:
         raise WeightsError(f"the difference is damaged: {error}") from error
-    if not unpacker.eof or not {BASE, MODEL} <= stored.keys():
-        raise WeightsError("the difference is damaged: it is not complete")
+    for name in (BASE, MODEL):
+        found = stored.get(name)
+        if found is None or (found.dtype, found.shape) != (np.uint8, (ID_BYTES,)):
+            raise WeightsError(f"the difference is damaged: {name}")
     return stored

@@ -128,7 +128,7 @@ def _find(source: str) -> Path:
             'Hub, in a clone: python -m pip install ".[hub]"'
         ) from error
     try:
-        wanted = [CONFIG_FILE, WEIGHTS_FILE, HASH_FILE]
+        wanted = [CONFIG_FILE, WEIGHTS_FILE, HASH_FILE, DIFFERENCE_FILE]
         return Path(snapshot_download(source, allow_patterns=wanted))
     # Of many types: its own, and those of the HTTP library below it.
     except Exception as error:

@@ -48,7 +48,7 @@ ONE_RATE = dataclasses.replace(SMALL, name="small-random-one-rate", lmbdas=())
 
 @functools.cache
 def shipped_model() -> CMamba:
-    """The model that is bundled with the package."""
+    """The default model, `tiny`."""
     return CMamba.from_pretrained(os.environ.get("CMAMBA_TEST_MODEL", "tiny"))
 
 

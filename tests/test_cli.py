@@ -879,7 +879,7 @@ def test_help_states_defaults(capsys: pytest.CaptureFixture[str]) -> None:
         f"1 (small) to 8 (good), also in between, such as 3.5 (default: {DEFAULT_QUALITY:g})"
         in text
     )
-    assert f"(default: {codec.DEFAULT_MODEL};" in text
+    assert f"(default: {codec.DEFAULT_MODEL}; tiny-msssim is bundled too)" in text
     assert f"(default: {codec.DEFAULT_MAX_PIXELS // 1_000_000} million)" in text
 
 

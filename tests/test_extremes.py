@@ -1,4 +1,4 @@
-"""Images unlike any photograph, through files with the bundled model.
+"""Images unlike any photograph, through files with `tiny`.
 
 The symbols that are decoded are the encoder's: a CRC in the file says so, and `round_trip` compares
 them once more.  The decoded image is the one that the encoder would have made of its own latent,

@@ -3,13 +3,15 @@
 import gzip
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pack_difference
 import pytest
+import torch
 from safetensors.numpy import load, load_file, save
+from safetensors.torch import save as torch_save
 
 import cmamba_ref
 from cmamba_ref import CMamba, WeightsError, bundled, codec, metrics, weight_difference
@@ -19,6 +21,8 @@ from cmamba_ref.weight_difference import DIFFERENCE_FILE, id_in, pack, unpack
 from tests.codec_helpers import ENVIRONMENT, load_image, make_image, random_model
 
 Arrays = dict[str, np.ndarray]
+
+BIAS = "entropy_bottleneck.biases.0"
 
 
 def half(seed: int) -> CMamba:
@@ -31,7 +35,7 @@ def half(seed: int) -> CMamba:
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """In place of the bundled models: `tiny`, and as the difference from it `tuned`."""
     folder = tmp_path / "package"
     half(0).save_pretrained(folder / "tiny")
@@ -42,7 +46,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "tuned" / "config.json").write_bytes((folder / "tiny/config.json").read_bytes())
     monkeypatch.setattr(bundled, "PRETRAINED", folder)
     image_codec._load.cache_clear()
-    return folder
+    yield folder
+    image_codec._load.cache_clear()
 
 
 def test_weights_are_within_half_a_step():
@@ -90,6 +95,7 @@ def test_other_models_are_refused():
         {"b": np.zeros(4, np.float16)},
         {"a": np.zeros(5, np.float16)},
         {"a": np.zeros(4, np.float32)},
+        {"a": np.zeros(4, np.int32)},
         base | {"b": np.zeros(4, np.float16)},
     ]
     for other in others:
@@ -99,13 +105,19 @@ def test_other_models_are_refused():
             pack(base, other)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_cannot_be_stored_are_refused(value):
+    base: Arrays = {"g_a.0": np.zeros(9, np.float16)}
+    made: Arrays = {"g_a.0": np.full(9, value, np.float16)}
+    with pytest.raises(WeightsError, match="g_a.0 holds NaN or infinity"):
+        pack(made, base)
+
+
 def test_it_is_a_compressed_safetensors_file():
-    """Of integers; and the same bytes every time."""
     base, made = {"a": np.zeros(9, np.float16)}, {"a": np.arange(9, dtype=np.float16)}
     stored = load(gzip.decompress(pack(made, base)))
     assert stored["a"].dtype == np.int8
     assert stored["/model"].tobytes() == id_in(pack(made, base))
-    assert pack(made, base) == pack(made, base)
 
 
 # ---------------------------------------------------------------- in the package
@@ -146,8 +158,8 @@ def beheaded(data: bytes) -> bytes:
     return data[1:]
 
 
-def of_zeros(data: bytes) -> bytes:
-    return gzip.compress(bytes(weight_difference.MAX_BYTES + 1))
+def continued(data: bytes) -> bytes:
+    return data + b"more"
 
 
 def changed(edit: Callable[[Arrays], object]) -> Callable[[bytes], bytes]:
@@ -164,11 +176,15 @@ def changed(edit: Callable[[Arrays], object]) -> Callable[[bytes], bytes]:
     [
         truncated,
         beheaded,
-        of_zeros,
+        continued,
         lambda data: b"",
         lambda data: gzip.compress(b"no tensors"),
         changed(lambda stored: stored.pop("/base")),
         changed(lambda stored: stored.pop("/model")),
+        changed(lambda stored: stored.update({"/base": np.zeros(10**6, np.uint8)})),
+        changed(lambda stored: stored.update({BIAS: np.zeros((1, 1, 40_000_000), np.int8)})),
+        changed(lambda stored: stored.update({BIAS: stored[BIAS].astype(np.float32)})),
+        lambda data: gzip.compress(torch_save({"a": torch.zeros(1, dtype=torch.bfloat16)})),
         changed(lambda stored: stored.update({"g_a.0.weight": stored["g_a.0.weight"] + 1})),
         changed(lambda stored: stored.update({"g_a.0.weight": stored["g_a.0.weight"][:1, :3]})),
         changed(lambda stored: stored.update({"g_a.0.weight/step": np.zeros(0, np.float32)})),
@@ -182,12 +198,24 @@ def changed(edit: Callable[[Arrays], object]) -> Callable[[bytes], bytes]:
         ),
     ],
 )
-@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 def test_damage_is_noticed(package, damage):
     path = package / "tuned" / DIFFERENCE_FILE
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(WeightsError, match=rf"{DIFFERENCE_FILE}.*difference"):
         CMamba.from_pretrained("tuned")
+
+
+def test_too_large_a_difference_is_refused(package, monkeypatch):
+    monkeypatch.setattr(weight_difference, "MAX_BYTES", 100_000)
+    with pytest.raises(WeightsError, match="larger than 0.1 MB"):
+        CMamba.from_pretrained("tuned")
+
+
+def test_damage_of_one_model_is_reported_with_its_file(package):
+    path = package / "tuned" / DIFFERENCE_FILE
+    path.write_bytes(truncated(path.read_bytes()))
+    with pytest.raises(WeightsError, match=rf"tuned.{DIFFERENCE_FILE}.*damaged"):
+        bundled.name_of(bytes(8))
 
 
 def test_no_flipped_bit_goes_unnoticed(package):
@@ -212,10 +240,14 @@ def test_tool_packs_a_run(package, tmp_path, capsys):
     assert f"model id {model.model_id.hex()}" in capsys.readouterr().out
     assert model.model_id == CMamba.from_pretrained("tuned").model_id
     assert model.config.name == "again"
-    for source in (tmp_path / "none", package / "tuned"):
-        assert main([str(source), "--base", "tiny", "-o", str(tmp_path / "no")]) == 2
-        assert "error" in capsys.readouterr().err
-    assert not (tmp_path / "no").exists()
+    for source, target in (("none", "new"), ("made", "package/tiny"), ("made", "made")):
+        paths = str(tmp_path / source), str(tmp_path / target)
+        before = sorted(tmp_path.rglob("*"))
+        assert main([paths[0], "-o", paths[1]]) == 2
+        assert "error: " in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "made"), "--base", "tuned", "-o", str(output)])
 
 
 # ---------------------------------------------------------------- tiny-msssim

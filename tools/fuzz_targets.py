@@ -8,6 +8,7 @@ that the tests try every target wherever they run.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import resource
 import struct
@@ -37,6 +38,7 @@ from cmamba_ref.entropy.gaussian import is_skipped
 from cmamba_ref.entropy.latent_coder import SKIPPED_TABLES, LatentSymbols, hyper_latent_shape
 from cmamba_ref.entropy.tables import gaussian_tables, tables_from_pmfs
 from cmamba_ref.errors import BitstreamError, CMambaError, ImageError, PillowError, WeightsError
+from cmamba_ref.weight_difference import pack, unpack
 from cmamba_ref.weights import CONFIG_FILE, WEIGHTS_FILE
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
@@ -304,6 +306,31 @@ def mutate_tables(data: bytes, change: Change) -> bytes:
     return serialize({**tensors, name: torch.from_numpy(whole.copy())})
 
 
+@cache
+def golden_arrays() -> dict[str, np.ndarray]:
+    """Return the weights of the golden model, rounded to float16."""
+    state = golden_model().state_dict()
+    return {n: t.half().numpy() if t.is_floating_point() else t.numpy() for n, t in state.items()}
+
+
+def small_difference() -> list[bytes]:
+    """A difference of two tensors, from weights of the golden model."""
+    arrays = golden_arrays()
+    part = {name: arrays[name] for name in ("g_a.0.bias", "gaussian_conditional.stored.starts")}
+    changed = {"g_a.0.bias": part["g_a.0.bias"] + np.float16(0.1)}
+    return [pack(part | changed, part)]
+
+
+def unpack_difference(data: bytes) -> str:
+    arrays = unpack(data, lambda model_id: golden_arrays())
+    return f"{len(arrays)} tensors"
+
+
+def mutate_difference(data: bytes, change: Change) -> bytes:
+    """Change what is compressed."""
+    return gzip.compress(change(gzip.decompress(data)), mtime=0)
+
+
 def code_with_tables(data: bytes) -> str:
     """Send an image through a file with tables, where they are accepted."""
     try:
@@ -405,6 +432,7 @@ TARGETS = {
     "safetensors-header": Target(
         load_weights_header, (WeightsError,), lambda: [golden_weights()[0]], mutate_weights_header
     ),
+    "difference": Target(unpack_difference, (WeightsError,), small_difference, mutate_difference),
     "config": Target(load_config, (WeightsError,), lambda: [golden_config()]),
     "info": Target(show_info, (), golden_files, mutate_chunk),
     "pillow": Target(open_with_pillow, BY_PILLOW, golden_files, mutate_chunk),

@@ -8,7 +8,9 @@
 
 `kodak` is a folder with the 24 Kodak images. --weights renews what new weights make false: `rd` and
 `others`, with the other codecs' results as they are, `plots`, `report` and `tables`. By hand remain
-the recipe and the id in the model card, and docs/models.md.
+the recipe and the id in the model card, docs/models.md, and tiny-msssim, which is a difference from
+`tiny`: tools/pack_difference.py, `python tools/eval_rd.py kodak --model tiny-msssim --codecs`, its
+model card, and what README.md and docs/benchmarks.md say of it.
 The stages, in this order; all but `large` and `tables` unless --only names some:
 
     rd          size, PSNR, MS-SSIM, times: the bundled weights and the codecs of Pillow

@@ -1,4 +1,4 @@
-"""Renew what README.md, docs/benchmarks.md and the model card say of the bundled weights.
+"""Renew what README.md, docs/benchmarks.md and the model card say of the weights of `tiny`.
 
     python tools/readme_tables.py            # writes them
     python tools/readme_tables.py --check    # names those that are out of date; changes nothing
