@@ -20,7 +20,9 @@ VARIABLE_RATE_LMBDAS = tuple(0.0018 * (0.18 / 0.0018) ** (i / 7) for i in range(
 # What `context` may be; the first is the paper's. Blocks are registered, see cmamba_ref.nn.blocks.
 CONTEXTS = ("cae", "cae-without-ssm", "none")
 # Options that `to_json` leaves out at their defaults, so that versions without them read the file.
-LATER_OPTIONS = ("bypass",)
+LATER_OPTIONS = ("bypass", "metric")
+# What the distortion of the training loss may be.
+METRICS = ("mse", "ms-ssim")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class CMambaConfig:
             gain vectors (Cui et al. 2021) and serves every quality between 1 and `len(lmbdas)`.
         bypass: whether a linear path between 16x16 blocks of the image and y stands beside g_a and
             g_s (`cmamba_ref.nn.bypass`).
+        metric: what the weights are trained for, "mse" or "ms-ssim"; the latter may have a share of
+            squared error.
 
     Raises:
         InvalidArgumentError: a size is not positive, or sizes do not fit together.
@@ -78,6 +82,7 @@ class CMambaConfig:
     lrp: bool = True
     lmbdas: tuple[float, ...] = field(default=())
     bypass: bool = False
+    metric: str = METRICS[0]
 
     def __post_init__(self) -> None:
         for arg in ("name", "block"):
@@ -135,6 +140,10 @@ class CMambaConfig:
         if self.context not in CONTEXTS:
             raise InvalidArgumentError(
                 f"`context` must be one of {CONTEXTS}, got {self.context!r:.80}; see CMambaConfig"
+            )
+        if self.metric not in METRICS:
+            raise InvalidArgumentError(
+                f"`metric` must be one of {METRICS}, got {self.metric!r:.80}; see CMambaConfig"
             )
         for arg in ("lrp", "bypass"):
             if not isinstance(getattr(self, arg), bool):

@@ -93,6 +93,7 @@ def test_an_option_survives_json(config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"metric": "psnr"}, "`metric` must be one of .*, got 'psnr'"),
         ({"slices": (8, 7)}, "`slices` must sum to `latent_channels`, got a sum of 15 and 16"),
         ({"slices": ()}, "`slices` must sum to `latent_channels`, got a sum of 0 and 16"),
         ({"slices": (16, 0)}, "`slices` must be a positive integer"),

@@ -191,6 +191,12 @@ def test_a_model_of_one_rate_has_no_efforts(image):
         encode(image, model, effort=1)
 
 
+def test_a_model_for_ms_ssim_takes_no_effort(image):
+    model = CMamba.from_pretrained("tiny-msssim")
+    with pytest.raises(InvalidArgumentError, match="`effort` must be 0 for 'tiny-msssim'.*MS-SSIM"):
+        encode(image, model, effort=1)
+
+
 def test_a_model_in_bfloat16_is_refined_too():
     model, image = random_model().bfloat16(), make_image(40, 70)
     assert decode(encode(image, model, effort=1), model).shape == image.shape

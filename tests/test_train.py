@@ -133,6 +133,7 @@ def test_a_model_of_one_rate_trains_for_ms_ssim(folder, part):
     write_config(folder / "config.json", ONE_RATE)
     changes = {"steps": 1, "crop": [192], "ms_ssim": part, "lmbda": 0.02}
     assert train.main(arguments(folder, validation_crop=192, optimiser="adamw", **changes)) == 0
+    assert cmamba_ref.CMamba.from_pretrained(folder / "run" / "model").config.metric == "ms-ssim"
     _, step, end = records(folder / "run")
     assert step["loss"] == pytest.approx(step["bpp"] + 0.02 * 255**2 * step["distortion"], rel=1e-5)
     measured = end["qualities"]["None"]

@@ -97,13 +97,18 @@ def refine(
         The strings, as `CMamba.compress` returns them; the encoder's if nothing better was found.
 
     Raises:
-        InvalidArgumentError: a fixed-rate model.
+        InvalidArgumentError: a fixed-rate model, or one that is trained for MS-SSIM.
         CMambaError: as `CMamba.compress`.
     """
     if model.gain is None:
         raise InvalidArgumentError(
             f"`effort` must be 0 for {model.config.name!r}: a fixed-rate model does not know the "
             "lambda that it was trained with"
+        )
+    if model.config.metric != "mse":
+        raise InvalidArgumentError(
+            f"`effort` must be 0 for {model.config.name!r}: the search lowers the squared error, "
+            "and this model is trained for MS-SSIM"
         )
     # It takes gradients in fp32, also where its caller wants none, or computes in 16 bits.
     with torch.inference_mode(False), torch.enable_grad(), without_autocast(x.device):

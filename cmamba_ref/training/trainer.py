@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import logging
 import math
@@ -68,6 +69,8 @@ class Trainer:
             self.model = CMamba.from_pretrained(settings.init)
         else:
             self.model = CMamba(settings.model_config())
+        metric = "ms-ssim" if settings.ms_ssim else "mse"
+        self.model.config = dataclasses.replace(self.model.config, metric=metric)
         self.model.train().requires_grad_(True).to(group.device)
         group.check_same(int(self.bf16), "all processes must have the same precision")
         if settings.channels_last:
