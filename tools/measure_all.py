@@ -31,8 +31,8 @@ the running tool and prints the options for the rest; `rd`, `fine` and `analyze`
 exit status is 1 if a stage failed, 2 for wrong arguments, 130 after Ctrl-C or SIGTERM.
 
 The Kodak images may not be passed on, so results show the bundled image. On two cores
-of an AMD EPYC (Zen 5), `rd`, `fine`, `cpu` and `large` take ten minutes or more each, the others
-less than five; let the machine do nothing else.
+of an AMD EPYC (Zen 5), `rd`, `fine` and `cpu` take ten minutes or more each, `large` five to ten,
+the others less than five; let the machine do nothing else.
 """
 
 from __future__ import annotations
