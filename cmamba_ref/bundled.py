@@ -8,19 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from cmamba_ref.errors import WeightsError
-from cmamba_ref.model_id import WEIGHTS_FILE, id_of_file
-from cmamba_ref.weight_difference import DIFFERENCE_FILE, id_in
+from cmamba_ref.model_id import WEIGHTS_FILE, arrays_in, id_of_arrays
+from cmamba_ref.weight_difference import DIFFERENCE_FILE, id_in, stored_file
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 def pretrained_names() -> list[str]:
     """Return the names of the bundled models."""
-    files = *PRETRAINED.glob(f"*/{WEIGHTS_FILE}"), *PRETRAINED.glob(f"*/{DIFFERENCE_FILE}")
-    return sorted({file.parent.name for file in files})
+    return sorted(folder.name for folder in PRETRAINED.glob("*") if stored_file(folder).is_file())
 
 
 def name_of(model_id: bytes) -> str | None:
@@ -41,20 +39,20 @@ def arrays_of(model_id: bytes) -> dict[str, np.ndarray]:
     Raises:
         WeightsError: no bundled model has that id and is stored whole.
     """
-    for name in pretrained_names():
-        path = PRETRAINED / name / WEIGHTS_FILE
-        if path.is_file() and id_of_file(path) == model_id:
-            return load_file(path)
+    for path in PRETRAINED.glob(f"*/{WEIGHTS_FILE}"):
+        arrays = arrays_in(path)
+        if id_of_arrays(arrays) == model_id:
+            return arrays
     raise WeightsError(
         f"it is the difference from model {model_id.hex()}, which is not bundled with this version"
     )
 
 
 def _id_of(name: str) -> bytes:
-    whole, difference = (PRETRAINED / name / kind for kind in (WEIGHTS_FILE, DIFFERENCE_FILE))
-    if whole.is_file():
-        return id_of_file(whole)
+    path = stored_file(PRETRAINED / name)
+    if path.name != DIFFERENCE_FILE:
+        return id_of_arrays(arrays_in(path))
     try:
-        return id_in(difference.read_bytes())
+        return id_in(path.read_bytes())
     except WeightsError as error:
-        raise WeightsError(f"cannot read the weights in {str(difference)!r}: {error}") from error
+        raise WeightsError(f"cannot read the weights in {str(path)!r}: {error}") from error

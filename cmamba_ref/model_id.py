@@ -25,15 +25,15 @@ HASH_FILE = "model.safetensors.sha256"
 ID_BYTES = 8
 
 
-def id_of_file(path: str | os.PathLike) -> bytes:
-    """Return the id of the model whose weights a file holds.
+def arrays_in(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Return the weights that a file holds, as they are stored there.
 
     Raises:
         WeightsError: the file is damaged.
         OSError: it cannot be read.
     """
     try:
-        return id_of_arrays(load_file(path))
+        return load_file(path)
     except SafetensorError as error:
         raise WeightsError(f"cannot read the weights in {str(path)!r}: {error}") from error
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from cmamba_ref.errors import WeightsError
-from cmamba_ref.model_id import ID_BYTES, id_of_arrays
+from cmamba_ref.model_id import ID_BYTES, WEIGHTS_FILE, id_of_arrays
 
 DIFFERENCE_FILE = "difference.safetensors.gz"
 MAX_BYTES = 100_000_000  # uncompressed
@@ -32,6 +33,15 @@ IN_TRANSFORMS, ELSEWHERE = 16, 4
 BASE, MODEL, STEP = "/base", "/model", "/step"
 
 Arrays = Mapping[str, np.ndarray]
+
+
+def stored_file(folder: Path) -> Path:
+    """Return the file with the weights of a folder: the whole ones come before a difference.
+
+    Where there are neither, it is that of whole weights.
+    """
+    whole, difference = folder / WEIGHTS_FILE, folder / DIFFERENCE_FILE
+    return difference if difference.is_file() and not whole.is_file() else whole
 
 
 def pack(arrays: Arrays, base: Arrays) -> bytes:

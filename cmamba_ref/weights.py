@@ -25,7 +25,7 @@ from cmamba_ref.bundled import pretrained_names
 from cmamba_ref.config import CMambaConfig
 from cmamba_ref.errors import WeightsError
 from cmamba_ref.model_id import HASH_FILE, WEIGHTS_FILE
-from cmamba_ref.weight_difference import DIFFERENCE_FILE, unpack
+from cmamba_ref.weight_difference import DIFFERENCE_FILE, stored_file, unpack
 
 if TYPE_CHECKING:
     from cmamba_ref.model import CMamba
@@ -150,17 +150,15 @@ def _check_hash(data: bytes, path: Path) -> None:
         )
 
 
-def _stored_tensors(directory: Path) -> Mapping[str, Tensor]:
-    path = directory / WEIGHTS_FILE
-    if not path.is_file():
-        path = directory / DIFFERENCE_FILE
+def _stored_tensors(path: Path) -> Mapping[str, Tensor]:
+    if path.name == DIFFERENCE_FILE:
         try:
             arrays = unpack(path.read_bytes(), bundled.arrays_of)
         except WeightsError as error:
             raise WeightsError(f"cannot read the weights in {str(path)!r}: {error}") from error
         return {name: torch.tensor(array) for name, array in arrays.items()}
     data = path.read_bytes()
-    _check_hash(data, directory / HASH_FILE)
+    _check_hash(data, path.with_name(HASH_FILE))
     return without_wrapper(deserialize(data))
 
 
@@ -176,10 +174,8 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
             beside them, or a download that failed.
     """
     directory = _find(source) if isinstance(source, str) else Path(source)
-    needed = [CONFIG_FILE]
-    if not (directory / DIFFERENCE_FILE).is_file():
-        needed.append(WEIGHTS_FILE)
-    for name in needed:
+    path = stored_file(directory)
+    for name in (CONFIG_FILE, path.name):
         if not (directory / name).is_file():
             raise WeightsError(
                 f"no {name} in {str(directory)!r}; give a directory written by save_pretrained, or "
@@ -187,7 +183,7 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
             )
     try:
         config = CMambaConfig.from_json((directory / CONFIG_FILE).read_text())
-        state = {name: _widen(tensor) for name, tensor in _stored_tensors(directory).items()}
+        state = {name: _widen(tensor) for name, tensor in _stored_tensors(path).items()}
     # ValueError: InvalidArgumentError, and text that is not UTF-8; deep nesting ends in recursion.
     except (ValueError, RecursionError, SafetensorError, OSError) as error:
         raise WeightsError(f"cannot read the weights in {str(directory)!r}: {error}") from error

@@ -267,7 +267,6 @@ def test_tiny_msssim_is_better_by_ms_ssim(root: Path) -> None:
 def test_a_model_is_named_without_torch() -> None:
     code = (
         "import sys; from cmamba_ref.bundled import name_of, pretrained_names\n"
-        "from cmamba_ref.model_id import id_of_file\n"
         "assert 'tiny-msssim' in pretrained_names() and name_of(bytes(8)) is None\n"
         "assert 'torch' not in sys.modules"
     )
