@@ -175,6 +175,21 @@ def test_default_quality_equals_the_api(photo: Path, encoded: Path, model_dir: s
     assert out.read_bytes() == encoded.read_bytes()
 
 
+@pytest.mark.parametrize("option", ["--effort=1", "--target-size=9000"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_a_model_cannot_do_is_wrong_usage(
+    option: str, count: int, tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture
+) -> None:
+    fixed, out = make_model(tmp_path / "fixed", lmbdas=()), tmp_path / "out"
+    photos = [photo, shutil.copy(photo, photo.with_name("another.png"))][:count]
+    args = ["encode", *map(str, photos), "-o", f"{out}/", "--model", fixed, "--jobs", "1"]
+    assert main([*args, option]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "rate" in err  # once, not for each file
+    assert not list(out.glob("*"))
+    assert main(args) == 0
+
+
 def test_fixed_rate_model(tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture) -> None:
     fixed = make_model(tmp_path / "fixed", lmbdas=())
     assert main(["encode", str(photo), "--model", fixed]) == 0

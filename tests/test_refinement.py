@@ -177,11 +177,11 @@ def test_compiled_models_and_default_devices_change_nothing():
 @pytest.mark.parametrize("effort", [-1, 10, 1.5, True, "3", None])
 def test_efforts_are_checked(effort):
     with pytest.raises(InvalidArgumentError, match="`effort` must be"):
-        check_effort(effort)
+        check_effort(effort, random_model())
 
 
 def test_efforts_may_be_of_numpy():
-    assert check_effort(np.int64(3)) == check_effort(3)
+    assert check_effort(np.int64(3), random_model()) == check_effort(3, random_model())
 
 
 def test_a_model_of_one_rate_has_no_efforts(image):

@@ -126,7 +126,7 @@ def _encode(args: argparse.Namespace) -> int:
         with no_native_output():
             read = files.read_source(data, stdio.label(source, "input"), options)
         begin("loading the model")
-        model = load_model(args.model, args.device, args.quality)
+        model = load_model(args.model, args.device, options)
         begin("encoding")
         start = time.perf_counter()
         with _search() if args.effort else nullcontext() as progress:
@@ -210,7 +210,8 @@ def _many(
     found = batch.find(args.inputs, command)
     tasks, refused = batch.with_targets(found.files, output, suffix)
     waiting = batch.to_do(tasks, args.force)
-    load = partial(load_model, args.model, args.device, getattr(args, "quality", None))
+    wanted = options if isinstance(options, EncodeOptions) else None
+    load = partial(load_model, args.model, args.device, wanted)
     job = batch.Job(load, options)
     failed = [*found.failed, *refused]
     summary = batch.Summary(command, len(tasks) - len(waiting), found.left_out_line())
@@ -300,7 +301,7 @@ def _demo(args: argparse.Namespace) -> int:
     with _stages(4) as begin:
         begin("loading the model")
         start = time.perf_counter()
-        model = load_model(args.model, args.device, args.quality)
+        model = load_model(args.model, args.device, EncodeOptions(quality=args.quality))
         loading = time.perf_counter() - start
         report = demo.run(model, args.quality, encoded, decoded, begin)
     print(report)
@@ -319,13 +320,16 @@ def _integrate(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------- what they share
 
 
-def load_model(name: str | None, device: str, quality: float | None = None) -> CMamba:
+def load_model(name: str | None, device: str, options: EncodeOptions | None = None) -> CMamba:
     """Load the model of `--model` on the device of `--device`; for None the bundled "tiny".
 
     By now torch is imported, which shows whether the cores are busy.
 
+    Args:
+        options: what the model has to encode, if it has to.
+
     Raises:
-        UsageError: there is no such device, or the model has no such quality.
+        UsageError: there is no such device, or the model cannot encode as `options` ask for.
         WeightsError: there is no such model.
     """
     from cmamba_ref.codec import DEFAULT_MODEL
@@ -334,7 +338,8 @@ def load_model(name: str | None, device: str, quality: float | None = None) -> C
     use_one_thread_if_busy()
     try:
         model = CMamba.from_pretrained(DEFAULT_MODEL if name is None else name, device)
-        model.check_quality(quality)
+        if options is not None:
+            files.check_model(model, options)
     except InvalidArgumentError as error:
         raise UsageError(str(error)) from error
     return model

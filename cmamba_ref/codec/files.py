@@ -263,6 +263,21 @@ def read_source(data: bytes, name: str, options: EncodeOptions) -> Source:
     return Source(image, NO_METADATA, tuple(metadata.names()), len(data))
 
 
+def check_model(model: CMamba, options: EncodeOptions) -> None:
+    """Refuse a model that cannot encode as `options` ask for.
+
+    Raises:
+        InvalidArgumentError: it has not that quality, or takes no effort or no target.
+    """
+    from cmamba_ref.codec.refinement import check_effort
+    from cmamba_ref.codec.targets import check_target
+
+    model.check_quality(options.quality)
+    check_effort(options.effort, model)
+    if options.target is not None:
+        check_target(options.target, model)
+
+
 def encode_source(
     read: Source, model: CMamba, options: EncodeOptions, progress: Progress | None = None
 ) -> tuple[bytes, float | None]:

@@ -136,7 +136,8 @@ def encode(
     check_image(image)
     if not isinstance(metadata, Metadata):
         raise InvalidArgumentError(f"`metadata` must be a Metadata, got {_described(metadata)}")
-    model, steps = checked_model(model), check_effort(effort)
+    model = checked_model(model)
+    steps = check_effort(effort, model)
     height, width = image.shape[:2]
     rows, columns = hyper_latent_shape(height, width)
     if not 0 < rows * columns * MULTIPLE**2 <= max_pixels:

@@ -51,17 +51,28 @@ STRIDE = 16
 Progress = Callable[[int, int], bool | None]
 
 
-def check_effort(effort: int) -> int:
+def check_effort(effort: int, model: CMamba) -> int:
     """Return the number of steps of an effort.
 
     Raises:
-        InvalidArgumentError: it is not a whole number from 0 to 9.
+        InvalidArgumentError: it is not a whole number from 0 to 9; or it is above 0 for a
+            fixed-rate model, or for one that is trained for MS-SSIM.
     """
     is_whole = isinstance(effort, numbers.Integral) and not isinstance(effort, bool)
     if not is_whole or not 0 <= effort < len(STEPS):
         raise InvalidArgumentError(
             f"`effort` must be a whole number from 0 to {len(STEPS) - 1}, got {effort!r}; "
             "0 takes what the network gives"
+        )
+    if effort and model.gain is None:
+        raise InvalidArgumentError(
+            f"`effort` must be 0 for {model.config.name!r}: a fixed-rate model does not know the "
+            "lambda that it was trained with"
+        )
+    if effort and model.config.metric != "mse":
+        raise InvalidArgumentError(
+            f"`effort` must be 0 for {model.config.name!r}: the search lowers the squared error, "
+            "and this model is trained for MS-SSIM"
         )
     return STEPS[effort]
 
@@ -86,7 +97,7 @@ def refine(
     """Find strings for an image that have a lower rate-distortion loss than the encoder's.
 
     Args:
-        model: a variable-rate model, which knows the lambda of every quality.
+        model: one that `check_effort` accepts: it knows the lambda of every quality.
         x: image `[1, 3, H, W]` in 0...1.
         quality: as in `CMamba.compress`.
         steps: of gradient descent; of each tile where the latent is large.
@@ -97,19 +108,8 @@ def refine(
         The strings, as `CMamba.compress` returns them; the encoder's if nothing better was found.
 
     Raises:
-        InvalidArgumentError: a fixed-rate model, or one that is trained for MS-SSIM.
         CMambaError: as `CMamba.compress`.
     """
-    if model.gain is None:
-        raise InvalidArgumentError(
-            f"`effort` must be 0 for {model.config.name!r}: a fixed-rate model does not know the "
-            "lambda that it was trained with"
-        )
-    if model.config.metric != "mse":
-        raise InvalidArgumentError(
-            f"`effort` must be 0 for {model.config.name!r}: the search lowers the squared error, "
-            "and this model is trained for MS-SSIM"
-        )
     # It takes gradients in fp32, also where its caller wants none, or computes in 16 bits.
     with torch.inference_mode(False), torch.enable_grad(), without_autocast(x.device):
         x = x.clone()  # one made in inference mode takes part in no gradients

@@ -111,15 +111,10 @@ def encode_to(
             and as `encode`.
     """
     check_image(image)
-    check_effort(effort)
     model = checked_model(model)
-    top = len(model.config.lmbdas)
-    if not top:
-        raise InvalidArgumentError(
-            f"`model` must have several qualities, got {model.config.name!r}, which has one rate"
-        )
-    target = _checked(target)
-    goal = _goal(target, image)
+    check_effort(effort, model)
+    target = check_target(target, model)
+    goal, top = _goal(target, image), len(model.config.lmbdas)
     limits: dict[str, Any] = {"max_pixels": max_pixels, "max_memory": max_memory}
 
     is_ended = False
@@ -152,7 +147,17 @@ def encode_to(
     return _chosen(found, goal, target, top, nearest)
 
 
-def _checked(target: Target | tuple[str, float]) -> Target:
+def check_target(target: Target | tuple[str, float], model: CMamba) -> Target:
+    """Return the target as such.
+
+    Raises:
+        InvalidArgumentError: it is of another kind or no positive number; or the model has a fixed
+            rate.
+    """
+    if not model.config.lmbdas:
+        raise InvalidArgumentError(
+            f"`model` must have several qualities, got {model.config.name!r}, which has one rate"
+        )
     if not isinstance(target, tuple | list) or len(target) != 2:
         raise InvalidArgumentError(
             f"the target must be a kind and a number, such as ('size', 20000), got {target!r}"
