@@ -67,7 +67,8 @@ def write_atomically(
             shutil.copymode(target, temporary)
         os.replace(temporary, target)
     except OSError as error:
-        if error.filename is None or Path(error.filename) != temporary:
+        is_of_another = error.filename is not None and Path(error.filename) != temporary
+        if is_of_another or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:

@@ -81,8 +81,13 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.filename is not None:
         return printable(f"{error.filename}: {error.strerror}")
     if isinstance(error, CMambaError | OSError):
-        return printable(" ".join(str(error).split()))
+        return one_line(error)
     return None
+
+
+def one_line(text: object) -> str:
+    """Join lines, and escape control characters."""
+    return printable(" ".join(str(text).split()))
 
 
 def printable(text: object) -> str:

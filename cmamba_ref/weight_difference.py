@@ -54,11 +54,13 @@ def pack(arrays: Arrays, base: Arrays) -> bytes:
     Raises:
         WeightsError: the two are not of the same configuration, or some weights cannot be stored.
     """
-    if {name: _kind(base[name]) for name in base} != {name: _kind(arrays[name]) for name in arrays}:
+    kinds, base_kinds = ({name: _kind(of[name]) for name in of} for of in (arrays, base))
+    is_half = all(_is_table(array) or array.dtype == np.float16 for array in arrays.values())
+    if kinds != base_kinds or not is_half:
         raise WeightsError("a difference needs two models of the same configuration, in float16")
     stored = {}
     for name, array in arrays.items():
-        if array.dtype != np.float16:
+        if _is_table(array):
             stored[name] = array
             continue
         if not np.isfinite(array).all():
@@ -104,8 +106,11 @@ def unpack(data: bytes, arrays_of: Callable[[bytes], Arrays]) -> dict[str, np.nd
 
 def _kind(array: np.ndarray) -> tuple:
     """What two tensors have in common; entropy tables have any length."""
-    is_table = np.issubdtype(array.dtype, np.integer)
-    return (array.dtype,) if is_table else (np.dtype(np.float16), array.shape, array.dtype)
+    return (array.dtype,) if _is_table(array) else (array.dtype, array.shape)
+
+
+def _is_table(array: np.ndarray) -> bool:
+    return np.issubdtype(array.dtype, np.integer)
 
 
 def _step(difference: np.ndarray, resolution: float) -> float:

@@ -173,14 +173,17 @@ def load(model_class: type[CMamba], source: str | os.PathLike) -> CMamba:
         WeightsError: nothing there, damaged, weights that do not fit the configuration or the hash
             beside them, or a download that failed.
     """
-    directory = _find(source) if isinstance(source, str) else Path(source)
-    path = stored_file(directory)
-    for name in (CONFIG_FILE, path.name):
-        if not (directory / name).is_file():
-            raise WeightsError(
-                f"no {name} in {str(directory)!r}; give a directory written by save_pretrained, or "
-                f"a bundled model: {', '.join(pretrained_names()) or 'none'}"
-            )
+    try:
+        directory = _find(source) if isinstance(source, str) else Path(source)
+        path = stored_file(directory)
+        absent = [n for n in (CONFIG_FILE, path.name) if not (directory / n).is_file()]
+    except OSError as error:  # a name that is too long, a folder that must not be searched
+        raise WeightsError(f"cannot read the weights in {str(source)!r}: {error}") from error
+    if absent:
+        raise WeightsError(
+            f"no {absent[0]} in {str(directory)!r}; give a directory written by save_pretrained, "
+            f"or a bundled model: {', '.join(pretrained_names()) or 'none'}"
+        )
     try:
         config = CMambaConfig.from_json((directory / CONFIG_FILE).read_text())
         state = {name: _widen(tensor) for name, tensor in _stored_tensors(path).items()}

@@ -316,6 +316,24 @@ def test_a_pipe_in_a_folder_is_left_out(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs such file names")
+def test_control_characters_in_warnings_are_escaped(
+    tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = save(tmp_path / "album" / "two  spaces\x1b[2J.png")
+    data = image.read_bytes()
+    image.write_bytes(data[: len(data) * 3 // 4])
+    (image.parent / "a.\x1b[2J").touch()
+    args = ["encode", str(image.parent), "--model", model_dir, "--jobs", "1"]
+    assert main(args) == 1  # without --lenient
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err and "left out: 1 (.\\x1b[2j 1)" in out
+    assert err.count("spaces\\x1b[2J.png") == 1
+    assert main([*args, "--lenient"]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("cmamba: warning: ") and "\x1b" not in out + err
+    assert err.count("spaces\\x1b[2J.png") == 1
+
+
 def test_control_characters_in_names_are_escaped(
     tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

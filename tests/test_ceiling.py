@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from codec_helpers import ONE_RATE, load_image, make_image, random_model, shipped_model
 from PIL import Image
 
-from cmamba_ref import ImageWarning, decode, encode, encode_file
+from cmamba_ref import ImageWarning, MemoryLimitError, decode, encode, encode_file
 from cmamba_ref.cli import main
 from cmamba_ref.cli.demo import DEMO_IMAGE
 from cmamba_ref.codec import ceiling
@@ -65,6 +66,14 @@ def test_other_forms_have_a_share(dither, form):
     assert 0.5 < ceiling.share_in_parts(image, shipped_model(), 6) < 1.1
 
 
+def test_grey_is_judged_as_it_is_decoded(photo):
+    """By the mean of the three channels, which is nearer to the image than each of them."""
+    grey, model = np.ascontiguousarray(photo[:128, :128, 1]), shipped_model()
+    x_hat = ceiling._reconstructed(model, ceiling.as_input(grey), 8)
+    unquantised = (x_hat[0].mean(0) * 255).round().byte().numpy()
+    assert ceiling.share_at_any_quality(grey, model, 8, unquantised) == pytest.approx(1, rel=0.02)
+
+
 def test_the_parts_are_those_with_most_detail():
     image = np.zeros((200, 300, 3), np.uint8)
     image[70:100, 140:170] = make_image(30, 30)
@@ -95,6 +104,19 @@ def test_what_is_warned_of(photo, dither):
     assert warned(dither, random_model(ONE_RATE), None) == []
     flat = np.full((64, 64, 3), 7, np.uint8)
     assert warned(flat, model, 5, flat) == []  # no error at all
+
+
+@pytest.mark.parametrize("error", [MemoryLimitError("large"), MemoryError(), ValueError("wrong")])
+def test_a_written_file_is_no_failure_where_memory_ends(error, photo, tmp_path, monkeypatch):
+    Image.fromarray(photo[:64, :64]).save(tmp_path / "a.png")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ceiling, "warn_if_nothing_is_gained", fail)
+    is_mistake = type(error) is ValueError
+    with pytest.raises(ValueError, match="wrong") if is_mistake else nullcontext():
+        assert encode_file(tmp_path / "a.png").bytes_out > 0
 
 
 def test_the_command_and_files_warn(dither, tmp_path: Path, capsys):

@@ -190,6 +190,11 @@ def test_what_a_model_cannot_do_is_wrong_usage(
     assert main(args) == 0
 
 
+def test_wrong_usage_makes_no_folder(photo: Path, tmp_path: Path) -> None:
+    assert main(["encode", str(photo), "-o", f"{tmp_path}/new/", "--nearest"]) == 2
+    assert not (tmp_path / "new").exists()
+
+
 def test_fixed_rate_model(tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture) -> None:
     fixed = make_model(tmp_path / "fixed", lmbdas=())
     assert main(["encode", str(photo), "--model", fixed]) == 0
@@ -588,7 +593,7 @@ def test_failed_write_keeps_the_old_output(
     def full(path: Path, data: bytes) -> int:
         with open(path, "wb") as file:
             file.write(data[:10])
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        raise OSError(errno.ENOSPC, "No space left on device")  # as `write` does: of no name
 
     monkeypatch.setattr(Path, "write_bytes", full)
     source, target = (photo, encoded) if command == "encode" else (encoded, photo)

@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -435,6 +436,13 @@ def test_the_model_of_a_file_is_found_by_its_id():
     assert "docs/models.md" in str(caught.value)
 
 
+def test_a_bundled_model_goes_where_the_given_one_is(monkeypatch):
+    weights = torch.empty(1, device="meta")
+    given = SimpleNamespace(model_id=bytes(8), parameters=lambda: iter([weights]))
+    monkeypatch.setattr(image_codec, "loaded_model", lambda name, device: (name, device))
+    assert codec.model_for(shipped_model().model_id, [given]) == ("tiny", "meta")
+
+
 def test_without_a_model_the_one_that_a_file_names_decodes_it(monkeypatch):
     image, wanted = np.zeros((64, 64, 3), np.uint8), small_model()
     data = codec.encode(image, wanted)
@@ -443,7 +451,7 @@ def test_without_a_model_the_one_that_a_file_names_decodes_it(monkeypatch):
     monkeypatch.setattr(image_codec, "name_of", {wanted.model_id: "wanted"}.get)
     loaded_model = image_codec.loaded_model
     models = {"wanted": lambda: wanted, "tiny": lambda: loaded_model("tiny")}
-    monkeypatch.setattr(image_codec, "loaded_model", lambda name: models[name]())
+    monkeypatch.setattr(image_codec, "loaded_model", lambda name, *_: models[name]())
     assert np.array_equal(codec.decode(data), codec.decode(data, wanted))
 
 

@@ -1,5 +1,7 @@
 """Targets: a size, a rate or a PSNR in place of a quality."""
 
+import math
+
 import numpy as np
 import pytest
 from codec_helpers import ONE_RATE, load_image, make_image, random_model, shipped_model
@@ -151,7 +153,28 @@ def test_alpha_and_grey_have_targets_too(shape):
     image = make_image(64, 64)[..., : max(shape[2:], default=1)]
     image = image.reshape(shape) if len(shape) == 2 else np.resize(image, shape)
     found = encode_to(image, shipped_model(), target=Target("psnr", 20), nearest=True)
-    assert decode(found.data).shape == image.shape
+    decoded = decode(found.data)
+    assert decoded.shape == image.shape
+    colours = slice(None, -1) if shape[2:] in ((2,), (4,)) else slice(None)
+    both = (image, decoded) if len(shape) == 2 else (image[..., colours], decoded[..., colours])
+    assert found.reached == psnr(*both)
+
+
+def test_a_search_that_is_ended_early_keeps_the_nearest(image, monkeypatch):
+    """Whoever ends it has seen no sign that the target is out of reach."""
+    monkeypatch.setattr(targets, "CHEAP_ENCODES", 1)
+    monkeypatch.setattr(targets, "PSNR_SLOPE", 100.0)  # which makes the second try a bad one
+    target = Target("psnr", 35.0)
+    found = encode_to(image, shipped_model(), target=target, effort=1, progress=lambda *_: True)
+    assert found.reached < 35
+    assert found.reached == psnr(image, decode(found.data, shipped_model()))
+
+
+@pytest.mark.parametrize("values", [(45.0, math.inf), (math.inf, 45.0), (math.inf, math.inf)])
+def test_an_exact_copy_does_not_end_the_search(values):
+    goal = targets._Goal(50.0, 50.04, 50.1, 0.9, is_size=False)
+    points = [targets._Point(v, q, b"") for q, v in zip((3.0, 4.0), values, strict=True)]
+    assert 1 <= targets._next(points, goal, 8) <= 8
 
 
 def test_values_that_fall_between_neighbours_are_searched_on():

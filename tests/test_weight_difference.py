@@ -15,6 +15,7 @@ from safetensors.torch import save as torch_save
 
 import cmamba_ref
 from cmamba_ref import CMamba, WeightsError, bundled, codec, metrics, weight_difference
+from cmamba_ref.cli import main
 from cmamba_ref.codec import image_codec
 from cmamba_ref.model_id import id_of_arrays
 from cmamba_ref.weight_difference import DIFFERENCE_FILE, id_in, pack, unpack
@@ -248,6 +249,36 @@ def test_tool_packs_a_run(package, tmp_path, capsys):
         assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(SystemExit):
         main([str(tmp_path / "made"), "--base", "tuned", "-o", str(output)])
+
+
+def test_weights_in_single_precision_are_refused():
+    base = {"a": np.zeros(3, np.float32)}
+    with pytest.raises(WeightsError, match="in float16"):
+        pack({"a": np.full(3, np.nan, np.float32)}, base)
+
+
+def test_an_id_is_found_once(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, read = CMamba.from_pretrained("tiny").model_id, []
+    real = bundled.arrays_in
+    monkeypatch.setattr(bundled, "arrays_in", lambda path: read.append(path) or real(path))
+    assert bundled.name_of(wanted) == bundled.name_of(wanted) == "tiny"
+    assert len(read) <= 1
+    half(2).save_pretrained(package / "tiny")  # other weights
+    assert bundled.name_of(wanted) is None
+    assert len(read) <= 2
+
+
+def test_a_damaged_package_says_nothing_against_a_file(
+    package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = random_model(seed=3)
+    model.save_pretrained(tmp_path / "other")
+    (tmp_path / "a.cmb").write_bytes(image_codec.encode(make_image(64, 64), half(0)))
+    (package / "tiny" / "model.safetensors").write_bytes(b"damaged")
+    args = ["verify", str(tmp_path / "a.cmb"), "--model", str(tmp_path / "other"), "--jobs", "1"]
+    assert main(args) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("not checked: ") and "bad 0, not checked 1" in out
 
 
 # ---------------------------------------------------------------- tiny-msssim

@@ -39,6 +39,12 @@ def test_hash_is_the_one_of_sha256sum(saved):
         assert subprocess.run(check, cwd=saved).returncode == 0
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_name_that_no_file_can_have_is_refused(kind):
+    with pytest.raises(WeightsError, match="cannot read the weights in 'xxx"):
+        CMamba.from_pretrained(kind("x" * 300))
+
+
 def test_hash_mismatch_is_refused(saved):
     path = saved / "model.safetensors"
     data = bytearray(path.read_bytes())

@@ -36,6 +36,7 @@ from cmamba_ref.errors import (
     ModelMismatchError,
     UnsupportedFileError,
     UsageError,
+    WeightsError,
     explain,
     is_out_of_memory,
     printable,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 # Of the files that each command writes.
 OUTPUT_SUFFIXES = {"encode": (".cmb",), "decode": (".png", ".jpg", ".jpeg", ".webp")}
 # Errors that say nothing against a file.
-CANNOT_CHECK = (ModelMismatchError, UnsupportedFileError, MemoryLimitError, OSError)
+CANNOT_CHECK = (ModelMismatchError, UnsupportedFileError, MemoryLimitError, WeightsError, OSError)
 PROCESS_DIED = "its process died, perhaps out of memory; try a smaller image"
 
 _logger = logging.getLogger("cmamba_ref.cli.batch")
@@ -117,7 +118,8 @@ class Found:
         """Return the line "left out: 37 (.heic 35, .mov 2)"; empty where nothing is."""
         if not self.left_out:
             return ""
-        kinds = ", ".join(f"{suffix} {count}" for suffix, count in self.left_out.most_common())
+        counts = self.left_out.most_common()
+        kinds = ", ".join(f"{printable(suffix)} {count}" for suffix, count in counts)
         from cmamba_ref.codec.formats import HEIF_HINT, HEIF_SUFFIXES
 
         hint = f"; {HEIF_HINT}" if self.left_out.keys() & set(HEIF_SUFFIXES) else ""

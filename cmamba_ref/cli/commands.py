@@ -109,14 +109,14 @@ def _end(number: int, _: object) -> NoReturn:
 
 def _encode(args: argparse.Namespace) -> int:
     """One image; `_many` for several and for folders."""
+    options = _encode_options(args)
     if (pair := _single(args, "encode", ".cmb")) is None:
-        return _many(args, "encode", ".cmb", _encode_options(args))
+        return _many(args, "encode", ".cmb", options)
     source, target = pair
     _check_target(target, source, args.force)
     if target.suffix.lower() in batch.OUTPUT_SUFFIXES["decode"]:
         raise UsageError(f"`-o` must end in .cmb, got {str(target)!r}; end a folder in /")
     _check_time(args, source, target)
-    options = _encode_options(args)
     with _stages(4) as begin:
         begin("reading")
         from cmamba_ref.codec.verify import verify_encoded

@@ -8,6 +8,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from cmamba_ref.codec.files import naming
+from cmamba_ref.errors import one_line
+
 
 @contextmanager
 def warning_lines(name: str, tell: Callable[[str], object]) -> Iterator[None]:
@@ -22,8 +25,8 @@ def warning_lines(name: str, tell: Callable[[str], object]) -> Iterator[None]:
     lines: dict[str, None] = {}
 
     def show(message: Warning | str, *_: object) -> None:
-        text = " ".join(str(message).split())
-        lines[text if text.startswith(name) else f"{name}: {text}"] = None
+        text = one_line(message)
+        lines[naming(name, text) if name else text] = None
 
     try:
         with warnings.catch_warnings():

@@ -68,7 +68,7 @@ def share_at_any_quality(
     squares = (np.square(a.astype(np.int32) - b).sum() for a, b in zip(colours, coded, strict=True))
     error = float(sum(squares)) / colours.size / 255**2
     x = as_input(colours)
-    unquantised = _reconstructed(model, x, quality)
+    x, unquantised = _as_coded(colours, x, _reconstructed(model, x, quality))
     return _ratio(unquantised.sub_(x).square_().mean().item(), error)
 
 
@@ -77,6 +77,7 @@ def share_in_parts(image: np.ndarray, model: CMamba, quality: float) -> float:
     colours, _ = visible_colours(image)
     parts = torch.cat([as_input(part) for part in _detailed_parts(colours)])
     both = _reconstructed(model, parts, quality, also_quantised=True)
+    parts, both = _as_coded(colours, parts, both)
     unquantised, quantised = (F.mse_loss(x_hat, parts).item() for x_hat in both.chunk(2))
     return _ratio(unquantised, quantised)
 
@@ -101,6 +102,11 @@ def _reconstructed(
     y = model.analyze(x.to(device), quality)
     x_hat = model.synthesize(torch.cat([y, y.round()]) if also_quantised else y, quality)
     return x_hat[..., : x.shape[-2], : x.shape[-1]].clamp(0, 1).cpu()
+
+
+def _as_coded(colours: np.ndarray, *batches: Tensor) -> tuple[Tensor, ...]:
+    """Return images in the channels that a decoder returns: of grey ones, the mean of all three."""
+    return tuple(b.mean(1, keepdim=True) for b in batches) if colours.ndim == 2 else batches
 
 
 def _ratio(part: float, whole: float) -> float:

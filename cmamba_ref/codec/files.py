@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cmamba_ref.atomic_write import check_writable, write_atomically
-from cmamba_ref.errors import InvalidArgumentError, explain, printable
+from cmamba_ref.errors import (
+    InvalidArgumentError,
+    MemoryLimitError,
+    explain,
+    is_out_of_memory,
+    one_line,
+    printable,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -230,10 +237,11 @@ def check_output_path(path: Path, source: Path) -> None:
         )
 
 
-def naming(source: Path, text: str) -> str:
+def naming(source: Path | str, text: str) -> str:
     """Return one line about a file, which begins with its name."""
-    name = printable(source)
-    return text if text.startswith((f"{name} ", f"{name}:")) else f"{name}: {text}"
+    name, in_text = printable(source), one_line(source)
+    told = (f"{name} ", f"{name}:", f"{in_text} ", f"{in_text}:")
+    return text if text.startswith(told) else f"{name}: {text}"
 
 
 # ---------------------------------------------------------------- the steps
@@ -343,6 +351,8 @@ def warn_of_graphics(
 ) -> None:
     """Issue an `ImageWarning` if the image gains nothing from the quality of its file `data`.
 
+    Where the memory to find out is missing, there is no warning: the file is written.
+
     Args:
         quality: the quality that was found where a target was given.
         decoded: the decoded image, if it is known. It is made where that takes little of the time
@@ -351,10 +361,14 @@ def warn_of_graphics(
     from cmamba_ref.codec import decode
     from cmamba_ref.codec.ceiling import warn_if_nothing_is_gained
 
-    if decoded is None and (options.effort or "psnr" in (options.target or ())):
-        decoded = decode(data, model, **limits(options))
     used = options.quality if quality is None else quality
-    warn_if_nothing_is_gained(read.image, model, used, decoded)
+    try:
+        if decoded is None and (options.effort or "psnr" in (options.target or ())):
+            decoded = decode(data, model, **limits(options))
+        warn_if_nothing_is_gained(read.image, model, used, decoded)
+    except Exception as error:
+        if not (isinstance(error, MemoryLimitError) or is_out_of_memory(error)):
+            raise
 
 
 def write_decoded(source: Path, output: Path, model: CMamba, options: DecodeOptions) -> FileResult:

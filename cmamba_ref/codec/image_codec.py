@@ -70,19 +70,23 @@ def default_model() -> CMamba:
 def model_for(model_id: bytes, given: Iterable[CMamba]) -> CMamba:
     """Return the model of that id, from those `given` or else from the bundled ones.
 
+    A bundled one is put on the device of the last model that was given.
+
     Raises:
         ModelMismatchError: it is none of them.
     """
+    device = "cpu"
     for model in given:
         if model.model_id == model_id:
             return model
+        device = str(next(model.parameters()).device)
     name = name_of(model_id)
     if name is None:
         raise ModelMismatchError(
             f"the file needs model {model_id.hex()}, which is not available; "
             "docs/models.md lists the bundled models"
         )
-    return loaded_model(name)
+    return loaded_model(name, device)
 
 
 def encode(

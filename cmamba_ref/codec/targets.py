@@ -40,6 +40,8 @@ ENOUGH_PSNR, AIMED_PSNR = 0.1, 0.04
 
 # How fast the logarithm of the size and the PSNR rise with the quality, for the second encode.
 SIZE_SLOPE, PSNR_SLOPE = 0.24, 0.9
+# In place of the PSNR of an exact copy.
+FINITE_PSNR = 150.0
 
 
 class Target(NamedTuple):
@@ -61,6 +63,11 @@ class _Point(NamedTuple):
     value: float  # logarithm of the size, or PSNR
     quality: float
     data: bytes
+
+    @property
+    def finite(self) -> float:
+        """The value, for lines through points: the PSNR of an exact copy is infinite."""
+        return min(self.value, FINITE_PSNR)
 
 
 class _Goal(NamedTuple):
@@ -144,7 +151,7 @@ def encode_to(
         if is_ended:
             found += points
             break
-    return _chosen(found, goal, target, top, nearest)
+    return _chosen(found, goal, target, top, nearest or is_ended)
 
 
 def check_target(target: Target | tuple[str, float], model: CMamba) -> Target:
@@ -212,7 +219,7 @@ def _next(points: list[_Point], goal: _Goal, top: int) -> float:
     above = next((p for p in by_quality if p.value > goal.high and p.quality > lowest), None)
     pair = [below, above] if below and above else points[-2:]
     last = pair[-1]
-    quality = last.quality + (goal.aim - last.value) / _slope(pair, goal.slope)
+    quality = last.quality + (goal.aim - last.finite) / _slope(pair, goal.slope)
     low, high = below.quality if below else 1, above.quality if above else top
     return round(min(max(quality, low), high) * QUALITY_UNITS) / QUALITY_UNITS
 
@@ -222,7 +229,7 @@ def _slope(points: list[_Point], usual: float) -> float:
     if len(points) < 2:
         return usual
     first, second = points[-2:]
-    slope = (second.value - first.value) / (second.quality - first.quality)
+    slope = (second.finite - first.finite) / (second.quality - first.quality)
     return slope if slope > 0 else usual
 
 
