@@ -128,7 +128,7 @@ def test_folders(results):
         ((*cells,),) = rows_of(table, name)
         meta = json.loads((results / f"{stem}.json").read_text())["meta"]
         for codec in meta["bd_rates"]["psnr"]["codecs"]:
-            cell = cells[1 + heading.index(codec["label"].split(",")[0])]
+            cell = cells[1 + heading.index(codec["label"])]
             assert cell == signed(codec["bd_rate"]["percent"])
 
 

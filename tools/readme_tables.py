@@ -85,7 +85,8 @@ def bd_rates(folder: Path, _: str) -> str:
 
 def folders(folder: Path, _: str) -> str:
     """Return the table of BD-rates by PSNR on every folder of images."""
-    heading, rows, models = [], [], []
+    labels: dict[str, str] = {}  # in the order of the first folder
+    rows, models = [], []
     for stem, name in FOLDERS.items():
         path = folder / f"{stem}.json"
         meta = json.loads(path.read_text())["meta"]
@@ -96,12 +97,12 @@ def folders(folder: Path, _: str) -> str:
         anchor, ours = curves.pop(JPEG), curves[OURS]
         found = meta["bd_rates"]["psnr"]["codecs"]
         low, high = next(entry["interval_95"] for entry in found if entry["name"] == OURS)
-        cells = [signed(rate(anchor, curve, "psnr")) for curve in curves.values()]
+        labels = labels or {curve.name: curve.label for curve in curves.values()}
+        cells = [signed(rate(anchor, curves[codec], "psnr")) for codec in labels]
         against = signed(rate(curves[AVIF], ours, "psnr"))
         images = str(len(meta["images"]["names"]))
         rows.append((name, images, *cells, f"{signed(low)} to {signed(high)}", against))
-        labels = [curve.label.split(",")[0] for curve in curves.values()]
-        heading = ["", "images", *labels, "interval of ours", "ours against AVIF"]
+    heading = ["", "images", *labels.values(), "interval of ours", f"ours against {labels[AVIF]}"]
     return f"\n{markdown_table(heading, rows, figures=len(heading) - 1)}\n\n"
 
 
