@@ -4,7 +4,7 @@
     python tools/measure_all.py kodak
     python tools/measure_all.py kodak --only plots report
     python tools/measure_all.py kodak --only rd plots --limit 3 --into trial
-    python tools/measure_all.py kodak --weights --others CBSD68
+    python tools/measure_all.py kodak --weights --others CBSD68 CUrban100
 
 `kodak` is a folder with the 24 Kodak images. --weights renews what new weights make false: `rd` and
 `others`, with the other codecs' results as they are, `plots`, `report` and `tables`. By hand remain

@@ -38,7 +38,7 @@ PAGES = ("README.md", "docs/benchmarks.md", "cmamba_ref/pretrained/tiny/README.m
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 OURS, JPEG, AVIF, VTM = "cmamba", "jpeg420", "avif", "VTM-9.1"
 # Results on further folders of images, and what the folders are called.
-FOLDERS = {"kodak_tiny": "Kodak", "cbsd68_tiny": "CBSD68"}
+FOLDERS = {"kodak_tiny": "Kodak", "cbsd68_tiny": "CBSD68", "curban100_tiny": "Urban100"}
 
 
 def kodak(folder: Path, _: str) -> str:
